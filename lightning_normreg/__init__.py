@@ -1,0 +1,13 @@
+"""See and control what weight decay does to normalized networks, in PyTorch Lightning."""
+
+from lightning_normreg import functional as functional
+from lightning_normreg._decay_groups import DecayGroupsMixin as DecayGroupsMixin
+from lightning_normreg._decay_groups import decay_groups as decay_groups
+from lightning_normreg._optimizers import register_update_rule as register_update_rule
+from lightning_normreg._roles import ParameterRole as ParameterRole
+from lightning_normreg._roles import parameter_roles as parameter_roles
+from lightning_normreg.callbacks._effective_lr_monitor import EffectiveLRMonitor as EffectiveLRMonitor
+from lightning_normreg.callbacks._norm_projection import NormProjection as NormProjection
+from lightning_normreg.callbacks._weight_norm_monitor import WeightNormMonitor as WeightNormMonitor
+
+__version__ = "0.1.0"

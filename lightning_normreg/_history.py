@@ -1,0 +1,54 @@
+"""What was logged, bounded in memory, as a table."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class History:
+    """Rows of a run of any length: when full, every second row goes, and from then on every second is kept.
+
+    >>> history = History(limit=4)
+    >>> for step in range(9):
+    ...     history.add({"step": step})
+    >>> [row["step"] for row in history.rows]
+    [0, 4, 8]
+    """
+
+    def __init__(self, limit: int = 10_000) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._limit = limit
+        self._stride = 1
+        self._seen = 0
+
+    def add(self, row: dict[str, float]) -> None:
+        """Append a row, unless it falls between two that are kept."""
+        if self._seen % self._stride == 0:
+            self.rows.append(row)
+        self._seen += 1
+        if len(self.rows) > self._limit:
+            self.rows = self.rows[::2]
+            self._stride *= 2
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows as a data frame, one column per tag."""
+        frame: pd.DataFrame = optional_import("pandas").DataFrame(self.rows)
+        return frame
+
+
+def optional_import(module: str) -> Any:
+    """Import a module of the extra ``demo``.
+
+    Raises:
+        ModuleNotFoundError: With the line that installs it.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{module.partition('.')[0]} is not installed. Install it by: pip install 'lightning-normreg[demo]'"
+        ) from error

@@ -1,0 +1,77 @@
+"""The one table of curves: every key that a monitor can log, with its symbol, unit and formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One logged quantity; its tag is ``key/<parameter>``.
+
+    Attributes:
+        key: First part of the tag.
+        symbol: What the formula calls it.
+        unit: Unit of the values; "w" stands for the unit of the weight.
+        formula: How it is computed, with w_u a unit before the step, U the number of units, Δ = after − before.
+        summary: Name of the summary over layers, or "" where there is none.
+    """
+
+    key: str
+    symbol: str
+    unit: str
+    formula: str
+    summary: str = ""
+
+
+WEIGHT_NORM = Curve("weight_norm", "‖w‖", "w", "√Σ_u ‖w_u‖², of the whole tensor")
+UNIT_NORM_RMS = Curve("unit_norm_rms", "n", "w", "‖w‖ / √U", summary="unit_norm_rms")
+UNIT_NORM_MIN = Curve("unit_norm_min", "min ‖w_u‖", "w", "min_u ‖w_u‖")
+UNIT_NORM_MAX = Curve("unit_norm_max", "max ‖w_u‖", "w", "max_u ‖w_u‖")
+EFFECTIVE_LR = Curve("effective_lr", "η / n^p", "lr / w^p", "lr / unit_norm_rms^p", summary="effective_lr_ratio")
+ANGULAR_UPDATE = Curve(
+    "angular_update", "θ", "rad", "√(mean_u atan2(‖Δ_u⊥‖, ‖w_u‖ + ⟨w_u, Δ_u⟩/‖w_u‖)²)", summary="angular_update"
+)
+RELATIVE_UPDATE = Curve("relative_update", "‖Δ‖/‖w‖", "1", "√(mean_u (‖Δ_u‖ / ‖w_u‖)²)")
+GRADIENT_NORM = Curve("gradient_norm", "‖g‖", "loss / w", "‖g‖ of the whole tensor, before clipping")
+GRADIENT_ALIGNMENT = Curve("gradient_alignment", "|cos(w, g)|", "1", "√(mean_u (⟨w_u, g_u⟩ / (‖w_u‖ ‖g_u‖))²)")
+
+CURVES = (
+    WEIGHT_NORM,
+    UNIT_NORM_RMS,
+    UNIT_NORM_MIN,
+    UNIT_NORM_MAX,
+    EFFECTIVE_LR,
+    ANGULAR_UPDATE,
+    RELATIVE_UPDATE,
+    GRADIENT_NORM,
+    GRADIENT_ALIGNMENT,
+)
+
+SUMMARY_GROUP = "layers"
+"""Summaries over layers have a group of their own, ``layers/<summary>_<statistic>``."""
+
+STATISTICS = ("min", "median", "max")
+
+
+def tag(curve: Curve, parameter: str, separator: str = "/") -> str:
+    """Tag of one layer's curve."""
+    return f"{curve.key}{separator}{parameter}"
+
+
+def summary_tag(curve: Curve, statistic: str, separator: str = "/") -> str:
+    """Tag of one summary over layers."""
+    return f"{SUMMARY_GROUP}{separator}{curve.summary}_{statistic}"
+
+
+def markdown_table() -> str:
+    """The table as the documentation shows it."""
+    lines = ["| tag | symbol | unit | formula |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{c.key}/<parameter>` | {c.symbol} | {c.unit} | {c.formula} |" for c in CURVES]
+    for curve in CURVES:
+        if curve.summary:
+            what = "effective_lr / its first logged value" if curve is EFFECTIVE_LR else curve.key
+            unit = "1" if curve is EFFECTIVE_LR else curve.unit
+            name = f"{SUMMARY_GROUP}/{curve.summary}_<{'|'.join(STATISTICS)}>".replace("|", "\\|")
+            lines.append(f"| `{name}` | | {unit} | {', '.join(STATISTICS)} over layers of {what} |")
+    return "\n".join(lines) + "\n"

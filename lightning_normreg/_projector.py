@@ -1,0 +1,107 @@
+"""Holding the norm of every unit at a radius, after each real step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normreg._step_hooks import Phase
+from lightning_normreg._watched import Watched
+from lightning_normreg.functional import project_
+from lightning_normreg.functional._norms import accumulator
+from lightning_normreg.functional._projection import check_radius
+
+Radius = float | Literal["auto", "initial"]
+
+
+def check_radius_argument(radius: Radius) -> None:
+    """Raise a ``ValueError`` unless ``radius`` is ``"auto"``, ``"initial"`` or a positive number."""
+    if isinstance(radius, str):
+        if radius not in ("auto", "initial"):
+            raise ValueError(f"`radius` must be 'auto', 'initial' or a positive number, got {radius!r}.")
+    else:
+        check_radius(radius)
+
+
+class Projector:
+    """Projects targets when an optimizer has stepped them.
+
+    Optimizer state is left alone: it was measured at the radius, and so will be the next gradient.
+    """
+
+    phase = Phase.PROJECT
+
+    def __init__(self, targets: Sequence[Watched], radius: Radius, initial: Mapping[str, Tensor] | None = None) -> None:
+        self.targets = list(targets)
+        self._argument = radius
+        self._by_parameter = {t.parameter: t for t in self.targets}
+        self._radius = dict(initial or {})
+        self._norms: dict[str, Tensor] = {}
+        self._told: set[str] = set()
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """Radii that were measured and so belong into a checkpoint; empty for the other kinds of radius."""
+        return dict(self._radius) if self._argument == "initial" else {}
+
+    def optimized(self, optimizers: Iterable[Optimizer]) -> list[Watched]:
+        """Targets that these optimizers update, as their groups stand now."""
+        parameters = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+        return [self._by_parameter[p] for p in parameters if p in self._by_parameter]
+
+    @torch.no_grad()
+    def project(self, targets: Iterable[Watched]) -> None:
+        """Put targets at their radius."""
+        for target in targets:
+            self._norms[target.name] = project_(
+                target.parameter, self._target(target), target.unit, dim=target.role.dim, groups=target.role.groups
+            )
+
+    def before_step(self, index: int, optimizer: Optimizer) -> None:
+        """Nothing: the weights are at their radius."""
+
+    def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
+        """Project what the optimizer has updated. A skipped update left the weights where projecting changes no bit."""
+        self.project(self.optimized([optimizer]))
+
+    def report(self) -> None:
+        """Warn once of units that cannot be projected. Reads the device once."""
+        found = [(name, n) for name, n in self._norms.items() if name not in self._told]
+        if not found:
+            return
+        device = found[0][1].device
+        bad = [torch.stack([(n == 0).sum(), (~n.isfinite()).sum()]).to(device) for _, n in found]
+        for (name, norms), (zero, wild) in zip(found, torch.stack(bad).tolist(), strict=True):
+            if zero or wild:
+                self._told.add(name)
+                what = " and ".join(
+                    [f"{zero} zero units"] * bool(zero) + [f"{wild} units with infinite or NaN entries"] * bool(wild)
+                )
+                rank_zero_warn(f"{name!r} has {what} of {len(norms)}: they have no direction and are left as they are.")
+
+    def _target(self, target: Watched) -> float | Tensor:
+        if isinstance(self._argument, (int, float)):
+            return self._argument
+        radius = self._radius.get(target.name)
+        if radius is None:
+            radius = _initial(target) if self._argument == "initial" else _auto(target)
+        self._radius[target.name] = radius = radius.to(target.parameter.device)
+        return radius
+
+
+def _initial(target: Watched) -> Tensor:
+    # A unit that is zero at the start has no radius to hold: infinity leaves it free.
+    norms = target.norms()
+    return torch.where((norms > 0) & norms.isfinite(), norms, float("inf"))
+
+
+def _auto(target: Watched) -> Tensor:
+    # A neuron goes onto the unit sphere; k of them in one unit to √k, so that each has norm 1 on average.
+    shape, role = target.parameter.shape, target.role
+    neurons = shape[role.dim] * role.groups if target.unit == "layer" and len(shape) > 1 else 1
+    return torch.tensor(neurons**0.5, dtype=accumulator(target.parameter.dtype))

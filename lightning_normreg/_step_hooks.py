@@ -1,0 +1,140 @@
+"""When did an optimizer really update its parameters? One dispatcher owns the torch hooks that know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+_INNER = ("optimizer", "_optimizer", "base_optimizer", "base")
+
+
+class Phase(IntEnum):
+    """Order in which subscribers see an update: it is measured as the optimizer made it, then weights are projected."""
+
+    MEASURE = 0
+    PROJECT = 1
+
+
+class StepSubscriber(Protocol):
+    """What a subscriber is told about each update of each optimizer."""
+
+    phase: Phase
+
+    def before_step(self, index: int, optimizer: Optimizer) -> None:
+        """The optimizer is about to step; gradients may be stale or missing, because a closure may run in between."""
+
+    def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
+        """The optimizer has updated its parameters, unless ``skipped`` (on the device, to be read later) is 1."""
+
+
+class StepDispatcher:
+    """Owns the step hooks of a list of optimizers and passes real updates on, phase by phase.
+
+    The post-hook of a torch optimizer is the only event that means "parameters were updated" under accumulation,
+    gradient scaling, manual optimization and closures alike. Three traps remain, all handled here: a subclass whose
+    ``step`` calls ``super().step()`` fires its hooks twice; a step without any gradient updates nothing; a fused
+    optimizer under a gradient scaler skips inside its kernel, which only ``found_inf`` tells.
+    """
+
+    def __init__(self) -> None:
+        self._subscribers: list[StepSubscriber] = []
+        self._optimizers: tuple[object, ...] = ()
+        self._handles: list[RemovableHandle] = []
+        self._depth: dict[int, int] = {}
+        self._updates: dict[int, int] = {}
+        self._skipped: dict[int, Tensor] = {}
+
+    def subscribe(self, subscriber: StepSubscriber) -> None:
+        """Add a subscriber; within a phase they are called in the order of subscription."""
+        self._subscribers.append(subscriber)
+        self._subscribers.sort(key=lambda s: s.phase)
+
+    def attach(self, optimizers: Sequence[object]) -> None:
+        """Put hooks on these optimizers and take them off all others. Cheap where nothing has changed."""
+        self._depth.clear()  # a closure that raised has left a pre-hook without its post-hook
+        same = len(optimizers) == len(self._optimizers) and all(map(_is, optimizers, self._optimizers))
+        if same:
+            return
+        self.remove()
+        self._optimizers = tuple(optimizers)
+        for index, optimizer in enumerate(map(torch_optimizer, optimizers)):
+            self._handles.append(optimizer.register_step_pre_hook(_Hook(self, index, entering=True)))
+            self._handles.append(optimizer.register_step_post_hook(_Hook(self, index, entering=False)))
+
+    def remove(self) -> None:
+        """Take all hooks off, so that an optimizer that outlives the training is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._optimizers = ()
+
+    def updates(self, index: int) -> int:
+        """How often an optimizer has really updated its parameters; reads the device under a gradient scaler."""
+        skipped = self._skipped.get(index)
+        return self._updates.get(index, 0) - (0 if skipped is None else int(skipped.item()))
+
+    @torch.no_grad()
+    def enter(self, index: int, optimizer: Optimizer) -> None:
+        """The pre-hook."""
+        self._depth[index] = self._depth.get(index, 0) + 1
+        if self._depth[index] == 1:
+            for subscriber in self._subscribers:
+                subscriber.before_step(index, optimizer)
+
+    @torch.no_grad()
+    def leave(self, index: int, optimizer: Optimizer) -> None:
+        """The post-hook."""
+        self._depth[index] = self._depth.get(index, 1) - 1
+        if self._depth[index] > 0 or not _has_gradient(optimizer):
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        skipped = found_inf.detach().reshape(()).clone() if isinstance(found_inf, Tensor) else None
+        self._updates[index] = self._updates.get(index, 0) + 1
+        if skipped is not None:
+            self._skipped[index] = self._skipped.get(index, torch.zeros_like(skipped)) + skipped
+        for subscriber in self._subscribers:
+            subscriber.after_step(index, optimizer, skipped)
+
+
+class _Hook:
+    """A hook that ``torch.compile`` leaves alone, instead of tracing it into the optimizer's graph."""
+
+    def __init__(self, dispatcher: StepDispatcher, index: int, *, entering: bool) -> None:
+        self._act = dispatcher.enter if entering else dispatcher.leave
+        self._index = index
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._act(self._index, optimizer)
+
+
+def torch_optimizer(optimizer: object) -> Optimizer:
+    """The torch optimizer itself, or the one inside a wrapper that never initialized its own hooks.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    inner: object = optimizer
+    while not (isinstance(inner, Optimizer) and "_optimizer_step_post_hooks" in vars(inner)):
+        attributes = getattr(inner, "__dict__", {})
+        inner = next((attributes[name] for name in _INNER if attributes.get(name) is not None), None)
+        if inner is None:
+            raise TypeError(
+                f"`optimizer` must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}, whose steps "
+                "cannot be seen. Derive it from torch.optim.Optimizer and call super().__init__()."
+            )
+    return inner
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def _has_gradient(optimizer: Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

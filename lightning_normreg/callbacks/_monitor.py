@@ -1,0 +1,210 @@
+"""What both monitors share: when a step is logged, and where its values go."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torchmetrics import MeanMetric
+
+from lightning_normreg import _metrics
+from lightning_normreg._history import History
+from lightning_normreg._metrics import Curve
+from lightning_normreg._tracker import Row, Tracker
+from lightning_normreg._watched import UnitArgument, Watched, check_selection, watch
+from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, run_of
+from lightning_normreg.callbacks._layout import write_layout
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from pytorch_lightning import LightningModule, Trainer
+
+PerLayer = bool | Literal["auto"]
+
+MANY_LAYERS, SHOWN_LAYERS = 32, 8
+
+
+class Monitor(StepCallback):
+    """A callback that measures updates and logs them; the subclass says which curves."""
+
+    summaries: tuple[Curve, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int | None,
+        include: Sequence[str] | None,
+        exclude: Sequence[str],
+        unit: UnitArgument,
+        per_layer: PerLayer,
+        logging_interval: Literal["step", "epoch"],
+    ) -> None:
+        super().__init__()
+        check_selection(unit, include, exclude)
+        if every_n_steps is not None and not (isinstance(every_n_steps, int) and every_n_steps > 0):
+            raise ValueError(f"`every_n_steps` must be a positive integer or None, got {every_n_steps!r}. "
+                             "Use None for the Trainer's `log_every_n_steps`.")  # fmt: skip
+        if per_layer not in (True, False, "auto"):
+            raise ValueError(f"`per_layer` must be True, False or 'auto', got {per_layer!r}.")
+        if logging_interval not in ("step", "epoch"):
+            raise ValueError(f"`logging_interval` must be 'step' or 'epoch', got {logging_interval!r}.")
+        self.every_n_steps = every_n_steps
+        self.include = include
+        self.exclude = exclude
+        self.unit = unit
+        self.per_layer = per_layer
+        self.logging_interval = logging_interval
+        self._reset()
+
+    def _reset(self) -> None:
+        self._tracker: Tracker | None = None
+        self._history = History()
+        self._means: dict[str, MeanMetric] = {}
+        self._first: dict[str, float] = {}
+        self._logged_once = False
+        self._step = 0
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's state; two monitors that watch different weights have different ones."""
+        return self._generate_state_key(include=self.include, exclude=self.exclude, unit=self.unit)
+
+    @abstractmethod
+    def _make_tracker(self, watched: list[Watched]) -> Tracker:
+        """The tracker that measures this monitor's curves."""
+
+    def history(self) -> pd.DataFrame:
+        """What was logged in this process, as a data frame with one row per logged update (at most 10 000, thinned).
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        return self._history.to_frame()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start afresh; a checkpoint's state is loaded after this."""
+        if stage == "fit":
+            self._reset()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Select the weights to watch, while their names are still those of the optimizer's parameters."""
+        super().on_fit_start(trainer, pl_module)
+        self._tracker = self._make_tracker(watch(pl_module, self.include, self.exclude, self.unit))
+        run_of(trainer).dispatcher.subscribe(self._tracker)
+        self._choose_layers(self._tracker.watched)
+        if not trainer.loggers:
+            rank_zero_warn(
+                f"The Trainer has no logger, so the curves of {type(self).__name__} go to `trainer.callback_metrics` "
+                "and `history()` only. Give it one, for example Trainer(logger=TensorBoardLogger('logs'))."
+            )
+
+    def _choose_layers(self, watched: list[Watched]) -> None:
+        names = [w.name for w in watched]
+        if self.per_layer is False:
+            names = []
+        elif self.per_layer == "auto" and len(names) > MANY_LAYERS:
+            spread = [round(i * (len(names) - 1) / (SHOWN_LAYERS - 1)) for i in range(SHOWN_LAYERS)]
+            rank_zero_info(
+                f"{type(self).__name__} watches {len(names)} weights: it logs summaries over all of them and the "
+                f"curves of {SHOWN_LAYERS}. Use per_layer=True for all curves."
+            )
+            names = [names[i] for i in spread]
+        self._shown = frozenset(names)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the TensorBoard layout, once for all monitors."""
+        super().on_train_start(trainer, pl_module)
+        if not run_of(trainer).layout_written and trainer.is_global_zero:
+            run_of(trainer).layout_written = True
+            for logger in trainer.loggers:
+                write_layout(logger)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Decide whether the updates of this batch are measured."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        assert self._tracker is not None
+        self._step = batches_that_stepped(trainer)
+        interval = log_interval(trainer) if self.every_n_steps is None else self.every_n_steps
+        self._tracker.arm(interval > 0 and (not self._logged_once or (self._step + 1) % interval == 0))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the values of this batch's last updates, and log them."""
+        assert self._tracker is not None
+        row = self._tracker.collect()
+        if not row:
+            return
+        self._logged_once = True
+        values = self._layer_values(row) | self._summary_values(row)
+        if self.logging_interval == "step":
+            self._log(trainer, values)
+            return
+        for tag, value in values.items():
+            self._mean(tag).update(value)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch's means."""
+        if self._means:
+            self._step = batches_that_stepped(trainer)
+            self._log(trainer, {tag: mean.compute().item() for tag, mean in self._means.items()})
+            self._means.clear()
+
+    def _mean(self, tag: str) -> MeanMetric:
+        if tag not in self._means:
+            self._means[tag] = MeanMetric()
+            self._means[tag].set_dtype(torch.float64)
+        return self._means[tag]
+
+    def _layer_values(self, row: Row) -> dict[str, float]:
+        shown = {name: values for name, values in row.items() if name in self._shown}
+        return {_metrics.tag(curve, name): v for name, values in shown.items() for curve, v in values.items()}
+
+    def _summary_values(self, row: Row) -> dict[str, float]:
+        """Minimum, median and maximum over layers; of effective rates only the ratios, see the word's definition."""
+        found: dict[str, float] = {}
+        for curve in self.summaries:
+            values = {name: layer[curve] for name, layer in row.items() if curve in layer}
+            if curve is _metrics.EFFECTIVE_LR:
+                values = {name: v / first for name, v in values.items() if (first := self._reference(name, v)) > 0}
+            if values:
+                numbers = list(values.values())
+                for statistic, value in zip(
+                    _metrics.STATISTICS, (min(numbers), median(numbers), max(numbers)), strict=True
+                ):
+                    found[_metrics.summary_tag(curve, statistic)] = value
+        return found
+
+    def _reference(self, name: str, value: float) -> float:
+        # A warm-up starts at lr 0, which nothing can be compared with: then the first positive value counts.
+        if not self._first.get(name) and value > 0:
+            self._first[name] = value
+        return self._first.get(name, 0.0)
+
+    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        assert self._tracker is not None
+        for logger in trainer.loggers:
+            separator = logger.group_separator
+            named = values if separator == "/" else {tag.replace("/", separator, 1): v for tag, v in values.items()}
+            logger.log_metrics(named, step=self._step)
+        trainer.callback_metrics.update({t: torch.tensor(v, dtype=self._tracker.dtype) for t, v in values.items()})
+        self._history.add({"step": self._step, "epoch": trainer.current_epoch, **values})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types only, so that the checkpoint loads with ``weights_only=True``."""
+        return {
+            "logged_once": self._logged_once,
+            "first": dict(self._first),
+            "means": {tag: [float(m.mean_value), float(m.weight)] for tag, m in self._means.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written."""
+        self._logged_once = state_dict["logged_once"]
+        self._first = dict(state_dict["first"])
+        for tag, (mean, weight) in state_dict["means"].items():
+            self._mean(tag).update(mean, weight)

@@ -1,0 +1,58 @@
+"""What the first run ends with: a table, a picture, and where to look further."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from lightning_normreg import _metrics
+from lightning_normreg._history import optional_import
+from lightning_normreg._metrics import Curve
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SHOWN: dict[str, Curve] = {
+    "unit norm": _metrics.UNIT_NORM_RMS,
+    "effective lr": _metrics.EFFECTIVE_LR,
+    "rotation per step (rad)": _metrics.ANGULAR_UPDATE,
+}
+
+
+def layers(history: pd.DataFrame) -> list[str]:
+    """Names of the layers in a history, in its order."""
+    names = [column.partition("/") for column in history.columns]
+    return list(dict.fromkeys(name for key, _, name in names if key == _metrics.UNIT_NORM_RMS.key))
+
+
+def summary_table(history: pd.DataFrame) -> Table:
+    """Per layer the first and the last value of each curve."""
+    table = Table(title="What the run did to each layer, first → last logged step")
+    table.add_column("layer")
+    for title in SHOWN:
+        table.add_column(title, justify="right")
+    for layer in layers(history):
+        table.add_row(layer, *(_first_last(history, _metrics.tag(curve, layer)) for curve in SHOWN.values()))
+    return table
+
+
+def _first_last(history: pd.DataFrame, column: str) -> str:
+    values = history[column].dropna()
+    return f"{values.iloc[0]:.3g} → {values.iloc[-1]:.3g}"
+
+
+def save_picture(history: pd.DataFrame, path: Path, titles: Sequence[str] = tuple(SHOWN)) -> None:
+    """Draw the curves of all layers over the steps."""
+    figure_type = optional_import("matplotlib.figure").Figure
+    figure = figure_type(figsize=(4.2 * len(titles), 3.4), layout="constrained")
+    for axes, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
+        for layer in layers(history):
+            values = history[["step", _metrics.tag(SHOWN[title], layer)]].dropna()
+            axes.plot(values.iloc[:, 0], values.iloc[:, 1], label=layer, linewidth=1.2)
+        axes.set(title=title, xlabel="step", yscale="log")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,10 @@
+"""Pure functions on tensors: norms, updates and projection, without Lightning and without state."""
+
+from lightning_normreg.functional._norms import unit_norms as unit_norms
+from lightning_normreg.functional._norms import weight_norm as weight_norm
+from lightning_normreg.functional._projection import project_ as project_
+from lightning_normreg.functional._projection import project_all_ as project_all_
+from lightning_normreg.functional._updates import angular_update as angular_update
+from lightning_normreg.functional._updates import effective_lr as effective_lr
+from lightning_normreg.functional._updates import gradient_alignment as gradient_alignment
+from lightning_normreg.functional._updates import relative_update as relative_update
