@@ -46,8 +46,8 @@ def demo(args: list[str]) -> None:
     for module in ("sklearn", "matplotlib", "pandas"):
         optional_import(module)
     cli = _lightning_cli(
-        DemoConvNet,
-        DigitsDataModule,
+        model_class=DemoConvNet,
+        datamodule_class=DigitsDataModule,
         args=args,
         run=False,
         seed_everything_default=0,
@@ -59,11 +59,11 @@ def demo(args: list[str]) -> None:
         _report(cli.trainer)
 
 
-def _lightning_cli(*components: type, **options: Any) -> LightningCLI:
+def _lightning_cli(**options: Any) -> LightningCLI:
     with warnings.catch_warnings():
         # It guards against a script that passes arguments of its own; here they are the command line's.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        return LightningCLI(*components, **options)
+        return LightningCLI(**options)
 
 
 def _trainer_defaults() -> dict[str, Any]:
