@@ -42,7 +42,7 @@ def write_layout(logger: Any) -> None:
     In a sub-run of its own, because a second layout in one run replaces the first, and that may be the user's;
     TensorBoard merges the layouts of different runs.
     """
-    experiment = logger.experiment
+    experiment = getattr(logger, "experiment", None)
     directory = getattr(experiment, "log_dir", None)
     if callable(getattr(experiment, "add_custom_scalars", None)) and isinstance(directory, str):
         prefix = getattr(logger, "_prefix", "")

@@ -150,7 +150,7 @@ class Monitor(StepCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's means."""
         if self._means:
-            self._step = batches_that_stepped(trainer)
+            self._step = batches_that_stepped(trainer) - 1  # where `self.log` puts what it has over an epoch
             self._log(trainer, {tag: mean.compute().item() for tag, mean in self._means.items()})
             self._means.clear()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
@@ -26,20 +28,17 @@ class DemoConvNet(DecayGroupsMixin, LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.momentum = lr, weight_decay, momentum
-        widths, strides = (1, 16, 16, 32, 32), (1, 1, 2, 1)
-        for i, stride in enumerate(strides):
-            block = nn.Sequential()
-            block.add_module("conv", nn.Conv2d(widths[i], widths[i + 1], 3, stride, padding=1, bias=False))
-            block.add_module("norm", nn.BatchNorm2d(widths[i + 1]))
-            self.add_module(f"block{i + 1}", block)
-        self.head = nn.Linear(widths[-1], 10)
+        self.block1 = _block(1, 16)
+        self.block2 = _block(16, 16)
+        self.block3 = _block(16, 32, stride=2)
+        self.block4 = _block(32, 32)
+        self.head = nn.Linear(32, 10)
         self.accuracy = MulticlassAccuracy(num_classes=10, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, shape ``(N, 10)``, of images of shape ``(N, 1, 8, 8)``."""
-        for block in (self.block1, self.block2, self.block3, self.block4):
-            images = torch.relu(block(images))
-        logits: Tensor = self.head(images.mean(dim=(2, 3)))
+        features = self.block4(self.block3(self.block2(self.block1(images))))
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -59,3 +58,12 @@ class DemoConvNet(DecayGroupsMixin, LightningModule):
         """SGD on groups in which only convolutions and head decay."""
         groups = self.decay_groups(self.weight_decay)
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=True)
+
+
+def _block(inputs: int, filters: int, stride: int = 1) -> nn.Sequential:
+    layers = {
+        "conv": nn.Conv2d(inputs, filters, 3, stride, padding=1, bias=False),
+        "norm": nn.BatchNorm2d(filters),
+        "relu": nn.ReLU(),
+    }
+    return nn.Sequential(OrderedDict(layers))

@@ -48,7 +48,7 @@ def unit_rows(view: Tensor, kept: tuple[int, ...]) -> Tensor:
     reduced = sorted(set(range(view.ndim)) - set(kept), key=view.stride, reverse=True)
     units = torch.Size(view.shape[d] for d in kept).numel()
     entries = torch.Size(view.shape[d] for d in reduced).numel()
-    return view.permute(*kept, *reduced).reshape(units, entries)
+    return view.permute([*kept, *reduced]).reshape(units, entries)
 
 
 def over_units(values: Tensor, view: Tensor, kept: tuple[int, ...]) -> Tensor:

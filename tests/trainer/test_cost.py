@@ -1,0 +1,113 @@
+"""Steps that are not logged cost nothing but the projection."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor
+from lightning_normreg._step_hooks import StepDispatcher
+from tests.harness import Net, loader, sgd, trainer
+
+
+class Operations(TorchDispatchMode):
+    """Counts tensor operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, then go on."""
+        self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def operations(monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
+    """Operations inside each pair of hooks, in the order of the steps."""
+    counted: list[Counter[str]] = []
+    enter, leave = StepDispatcher.enter, StepDispatcher.leave
+
+    def counting_enter(self: StepDispatcher, index: int, optimizer: Any) -> None:
+        with Operations() as mode:
+            enter(self, index, optimizer)
+        counted.append(mode.counts)
+
+    def counting_leave(self: StepDispatcher, index: int, optimizer: Any) -> None:
+        with Operations() as mode:
+            leave(self, index, optimizer)
+        counted[-1] += mode.counts
+
+    monkeypatch.setattr(StepDispatcher, "enter", counting_enter)
+    monkeypatch.setattr(StepDispatcher, "leave", counting_leave)
+    return counted
+
+
+def test_monitors_do_nothing_on_other_steps(operations: list[Counter[str]]) -> None:
+    """Not one tensor operation: no snapshot, no norm, no transfer."""
+    run = trainer(WeightNormMonitor(), EffectiveLRMonitor(gradient=True), log_every_n_steps=3)
+    run.fit(Net(sgd(momentum=0.9)), loader())
+    assert [bool(c) for c in operations] == [True, False, True, False, False, True]
+
+
+def test_projection_alone_on_other_steps(operations: list[Counter[str]]) -> None:
+    """With monitors beside it, a step that is not logged has the operations of the projection by itself."""
+    trainer(NormProjection(include=["conv1.weight"]), log_every_n_steps=3).fit(Net(sgd()), loader())
+    alone = operations[1]
+    operations.clear()
+    together = [WeightNormMonitor(), EffectiveLRMonitor(), NormProjection(include=["conv1.weight"])]
+    trainer(*together, log_every_n_steps=3).fit(Net(sgd()), loader())
+    assert operations[1] == operations[3] == alone
+    assert operations[2] != alone
+
+
+def test_hooks_never_wait_for_a_device(operations: list[Counter[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where reads are not free, no hook reads a value back, on logged steps either."""
+    monkeypatch.setattr("lightning_normreg.functional._norms._host_reads_are_free", lambda tensor: False)
+    everything = [WeightNormMonitor(), EffectiveLRMonitor(gradient=True), NormProjection(include=["conv1.weight"])]
+    trainer(*everything).fit(Net(sgd()), loader())
+    assert len(operations) == 6
+    for counts in operations:
+        assert counts["linalg_vector_norm.default"] > 0
+        assert not {"_local_scalar_dense.default", "item.default", "nonzero.default"} & set(counts)
+
+
+def test_one_transfer_per_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row of all layers is read back at once."""
+    reads: list[int] = []
+    tolist = torch.Tensor.tolist
+
+    def counting(self: torch.Tensor) -> Any:
+        reads.append(self.numel())
+        return tolist(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counting)
+    run = trainer(EffectiveLRMonitor(), log_every_n_steps=3)
+    run.fit(Net(sgd()), loader())
+    assert reads == [4 * 3] * 3  # three layers: effective rate, rotation, relative update, zero units
+
+
+def test_hooks_are_gone_after_the_run() -> None:
+    """After fit, and after an exception, the optimizer has no hook of ours."""
+
+    class Fails(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 3:
+                raise RuntimeError("no more")
+            return super().training_step(batch, batch_idx)
+
+    run = trainer(EffectiveLRMonitor())
+    run.fit(Net(sgd()), loader())
+    assert not run.optimizers[0]._optimizer_step_post_hooks
+    run = trainer(EffectiveLRMonitor())
+    optimizers = []
+    net = Fails(lambda groups: optimizers.append(torch.optim.SGD(groups)) or optimizers[0])
+    with pytest.raises(RuntimeError, match="no more"):
+        run.fit(net, loader())
+    assert not optimizers[0]._optimizer_step_pre_hooks
+    assert not optimizers[0]._optimizer_step_post_hooks

@@ -1,0 +1,210 @@
+"""Where values go: which steps, which loggers, which layers."""
+
+from __future__ import annotations
+
+import csv
+import re
+from typing import Any
+
+import lightning.pytorch as other_namespace
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import Tensor, nn
+
+from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor
+from lightning_normreg._metrics import CURVES, STATISTICS
+from tests.harness import Net, RecordingLogger, images, loader, sgd, trainer
+
+
+def steps_of(run: Trainer, tag: str) -> list[int]:
+    """The x of a tag's points."""
+    logger = run.logger
+    assert isinstance(logger, RecordingLogger)
+    return [step for step, _ in logger.curves(tag)]
+
+
+@pytest.mark.parametrize(
+    "every, interval, expected",
+    [(None, 3, [0, 2, 5, 8, 11]), (4, 3, [0, 3, 7, 11]), (None, 1, list(range(12))), (None, 0, [])],
+)
+def test_first_update_then_every_n(every: int | None, interval: int, expected: list[int]) -> None:
+    """The first update, then the Trainer's interval or the monitor's own; interval 0 logs nothing."""
+    run = trainer(EffectiveLRMonitor(every), log_every_n_steps=interval, max_epochs=2)
+    run.fit(Net(sgd()), loader())
+    assert steps_of(run, "effective_lr/up.weight") == expected
+
+
+def test_epoch_interval_logs_means() -> None:
+    """The mean over the logged steps of each epoch, where ``self.log`` puts its own."""
+    step, epoch = WeightNormMonitor(exclude=["up.*"]), WeightNormMonitor(logging_interval="epoch")
+    run = trainer(step, epoch, max_epochs=2)
+    run.fit(Net(sgd()), loader())
+    means = epoch.history()
+    assert means["step"].tolist() == [5, 11]
+    assert means["epoch"].tolist() == [0, 1]
+    tag = "weight_norm/conv1.weight"
+    expected = step.history().groupby("epoch")[tag].mean()
+    # A running mean of 6 float64 values.
+    assert means[tag].tolist() == pytest.approx(expected.tolist(), rel=1e-14)
+
+
+def test_every_curve_of_the_table_is_logged_and_no_other() -> None:
+    """Tags are the table of curves times the layers, and the summaries."""
+    run = trainer(WeightNormMonitor(), EffectiveLRMonitor(gradient=True))
+    run.fit(Net(sgd()), loader())
+    layers = {f"{c.key}/{n}" for c in CURVES for n in ("conv1.weight", "up.weight", "head.weight")}
+    summaries = {f"layers/{c.summary}_{s}" for c in CURVES if c.summary for s in STATISTICS}
+    logger = run.logger
+    assert isinstance(logger, RecordingLogger)
+    assert {tag for _, row in logger.rows for tag in row} == layers | summaries
+    assert layers | summaries <= set(run.callback_metrics)
+
+
+class Deep(LightningModule):
+    """Many small layers."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Any loss."""
+        return self.layers(batch[0].flatten(1)[:, :2]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        """Plain SGD."""
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    "depth, per_layer, shown",
+    [(32, "auto", 32), (33, "auto", 8), (33, True, 33), (3, False, 0)],
+)
+def test_many_layers_are_shown_as_summaries_and_eight(
+    depth: int, per_layer: Any, shown: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Up to 32 all of them; above that eight over the whole depth, said once, with all layers in the summaries."""
+    monitor = WeightNormMonitor(per_layer=per_layer)
+    run = trainer(monitor)
+    with caplog.at_level("INFO"):
+        run.fit(Deep(depth), loader())
+    curves = [c.removeprefix("weight_norm/") for c in run.callback_metrics if c.startswith("weight_norm/")]
+    assert len(curves) == shown
+    said = [r for r in caplog.records if "Use per_layer=True for all curves" in r.getMessage()]
+    assert len(said) == (depth > 32 and per_layer == "auto")
+    assert "layers/unit_norm_rms_median" in run.callback_metrics
+    if shown:
+        assert curves[0] == "layers.0.weight"
+        assert curves[-1] == f"layers.{depth - 1}.weight"
+
+
+def test_without_a_logger_values_are_still_there() -> None:
+    """One warning, then ``callback_metrics`` and the history have them; early stopping can watch them."""
+    monitor = EffectiveLRMonitor()
+    stop = EarlyStopping("angular_update/head.weight", patience=1, stopping_threshold=0.0, mode="max",
+                         check_on_train_epoch_end=True)  # fmt: skip
+    with pytest.warns(UserWarning, match="has no logger, so the curves of EffectiveLRMonitor go to"):
+        run = trainer(monitor, stop, logger=False, max_epochs=5)
+        run.fit(Net(sgd()), loader())
+    assert run.current_epoch == 1
+    frame = monitor.history()
+    assert len(frame) == 6
+    assert frame["angular_update/head.weight"].iloc[-1] == run.callback_metrics["angular_update/head.weight"].item()
+
+
+def test_tensorboard_layout_shows_all_layers_in_one_chart(tmp_path: Any) -> None:
+    """One layout for both monitors, its regexes match the tags of all layers, and the user's own layout stands."""
+    logger = TensorBoardLogger(tmp_path, prefix="my.run")
+    logger.experiment.add_custom_scalars({"mine": {"loss": ["Multiline", ["loss"]]}})
+    run = trainer(WeightNormMonitor(), EffectiveLRMonitor(), logger=logger)
+    run.fit(Net(sgd()), loader())
+    own = EventAccumulator(str(logger.log_dir)).Reload()
+    tags = own.Tags()["scalars"]
+    assert len(own.Scalars("my.run-effective_lr/up.weight")) == 6
+
+    written = EventAccumulator(f"{logger.log_dir}/normreg_layout").Reload()
+    events = written.Tensors("custom_scalars__config__")
+    assert len(events) == 1
+    layout = layout_pb2.Layout.FromString(events[0].tensor_proto.string_val[0])
+    charts = {chart.title: chart for chart in layout.category[0].chart}
+    (regex,) = charts["effective learning rate"].multiline.tag
+    matched = [tag for tag in tags if re.match(regex, tag)]  # as TensorBoard does
+    assert matched == [f"my.run-effective_lr/{n}.weight" for n in ("conv1", "up", "head")]
+    margin = charts["rotation per step, over layers"].margin.series[0]
+    assert re.match(margin.value, "my.run-layers/angular_update_median")
+    assert {margin.lower, margin.upper} <= {
+        f"^{re.escape('my.run-')}layers/angular_update_{s}$" for s in ("min", "max")
+    }
+    (mine,) = own.Tensors("custom_scalars__config__")
+    assert layout_pb2.Layout.FromString(mine.tensor_proto.string_val[0]).category[0].title == "mine"
+
+
+def test_csv_and_several_loggers(tmp_path: Any) -> None:
+    """Each logger gets the same rows."""
+    recording, table = RecordingLogger(), CSVLogger(tmp_path)
+    run = trainer(EffectiveLRMonitor(), logger=[table, recording])
+    run.fit(Net(sgd()), loader())
+    with open(f"{table.log_dir}/metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["effective_lr/up.weight"]]
+    assert [float(r["effective_lr/up.weight"]) for r in rows] == [
+        v for _, v in recording.curves("effective_lr/up.weight")
+    ]
+
+
+def test_a_logger_with_its_own_separator() -> None:
+    """Tags take the logger's separator between quantity and parameter."""
+
+    class Dashes(RecordingLogger):
+        group_separator = "-"
+
+    run = trainer(WeightNormMonitor(), logger=Dashes())
+    run.fit(Net(sgd()), loader())
+    assert steps_of(run, "weight_norm-up.weight") == list(range(6))
+
+
+def test_fast_dev_run_and_all_zero_layers() -> None:
+    """One batch with a dummy logger; a weight of zeros has no effective rate yet, which is said."""
+    net = Net(sgd())
+    with torch.no_grad():
+        net.head.weight.zero_()
+    with pytest.warns(UserWarning, match="3 units of 'head.weight' are zero"):
+        run = trainer(EffectiveLRMonitor(), fast_dev_run=True)
+        run.fit(net, loader())
+    assert "effective_lr/head.weight" not in run.callback_metrics
+    assert run.callback_metrics["angular_update/head.weight"].item() == 0.0
+
+
+def test_the_other_namespace() -> None:
+    """The same classes work in ``lightning.pytorch``'s Trainer."""
+
+    class Other(other_namespace.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(72, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters())
+
+    monitor = EffectiveLRMonitor()
+    with pytest.warns(UserWarning, match="has no logger"):
+        run = other_namespace.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            log_every_n_steps=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[monitor, NormProjection(include=["layer.weight"])],
+        )
+        run.fit(Other(), torch.utils.data.DataLoader(images(8), batch_size=4))
+    assert run.callback_metrics["effective_lr/layer.weight"].item() == pytest.approx(1e-3, rel=1e-6)
+    assert len(monitor.history()) == 2
