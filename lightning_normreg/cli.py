@@ -18,10 +18,10 @@ from lightning_normreg.demos import DemoConvNet, DigitsDataModule
 from lightning_normreg.demos._report import save_picture, summary_table
 
 PROGRAM = "lightning-normreg"
-DESCRIPTION = f"""See and control what weight decay does to normalized networks.
-
-`{PROGRAM} demo` trains a small network on embedded data with both monitors;
-the subcommands below are LightningCLI's, for any --model and --data."""
+DESCRIPTION = (
+    "See and control what weight decay does to normalized networks. "
+    f"A first run on embedded data: `{PROGRAM} demo`; the subcommands below are for any --model and --data."
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:

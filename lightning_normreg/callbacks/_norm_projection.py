@@ -102,17 +102,9 @@ class NormProjection(StepCallback):
                 )
             claims[target.parameter] = str(self.include)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Project before the first step, with a checkpoint's weights restored."""
-        super().on_train_start(trainer, pl_module)
-        self._project_new(trainer)
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Project what a finetuning callback has handed to an optimizer since."""
+        """Project before the first step, and again when a finetuning callback has handed more to an optimizer."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._project_new(trainer)
-
-    def _project_new(self, trainer: Trainer) -> None:
         projector = self._held()
         optimized = projector.optimized(optimizers_of(trainer))
         if len(optimized) != self._projected:

@@ -24,7 +24,7 @@ class DemoConvNet(DecayGroupsMixin, LightningModule):
         momentum: Nesterov momentum.
     """
 
-    def __init__(self, lr: float = 0.1, weight_decay: float = 0.01, momentum: float = 0.9) -> None:
+    def __init__(self, lr: float = 0.05, weight_decay: float = 0.01, momentum: float = 0.9) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.momentum = lr, weight_decay, momentum

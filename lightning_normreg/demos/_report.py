@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 SHOWN: dict[str, Curve] = {
     "unit norm": _metrics.UNIT_NORM_RMS,
-    "effective lr": _metrics.EFFECTIVE_LR,
-    "rotation per step (rad)": _metrics.ANGULAR_UPDATE,
+    "effective learning rate": _metrics.EFFECTIVE_LR,
+    "rotation per step": _metrics.ANGULAR_UPDATE,
 }
 
 
@@ -47,12 +47,13 @@ def _first_last(history: pd.DataFrame, column: str) -> str:
 def save_picture(history: pd.DataFrame, path: Path, titles: Sequence[str] = tuple(SHOWN)) -> None:
     """Draw the curves of all layers over the steps."""
     figure_type = optional_import("matplotlib.figure").Figure
-    figure = figure_type(figsize=(4.2 * len(titles), 3.4), layout="constrained")
+    figure = figure_type(figsize=(4.2 * len(titles), 3.6), layout="constrained")
     for axes, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
         for layer in layers(history):
             values = history[["step", _metrics.tag(SHOWN[title], layer)]].dropna()
             axes.plot(values.iloc[:, 0], values.iloc[:, 1], label=layer, linewidth=1.2)
-        axes.set(title=title, xlabel="step", yscale="log")
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+        curve = SHOWN[title]
+        axes.set(title=title, xlabel="optimizer step", ylabel=f"{curve.symbol} [{curve.unit}]", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(path, dpi=120)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -29,7 +29,8 @@ class Count(EffectiveLRMonitor):
 def fit(net: LightningModule, **options: Any) -> tuple[list[int], list[int]]:
     """Counted updates per optimizer, and the x of every logged row."""
     counter = Count(gradient=True)
-    run = trainer(counter, NormProjection(include=["conv1.weight"]), **options)
+    options["callbacks"] = [counter, NormProjection(include=["conv1.weight"]), *options.get("callbacks", [])]
+    run = trainer(**options)
     run.fit(net, loader())
     logger = run.logger
     assert isinstance(logger, RecordingLogger)
@@ -64,19 +65,22 @@ def test_lbfgs_counts_steps_not_closures() -> None:
     """LBFGS evaluates its closure several times in a step, and steps once."""
 
     class Closures(Net):
-        calls = 0
+        norms: ClassVar[list[tuple[int, float]]] = []
 
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            self.calls += 1
-            return super().training_step(batch, batch_idx)
+        def on_after_backward(self) -> None:
+            self.norms.append((self.global_step, self.head.weight.grad.norm().item()))
 
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
 
     net = Closures(sgd())
+    monitor = EffectiveLRMonitor(gradient=True, include=["head.weight"])
     with pytest.warns(UserWarning, match="`effective_lr` is left out for the weights of LBFGS"):
-        assert fit(net) == ([6], list(range(6)))
-    assert net.calls > 6
+        assert fit(net, callbacks=[monitor])[0] == [6]
+    assert len(net.norms) > 12
+    # The gradients are those of the first evaluation, at the weights that the step starts from.
+    first = [next(norm for step, norm in net.norms if step == i) for i in range(6)]
+    assert monitor.history()["gradient_norm/head.weight"].tolist() == pytest.approx(first, rel=1e-6)
 
 
 def test_training_step_that_returns_none() -> None:

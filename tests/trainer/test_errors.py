@@ -184,8 +184,8 @@ def test_an_optimizer_without_a_rule() -> None:
                 for p in group["params"]:
                     p.sub_(p.grad.sign(), alpha=group["lr"])
 
+    run = trainer(EffectiveLRMonitor())
     with pytest.warns(UserWarning, match=r"register_update_rule\(Sign, exponent=…, decay=…\)") as caught:
-        run = trainer(EffectiveLRMonitor())
         run.fit(Net(Sign), loader())
     assert len([w for w in caught if "Sign" in str(w.message)]) == 1
     assert "angular_update/head.weight" in run.callback_metrics

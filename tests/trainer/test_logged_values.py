@@ -91,7 +91,7 @@ def test_logged_values_equal_the_oracle(optimizer: str, precision: Any, decay: f
 def test_effective_lr_follows_from_two_other_curves() -> None:
     """effective_lr = lr / unit_norm_rms^p, with the lr of LearningRateMonitor at the same x."""
     torch.manual_seed(0)
-    net = Net(lambda groups: torch.optim.SGD(groups))
+    net = Net(torch.optim.SGD)
     run = trainer(WeightNormMonitor(), EffectiveLRMonitor(), LearningRateMonitor("step"))
     run.fit(net, loader())
     logger = run.logger
@@ -107,7 +107,7 @@ def test_effective_lr_follows_from_two_other_curves() -> None:
 
 def test_layer_units_see_the_whole_tensor() -> None:
     """With unit="layer" the rms over the single unit is the norm of the tensor."""
-    net = Net(lambda groups: torch.optim.SGD(groups))
+    net = Net(torch.optim.SGD)
     run = trainer(WeightNormMonitor(unit="layer"))
     run.fit(net, loader())
     for name in WEIGHTS:

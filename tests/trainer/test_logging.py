@@ -108,8 +108,8 @@ def test_without_a_logger_values_are_still_there() -> None:
     monitor = EffectiveLRMonitor()
     stop = EarlyStopping("angular_update/head.weight", patience=1, stopping_threshold=0.0, mode="max",
                          check_on_train_epoch_end=True)  # fmt: skip
+    run = trainer(monitor, stop, logger=False, max_epochs=5)
     with pytest.warns(UserWarning, match="has no logger, so the curves of EffectiveLRMonitor go to"):
-        run = trainer(monitor, stop, logger=False, max_epochs=5)
         run.fit(Net(sgd()), loader())
     assert run.current_epoch == 1
     frame = monitor.history()
@@ -172,8 +172,8 @@ def test_fast_dev_run_and_all_zero_layers() -> None:
     net = Net(sgd())
     with torch.no_grad():
         net.head.weight.zero_()
+    run = trainer(EffectiveLRMonitor(), fast_dev_run=True)
     with pytest.warns(UserWarning, match="3 units of 'head.weight' are zero"):
-        run = trainer(EffectiveLRMonitor(), fast_dev_run=True)
         run.fit(net, loader())
     assert "effective_lr/head.weight" not in run.callback_metrics
     assert run.callback_metrics["angular_update/head.weight"].item() == 0.0
@@ -194,17 +194,17 @@ def test_the_other_namespace() -> None:
             return torch.optim.Adam(self.parameters())
 
     monitor = EffectiveLRMonitor()
+    run = other_namespace.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[monitor, NormProjection(include=["layer.weight"])],
+    )
     with pytest.warns(UserWarning, match="has no logger"):
-        run = other_namespace.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            log_every_n_steps=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[monitor, NormProjection(include=["layer.weight"])],
-        )
         run.fit(Other(), torch.utils.data.DataLoader(images(8), batch_size=4))
     assert run.callback_metrics["effective_lr/layer.weight"].item() == pytest.approx(1e-3, rel=1e-6)
     assert len(monitor.history()) == 2

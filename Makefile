@@ -1,0 +1,36 @@
+# One virtual environment for everything; each target completes it with the extras that it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: demo test check lint docs benchmark clean
+
+demo: .venv/with-demo
+	$(BIN)/lightning-normreg demo
+
+test: .venv/with-test
+	$(BIN)/python -m pytest
+
+check: lint docs
+
+lint: .venv/with-lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell lightning_normreg tests examples docs README.md CHANGELOG.md
+	$(BIN)/mypy
+
+docs: .venv/with-docs
+	$(BIN)/mkdocs build --strict --quiet
+
+benchmark: .venv/with-test
+	$(BIN)/python tests/benchmarks/step_cost.py
+
+clean:
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/with-%: pyproject.toml constraints.txt | .venv/bin/pip
+	$(INSTALL) ".[$*]"
+	touch $@
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
