@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -28,8 +29,8 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of a module into one optimizer group per role and decay.
 
-    Roles come from :func:`parameter_roles`. What was decided, what is frozen and left out, and every decayed parameter
-    that is neither weight nor embedding is said once, through Lightning's logger.
+    Roles come from :func:`parameter_roles`. What was decided, what is frozen and left out, and every decayed bare
+    parameter is said once, through Lightning's logger.
 
     Args:
         module: The module to train.
@@ -45,11 +46,12 @@ def decay_groups(
 
     Returns:
         Groups for any ``torch.optim`` optimizer that takes groups, each with ``params``, a unique ``name``,
-        ``weight_decay`` and ``param_names``. Empty groups are left out, tied parameters appear once.
+        ``weight_decay`` and ``param_names``. Empty groups are left out, tied parameters appear once. torch wants
+        ``param_names`` in all groups of an optimizer or in none: one that is added later needs them, too.
 
     Raises:
-        ValueError: If a decay is negative, nothing is trainable, a lazy module is not materialized, or an override
-            matches nothing.
+        ValueError: If a decay is negative or no number, nothing is trainable, a lazy module is not materialized, or an
+            override matches nothing.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
@@ -61,7 +63,8 @@ def decay_groups(
         bias 0.0 ['0.bias', '2.bias']
     """
     by_role = {"gamma": gamma, "beta": beta, "bias": bias, "embedding": embedding, "other": other}
-    for argument, decay in {"weight_decay": weight_decay, **by_role}.items():
+    _check_decay("weight_decay", weight_decay)
+    for argument, decay in by_role.items():
         if not (decay is None or (argument == "other" and decay == "auto")):
             _check_decay(argument, decay)
     found = named_roles(module)
@@ -69,16 +72,16 @@ def decay_groups(
     if not trainable:
         state = "has no parameters" if not found else "has only frozen parameters"
         raise ValueError(f"`module` must have something to train, but {type(module).__name__} {state}.")
-    forced = _forced(module, {name: role.aliases for name, _, role in found}, overrides or {})
+    wanted = {glob: weight_decay if decay is None else decay for glob, decay in (overrides or {}).items()}
+    forced = _forced(module, {name: role.aliases for name, _, role in found}, wanted)
 
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for name, parameter, role in sorted(trainable, key=lambda entry: ROLES.index(entry[2].role)):
         base = by_role.get(role.role)
         usual = weight_decay if base is None or base == "auto" else base
-        decay = usual if base != "auto" or parameter.ndim > 1 else 0.0
-        decay = forced.get(name, decay)
-        decay = float(weight_decay if decay is None else decay)
-        label = role.role if decay == usual else f"{role.role}_wd_{decay:g}"
+        decay = 0.0 if base == "auto" and parameter.ndim <= 1 else usual
+        decay = float(forced.get(name, decay))
+        label = role.role if decay == usual else f"{role.role}_wd_{repr(decay).removesuffix('.0')}"
         group = groups.setdefault(
             (label, decay), {"params": [], "name": label, "weight_decay": decay, "param_names": []}
         )
@@ -142,20 +145,19 @@ class DecayGroupsMixin:
         )
 
 
-def _check_decay(argument: str, decay: float | str) -> None:
-    if isinstance(decay, str) or not 0 <= decay < math.inf:
+def _check_decay(argument: str, decay: object) -> None:
+    if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= float(decay) < math.inf:
         raise ValueError(f"`{argument}` must be a decay of at least 0, got {decay!r}. Use 0.0 for none.")
 
 
 def _forced(
-    module: nn.Module, names: Mapping[str, tuple[str, ...]], overrides: Mapping[str, float | None]
-) -> dict[str, float | None]:
+    module: nn.Module, names: Mapping[str, tuple[str, ...]], overrides: Mapping[str, float]
+) -> dict[str, float]:
     """Decays that go before the roles: the model's own ``no_weight_decay()``, then the overrides."""
-    forced: dict[str, float | None] = dict.fromkeys(_no_weight_decay(module, names), 0.0)
+    forced = dict.fromkeys(_no_weight_decay(module, names), 0.0)
     source: dict[str, str] = {}
     for glob, decay in overrides.items():
-        if decay is not None:
-            _check_decay(f"overrides[{glob!r}]", decay)
+        _check_decay(f"overrides[{glob!r}]", decay)
         for name in match(glob, names, "overrides"):
             if name in source and forced[name] != decay:
                 raise ValueError(
@@ -171,7 +173,7 @@ def _no_weight_decay(module: nn.Module, names: Mapping[str, tuple[str, ...]]) ->
     for prefix, owner in module.named_modules():
         method = getattr(owner, "no_weight_decay", None)
         if callable(method):
-            start = clean_name(prefix) + "." if prefix else ""
+            start = clean_name(f"{prefix}.") if prefix else ""
             globs = [start + str(glob) for glob in method()]
             for name, aliases in names.items():
                 if any(fnmatchcase(n, glob) for n in (name, *aliases) for glob in globs):
@@ -182,7 +184,7 @@ def _say(
     groups: list[dict[str, Any]], trainable: list[tuple[str, Parameter, ParameterRole]], frozen: list[str]
 ) -> None:
     role = {name: r.role for name, _, r in trainable}
-    shape = {name: "×".join(map(str, p.shape)) for name, p, _ in trainable}
+    shape = {name: "×".join(map(str, p.shape)) or "scalar" for name, p, _ in trainable}
     sizes = ", ".join(f"{g['name']} {g['weight_decay']:g} ({len(g['params'])} parameters)" for g in groups)
     rank_zero_info(f"Decay groups: {sizes}.")
     bare = [f"{n} ({shape[n]})" for g in groups if g["weight_decay"] for n in g["param_names"] if role[n] == "other"]

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import Parameter, UninitializedParameter
 from torch.nn.utils import parametrize
 
@@ -21,7 +21,9 @@ ROLES: tuple[Role, ...] = ("weight", "embedding", "gamma", "beta", "bias", "othe
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # "norm" in any class name that is not about the normal distribution: LlamaRMSNorm, LayerNormalization, L2Norm2d.
 _NORM_NAME = re.compile(r"norm(?!al)|norm(?=ali[sz])", re.IGNORECASE)
-_SHIFTS = frozenset({"bias", "beta", "b", "shift", "offset"})
+_SHIFTS = frozenset({"bias", "beta", "b", "shift", "offset", "loc"})
+# What a subclass of these is called says nothing: the weight of a NormedLinear(8, 1) is a vector, and no gain.
+_LAYERS = (nn.Linear, _ConvNd, nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,15 @@ def parameter_roles(module: nn.Module) -> dict[str, ParameterRole]:
 
 def named_roles(module: nn.Module) -> list[tuple[str, Parameter, ParameterRole]]:
     """Clean name, parameter and role of each distinct parameter, in the order of ``named_parameters()``."""
-    decided: dict[Parameter, ParameterRole] = {}
-    for owner, name, parameter in _owned(module):
+    owned = list(_owned(module))
+    for owner, name, parameter in owned:
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(
                 f"`module` must be materialized, but {type(owner).__name__} has an uninitialized {name!r}. "
                 "Run one batch through the model first, for example in `configure_model`."
             )
+    decided: dict[Parameter, ParameterRole] = {}
+    for owner, name, parameter in owned:
         decided.setdefault(parameter, _role(owner, name, parameter))
     names: dict[Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -113,6 +117,7 @@ def _decide(owner: nn.Module, name: str, parameter: Parameter) -> tuple[Role, st
         reparametrized = _reparametrized(owner, tensor, original)
         if reparametrized:
             return reparametrized
+    tensor = tensor.removesuffix("_orig")  # legacy spectral normalization and pruning
     if isinstance(owner, _NORMS) and tensor in ("weight", "bias"):
         return _gain_or_shift(tensor, "by its type")
     if _is_home_made_norm(owner):
@@ -124,7 +129,7 @@ def _decide(owner: nn.Module, name: str, parameter: Parameter) -> tuple[Role, st
 
 def _by_shape(tensor: str, parameter: Parameter) -> tuple[Role, str]:
     words = tensor.split("_")
-    if "bias" in (words[0], words[-1]) and _is_vector(parameter):
+    if "bias" in (words[0], words[-1]) and is_vector(parameter):
         return "bias", "named as a bias"
     if "weight" in (words[0], words[-1]) and parameter.ndim >= 2:
         return "weight", "weight of at least two dimensions"
@@ -132,19 +137,22 @@ def _by_shape(tensor: str, parameter: Parameter) -> tuple[Role, str]:
 
 
 def _gain_or_shift(tensor: str, why: str) -> tuple[Role, str]:
-    if tensor in _SHIFTS:
+    words = tensor.split("_")
+    if _SHIFTS & {words[0], words[-1]}:
         return "beta", f"shift of a normalization, {why}"
     return "gamma", f"gain of a normalization, {why}"
 
 
 def _is_home_made_norm(owner: nn.Module) -> bool:
-    own = list(owner.parameters(recurse=False))
-    bases = [cls.__name__ for cls in type(owner).__mro__ if cls not in (nn.Module, object)]
-    named = any(_NORM_NAME.search(name) for name in bases)
-    return named and all(map(_is_vector, own)) and len(list(owner.parameters())) == len(own)
+    named = any(_NORM_NAME.search(cls.__name__) for cls in type(owner).__mro__)
+    if isinstance(owner, _LAYERS) or not named:
+        return False
+    own = [parameter for module, _, parameter in _owned(owner) if module is owner]
+    return all(map(is_vector, own)) and len(list(owner.parameters())) == len(own)
 
 
-def _is_vector(parameter: Parameter) -> bool:
+def is_vector(parameter: Parameter) -> bool:
+    """Whether at most one dimension is longer than 1, as in the gain (C, 1, 1) of a channel."""
     return parameter.numel() == max(parameter.shape, default=1)
 
 

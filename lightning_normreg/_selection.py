@@ -41,7 +41,8 @@ def select(
     """Names that ``include`` matches (``default`` where it is None), less those that ``exclude`` does, in order."""
     wanted = set(default) if include is None else {n for glob in include for n in match(glob, names, "include")}
     unwanted = {n for glob in exclude for n in match(glob, names, "exclude")}
-    return [name for name in names if name in wanted - unwanted]
+    chosen = wanted - unwanted
+    return [name for name in names if name in chosen]
 
 
 def check_globs(argument: str, globs: object) -> None:
