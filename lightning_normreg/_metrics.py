@@ -67,7 +67,9 @@ def summary_tag(curve: Curve, statistic: str, separator: str = "/") -> str:
 def markdown_table() -> str:
     """The table as the documentation shows it."""
     lines = ["| tag | symbol | unit | formula |", "| --- | --- | --- | --- |"]
-    lines += [f"| `{c.key}/<parameter>` | {c.symbol} | {c.unit} | {c.formula} |" for c in CURVES]
+    for c in CURVES:
+        cells = [f"`{c.key}/<parameter>`", c.symbol, c.unit, c.formula]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     for curve in CURVES:
         if curve.summary:
             what = "effective_lr / its first logged value" if curve is EFFECTIVE_LR else curve.key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,17 +15,28 @@ from lightning_normreg.functional._units import Unit, over_units, split_units, u
 def dead_band(dtype: torch.dtype, entries: int) -> float:
     r"""Relative distance from the radius within which a unit counts as being on it.
 
-    Projecting rounds each of the m entries, by at most :math:`\epsilon_w/2` relative (ε_w of the weight's type), then
-    dividing and two square roots add at most 2 ε (ε of the accumulator), and two measurements add the noise of a sum of
-    k = min(m, 256) squares, in at least 4 vector lanes: at most √k/8 ε at six standard deviations. Hence
+    Projecting rounds each of the m entries and the quotient, and takes two roots, each time by at most ε/2, evenly
+    spread: a variance of ε²/12 each, ε²/3 together. The norm is measured twice, to project and to see that it is done.
+    Summing 64 squares has some 18 roundings in a row, of which the root keeps half: at most 3/8 ε² for each factor
+    of 64 in m, and that only where one entry outweighs all others. Five standard deviations of it all,
 
-    .. math:: \epsilon_w/2 + (2+\sqrt{\min(m, 256)}/8)\,\epsilon
+    .. math:: 5\,\epsilon\sqrt{1/3 + 3/4\,\lceil\log_{64} m\rceil},
 
-    which is 5.4e-7 for a long float32 row. Anything closer to the radius than this cannot be told from it, so it is
-    left alone: a projected weight is projected again without changing a bit.
+    are 8.1e-7 for a float32 row of 768. Anything closer to the radius than this cannot be told from a projected unit,
+    so it is left alone: a projected weight is projected again without changing a bit. (Rows can be made, of one entry
+    and equal dust, in which all roundings agree and which settle only the second time.) A type narrower than the
+    accumulator adds the ε_w/2 by which it rounds the entries.
     """
     eps = torch.finfo(accumulator(dtype)).eps
-    return float(torch.finfo(dtype).eps / 2 + (2 + min(entries, CHUNK) ** 0.5 / 8) * eps)
+    levels = max(1, math.ceil(math.log(max(entries, 1), CHUNK)))
+    narrow = 0.0 if dtype.to_real() == accumulator(dtype) else torch.finfo(dtype).eps / 2
+    return narrow + 5 * math.sqrt(1 / 3 + 3 / 4 * levels) * eps
+
+
+def _holds(dtype: torch.dtype, radius: float | Tensor, entries: int) -> bool | Tensor:
+    # Entries are R/√m in the root mean square, which must not be subnormal, and R at the most, which must not overflow.
+    info, eps = torch.finfo(dtype), torch.finfo(accumulator(dtype)).eps
+    return (radius >= info.tiny * math.sqrt(entries)) & (radius <= info.max * (1 - 4 * eps))
 
 
 @torch.no_grad()
@@ -34,8 +46,8 @@ def project_(
     r"""Put every unit of a weight at a norm, in place: :math:`w_u \leftarrow R\,w_u/\lVert w_u\rVert`.
 
     A unit already at the radius (to a few units in the last place, :func:`dead_band`) keeps every bit. A zero unit
-    stays zero, a unit with infinite or NaN entries is left as it is, and so is one whose quotient ‖w_u‖/R the type
-    cannot hold: a finite weight never becomes non-finite, nor zero.
+    stays zero, a unit with infinite or NaN entries is left as it is, and so is one whose quotient ‖w_u‖/R or whose
+    entries at the radius the type cannot hold: a finite weight never becomes non-finite, nor zero.
 
     Args:
         weight: Tensor of any shape; written in place.
@@ -65,10 +77,12 @@ def project_(
     view, kept = split_units(weight, unit, dim, groups)
     rows = unit_rows(view, kept)
     norms = row_norms(rows)
-    divisor = norms / (radius.to(norms) if isinstance(radius, Tensor) else radius)
+    target = radius.to(norms) if isinstance(radius, Tensor) else radius
+    divisor = norms / target
     off = (divisor - 1).abs() > dead_band(weight.dtype, rows.shape[1])
     tiny = torch.finfo(norms.dtype).tiny
     possible = norms.isfinite() & (norms >= tiny) & divisor.isfinite() & (divisor >= tiny)
+    possible &= _holds(weight.dtype, target, rows.shape[1])
     divisor = over_units(torch.where(off & possible, divisor, 1.0), view, kept)
     if view.dtype == divisor.dtype:
         view.div_(divisor)

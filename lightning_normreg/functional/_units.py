@@ -43,12 +43,26 @@ def split_units(weight: Tensor, unit: Unit, dim: int, groups: int) -> tuple[Tens
     return view, (dim,)
 
 
-def unit_rows(view: Tensor, kept: tuple[int, ...]) -> Tensor:
-    """Lay the units out as rows, shape ``(units, entries)``; a view wherever the memory layout allows."""
-    reduced = sorted(set(range(view.ndim)) - set(kept), key=view.stride, reverse=True)
+def unit_rows(view: Tensor, kept: tuple[int, ...], like: Tensor | None = None) -> Tensor:
+    """Lay the units out as rows, shape ``(units, entries)``; a view wherever the memory layout allows.
+
+    Entries come in the order in which they, or those of ``like``, lie in memory.
+    """
+    layout = view if like is None else like
+    reduced = sorted(set(range(view.ndim)) - set(kept), key=layout.stride, reverse=True)
     units = torch.Size(view.shape[d] for d in kept).numel()
     entries = torch.Size(view.shape[d] for d in reduced).numel()
     return view.permute([*kept, *reduced]).reshape(units, entries)
+
+
+def paired_rows(
+    weight: Tensor, other: Tensor, unit: Unit, dim: int, groups: int, *, name: str
+) -> tuple[Tensor, Tensor]:
+    """Rows of a weight and of a tensor that belongs to it, entries in one order whatever their memory layouts."""
+    if weight.shape != other.shape:
+        raise ValueError(f"`{name}` must have the weight's shape {tuple(weight.shape)}, got {tuple(other.shape)}.")
+    view, kept = split_units(weight, unit, dim, groups)
+    return unit_rows(view, kept), unit_rows(split_units(other, unit, dim, groups)[0], kept, like=view)
 
 
 def over_units(values: Tensor, view: Tensor, kept: tuple[int, ...]) -> Tensor:

@@ -8,53 +8,83 @@ import torch
 from torch import Tensor
 
 from lightning_normreg.functional._norms import accumulator, row_norms
-from lightning_normreg.functional._units import Unit, split_units, unit_rows
+from lightning_normreg.functional._units import Unit, paired_rows
+
+BLOCK = 2**20
+"""Entries of a weight that are measured at a time."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of every unit, in its own polar coordinates, each of shape ``(units,)``.
+    """One step of every unit, seen from where it started, each of shape ``(units,)``.
 
     Attributes:
-        norm: Norm before the step, n.
-        radial: Signed length of the update along the unit, r.
-        tangential: Length of the update across the unit, t.
-        update: Length of the update, √(r² + t²).
+        norm: Norm before the step.
+        along: Signed length of the unit after the step along its direction before.
+        across: Length of the unit after the step across that direction.
+        update: Length of the update.
     """
 
     norm: Tensor
-    radial: Tensor
-    tangential: Tensor
+    along: Tensor
+    across: Tensor
     update: Tensor
 
     def angle(self) -> Tensor:
-        """Rotation in radians, atan2(t, n + r); 0 for a unit that is zero before or after the step."""
-        moved = torch.atan2(self.tangential, self.norm + self.radial)
-        return torch.where((self.norm == 0) | (self._after() == 0), torch.zeros_like(moved), moved)
+        """Rotation in radians; 0 for a unit that is zero before the step or after it."""
+        moved = torch.atan2(self.across, self.along)
+        return torch.where(self.norm == 0, torch.zeros_like(moved), moved)
 
     def relative(self) -> Tensor:
         """Length of the update over the norm before it; 0 for a zero unit."""
         return _over(self.update, self.norm)
 
-    def _after(self) -> Tensor:
-        return torch.hypot(self.tangential, self.norm + self.radial)
-
 
 def measure_step(before: Tensor, after: Tensor, unit: Unit, dim: int, groups: int) -> Step:
-    """Split the update of every unit into the part along it and the part across it.
+    """Compare every unit before and after a step."""
+    start, end = paired_rows(before, after, unit, dim, groups, name="after")
+    return measure_rows(start, end)
 
-    The difference of two close floats is exact, and the tangential part is formed entry by entry, so both keep their
-    digits at any angle: acos has none left below 3e-4 in float32, and subtracting squares loses them when decay
-    makes the update almost radial.
+
+def measure_rows(start: Tensor, end: Tensor) -> Step:
+    """Likewise with the units as rows, some rows at a time, so that temporaries stay small and in the cache."""
+    rows = max(1, BLOCK // max(1, start.shape[1]))
+    blocks = [_measure_block(*block) for block in zip(torch.split(start, rows), torch.split(end, rows), strict=True)]
+    return Step(*(torch.cat(values) for values in zip(*blocks, strict=True)))
+
+
+def _measure_block(start: Tensor, end: Tensor) -> tuple[Tensor, ...]:
+    """Norm before, length along and across it afterwards, and length of the update, of each row.
+
+    What is left of the row after taking off k times the row before keeps its digits only if taking off rounds nothing:
+    acos has none left below 3e-4 in float32, and where decay makes the update almost radial, rounding the radial part
+    costs what it is longer than the other. So k and the weight are cut into halves of their significands, whose
+    products are exact, and k is found in three such halves: what is along the row then falls below the last digit.
     """
-    wide = accumulator(before.dtype)
-    start, end = (unit_rows(*split_units(w, unit, dim, groups)).to(wide) for w in (before, after))
-    norm, delta = row_norms(start), end - start
-    direction = start / torch.where(norm > 0, norm, 1.0).unsqueeze(1)
-    update = row_norms(delta)
-    radial = (direction * delta).sum(dim=1)
-    tangential = row_norms(delta.addcmul_(direction, radial.unsqueeze(1), value=-1))
-    return Step(norm, radial, tangential, update)
+    wide = accumulator(start.dtype)
+    start, end = start.to(wide), end.to(wide)
+    norm = row_norms(start)
+    length = torch.where(norm > 0, norm, 1.0).unsqueeze(1)
+    direction, upper = start / length, _upper_half(start)
+    lower = start - upper
+    rest, along = end, torch.zeros_like(length)
+    for _ in range(3):
+        k = _nearest_half((direction * rest).sum(dim=1, keepdim=True) / length)
+        rest = (rest - k * upper) - k * lower
+        along = along + k * length
+    return norm, along.squeeze(1), row_norms(rest), row_norms(end - start)
+
+
+def _upper_half(values: Tensor) -> Tensor:
+    """The numbers with the lower half of their significand cut off."""
+    integer, bits = (torch.int64, 27) if values.dtype == torch.float64 else (torch.int32, 12)
+    return (values.contiguous().view(integer) & -(1 << bits)).view(values.dtype)
+
+
+def _nearest_half(values: Tensor) -> Tensor:
+    """The nearest numbers with half of the significand (Dekker 1971)."""
+    scaled = values * ((1 << (27 if values.dtype == torch.float64 else 12)) + 1)
+    return scaled - (scaled - values)
 
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -65,8 +95,8 @@ def angular_update(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim:
     r"""Rotation of every unit in one step, :math:`\theta_u=\operatorname{atan2}(\lVert\Delta_\perp\rVert, n+r)`.
 
     With :math:`\Delta` = after − before, :math:`n=\lVert w_u\rVert` before, :math:`r` the part of
-    :math:`\Delta` along the unit and :math:`\Delta_\perp` the part across it. In float32 right to 1e-6 relative at any
-    angle.
+    :math:`\Delta` along the unit and :math:`\Delta_\perp` the part across it. For float32 weights right to 1e-6 at any
+    angle, also when decay makes the update almost radial (on MPS, which has no float64, to 4e-8 r/t then).
 
     Args:
         before: Weight before the step, any shape.
@@ -77,6 +107,9 @@ def angular_update(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim:
 
     Returns:
         Shape ``(units,)``, radians in [0, π]. A unit that is zero on either side has no direction: 0.
+
+    Raises:
+        ValueError: If ``after`` has another shape than ``before``.
 
     Example:
         >>> angular_update(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
@@ -101,6 +134,9 @@ def relative_update(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim
     Returns:
         Shape ``(units,)``, dimensionless, at least 0. A unit that is zero before the step: 0.
 
+    Raises:
+        ValueError: If ``after`` has another shape than ``before``.
+
     Example:
         >>> relative_update(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 3.5]]))
         tensor([0.1000])
@@ -108,8 +144,7 @@ def relative_update(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim
     Reference:
         The relative update of Kosson et al. 2024, https://arxiv.org/abs/2305.17212.
     """
-    step = measure_step(before, after, unit, dim, groups)
-    return step.relative()
+    return measure_step(before, after, unit, dim, groups).relative()
 
 
 def gradient_alignment(
@@ -130,6 +165,9 @@ def gradient_alignment(
     Returns:
         Shape ``(units,)``, in [0, 1]; 0 where weight or gradient is zero.
 
+    Raises:
+        ValueError: If ``gradient`` has another shape than ``weight``.
+
     Example:
         >>> gradient_alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([0.6000])
@@ -138,7 +176,7 @@ def gradient_alignment(
         van Laarhoven 2017: :math:`\nabla L(\alpha w)=\nabla L(w)/\alpha`, so :math:`\langle w,\nabla L\rangle=0`.
     """
     wide = accumulator(weight.dtype)
-    w, g = (unit_rows(*split_units(t, unit, dim, groups)).to(wide) for t in (weight, gradient))
+    w, g = (rows.to(wide) for rows in paired_rows(weight, gradient, unit, dim, groups, name="gradient"))
     w_norm, g_norm = row_norms(w), row_norms(g)
     cosine = (_over(w, w_norm.unsqueeze(1)) * _over(g, g_norm.unsqueeze(1))).sum(dim=1).abs()
     return cosine.clamp(max=1.0)
@@ -172,5 +210,5 @@ def effective_lr(lr: float | Tensor, norm: float | Tensor, exponent: int) -> Ten
     rate = lr.to(value.device) if isinstance(lr, Tensor) else lr
     result = torch.ones_like(value) * rate
     for _ in range(exponent):  # one division at a time: the norm's square could overflow
-        result = result / value
+        result = torch.where(value == 0, torch.inf, result / value)
     return result
