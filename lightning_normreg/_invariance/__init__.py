@@ -1,0 +1,6 @@
+"""Finding the scale-invariant units of a module: start reading at ``_probe.py``."""
+
+from lightning_normreg._invariance._call import ProbeError as ProbeError
+from lightning_normreg._invariance._probe import find_scale_invariance as find_scale_invariance
+from lightning_normreg._invariance._verdict import ScaleInvariance as ScaleInvariance
+from lightning_normreg._invariance._verdict import summarize as summarize
