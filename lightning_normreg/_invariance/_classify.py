@@ -103,7 +103,7 @@ def _with_bias(candidate: Candidate, limits: Thresholds) -> ScaleInvariance | No
 def _not_invariant(candidate: Candidate, limits: Thresholds) -> ScaleInvariance:
     z = _whole_z(candidate)
     reason = (
-        f"Multiplying it by a positive number changes the loss: |Σ w·g|/√Σ(w·g)² is {z:.1e}, not below {limits.z:g}."
+        f"Multiplying it by a positive number changes the loss: |Σ w·g|/√Σ(w·g)² is {z:.2g}, not below {limits.z:g}."
     )
     return ScaleInvariance("none", z=z, reason=reason)
 

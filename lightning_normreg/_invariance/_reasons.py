@@ -17,19 +17,26 @@ def explain(verdict: ScaleInvariance) -> ScaleInvariance:
     return replace(
         verdict,
         reason=f"{_unit(verdict)}{_where(verdict)}{along} can be multiplied by "
-        f"{'a' if verdict.kind == 'layer' else 'its own'} positive number without changing the loss.",
+        f"{'a' if verdict.kind == 'layer' or _is_one_run(verdict) else 'its own'} positive number without changing the loss.",
     )
 
 
 def _unit(verdict: ScaleInvariance) -> str:
     if verdict.kind == "layer":
         return "The whole tensor"
+    if verdict.kind == "block" and _is_one_run(verdict):
+        return f"The block of slices along dimension {verdict.dim}"
     if verdict.kind == "block":
         size = f"{verdict.block_size} " if verdict.block_size else ""
         return f"Each block of {size}neighbouring slices along dimension {verdict.dim}"
     if verdict.kind == "dim":
         return f"Each slice along dimension {verdict.dim}"
     return f"Each {verdict.kind}"
+
+
+def _is_one_run(verdict: ScaleInvariance) -> bool:
+    runs = verdict.slices or ()
+    return len(runs) == 1 and verdict.block_size in (None, runs[0][1] - runs[0][0])
 
 
 def _where(verdict: ScaleInvariance) -> str:
