@@ -60,10 +60,16 @@ class NormReader(TorchFunctionMode):
     def _read_norm(self, func: Any, args: Any, kwargs: Any) -> None:
         bound = _SIGNATURES[func].bind(*args, **kwargs)
         bound.apply_defaults()
-        variance = _VARIANCES[func](bound.arguments)
+        # Checkpointing counts the tensors that are saved, and these are not there when it recomputes.
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            variance = _VARIANCES[func](bound.arguments)
         if variance is not None:
             eps = bound.arguments["eps"]
             self.readings.append(_Reading(variance, self._narrow_eps if eps is None else eps))
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _batch_variance(a: Mapping[str, Any]) -> Tensor | None:

@@ -12,6 +12,8 @@ from lightning_normreg._invariance._call import PrivateCall, ProbeError
 from lightning_normreg._invariance._slices import Axis, axes, slice_sums
 from lightning_normreg._roles import ParameterRole
 
+Gradients = tuple[Tensor | None, ...]
+
 
 @dataclass(frozen=True)
 class EulerSums:
@@ -88,18 +90,31 @@ def euler_draw(
     Raises:
         ProbeError: If the loss cannot be computed.
     """
-    wanted = {name: point[name] for name in roles}
+    weights = [point[name] for name in roles]
 
-    def backward(loss: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        if not loss.requires_grad:
-            raise ProbeError(
-                "The loss must depend on a trainable parameter, but it has no gradient. Return it undetached."
-            )
-        return loss.detach(), torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    def backward(loss: Tensor) -> tuple[Tensor, Gradients]:
+        return loss.detach(), _gradients(loss, weights)
 
-    loss, gradients = call.run(point, backward, seed=seed, shrink=shrink)
-    pairs = zip(wanted.items(), gradients, strict=True)
-    return float(loss), {name: euler_sums(weight, g, roles[name]) for (name, weight), g in pairs}
+    def plain_backward(loss: Tensor) -> tuple[Tensor, Gradients]:
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), tuple(weight.grad for weight in weights)
+
+    try:
+        loss, gradients = call.run(point, backward, seed=seed, shrink=shrink)
+    except ProbeError as error:
+        if "use_reentrant" not in str(error.__cause__):
+            raise
+        loss, gradients = call.run(point, plain_backward, seed=seed, shrink=shrink)
+    pairs = zip(roles, weights, gradients, strict=True)
+    return float(loss), {name: euler_sums(weight, gradient, roles[name]) for name, weight, gradient in pairs}
+
+
+def _gradients(loss: Tensor, weights: list[Tensor]) -> Gradients:
+    # Not loss.backward(), which would also leave gradients on whatever the user's code holds outside of the module.
+    # Only reentrant activation checkpointing insists on it.
+    if not loss.requires_grad:
+        raise ProbeError("The loss must depend on a trainable parameter, but it has no gradient. Return it undetached.")
+    return torch.autograd.grad(loss, weights, allow_unused=True)
 
 
 def pooled_statistic(sums: Tensor, squares: Tensor) -> float:

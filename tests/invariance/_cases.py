@@ -152,7 +152,12 @@ class PreActivationBlock(nn.Module):
 def preactivation_resnet() -> Case:
     """conv1 feeds only bn2. Stem and conv2 add up in the stream, which is invariant in them only together."""
     net = nn.Sequential(
-        nn.Conv2d(3, 6, 3, bias=False), PreActivationBlock(6), PreActivationBlock(6), nn.BatchNorm2d(6), nn.ReLU(), *head(6)
+        nn.Conv2d(3, 6, 3, bias=False),
+        PreActivationBlock(6),
+        PreActivationBlock(6),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        *head(6),
     )
     return Case(net, images(), cross_entropy, {"1.conv1.weight": "neuron", "2.conv1.weight": "neuron"})
 
@@ -177,7 +182,7 @@ def resnet_with_zero_gammas() -> Case:
     block = PostNormBlock(6)
     nn.init.zeros_(block.bn2.weight)
     net = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), block, *head(6))
-    return Case(net, images(), cross_entropy, {n: "neuron" for n in ("0.weight", "3.conv1.weight", "3.conv2.weight")})
+    return Case(net, images(), cross_entropy, dict.fromkeys(("0.weight", "3.conv1.weight", "3.conv2.weight"), "neuron"))
 
 
 @case
@@ -436,7 +441,8 @@ def pre_norm_transformer() -> Case:
 @case
 def post_norm_transformer() -> Case:
     """Every branch is added to its input before the norm. The key's bias only shifts all scores of a query: rows 8 to
-    16 of qkv's bias are inert, the others are not, so the vector as a whole is none."""
+    16 of qkv's bias are inert, the others are not, so the vector as a whole is none.
+    """
     return Case(LanguageModel("post", bias=True), words(), cross_entropy, {})
 
 
@@ -469,7 +475,8 @@ def qk_norm_attention_with_bias() -> Case:
 @case
 def sandwich_norm() -> Case:
     """The branch is normalized before it is added: out and down are layers. v passes through linearly: rows 16 to 24,
-    one block, because the heads meet in out before the norm."""
+    one block, because the heads meet in out before the norm.
+    """
     labels = {}
     for i in range(2):
         labels |= {f"blocks.{i}.attention.out.weight": "layer", f"blocks.{i}.down.weight": "layer"}
@@ -504,7 +511,7 @@ def lstm_with_layernorm() -> Case:
 
 @case
 def lstm_before_layernorm() -> Case:
-    """torch's LSTM squashes by tanh, which is not homogeneous, whatever normalizes its output."""
+    """Torch's LSTM squashes by tanh, which is not homogeneous, whatever normalizes its output."""
 
     class Recurrent(nn.Module):
         def __init__(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_normreg._invariance import find_scale_invariance
 
+from lightning_normreg._invariance import find_scale_invariance
 from tests.invariance._cases import CASES
 from tests.invariance._labels import differences
 
