@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from lightning_normreg._invariance._dispatch import ProbeMode
+from lightning_normreg._invariance._generic_point import generic_point
 from lightning_normreg._invariance._quiet import quiet, silence
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -43,7 +44,14 @@ class PrivateCall:
 
     def own_point(self) -> dict[str, Tensor]:
         """The module's parameters, in the probe's type; they share no memory with the copy's."""
-        return {name: self._cast(p.detach()) for name, p in self._copy.named_parameters()}
+        return {name: self._cast(p) for name, p in self._copy.named_parameters()}
+
+    def generic_point(self, magnitude: Mapping[str, float], *, seed: int, amount: float) -> dict[str, Tensor]:
+        """Parameters that ``magnitude`` names are drawn anew, and require a gradient; the others are as they were."""
+        own = dict(self._copy.named_parameters())
+        rest = {name: self._cast(p) for name, p in own.items() if name not in magnitude}
+        drawn = generic_point({name: own[name] for name in magnitude}, magnitude, self.dtype, seed=seed, amount=amount)
+        return {**rest, **{name: t.requires_grad_() for name, t in drawn.items()}}
 
     def run(self, point: Mapping[str, Tensor], then: Callable[[Tensor], T], *, seed: int, shrink: float = 1.0) -> T:
         """Compute the loss at ``point`` and return ``then(loss)``.
@@ -93,15 +101,13 @@ class _Call(nn.Module):
 def private_copy(module: nn.Module) -> nn.Module:
     """Deep copy that logs nowhere; a LightningModule keeps seeing its Trainer, which it may only read.
 
+    Parameters share their memory with the module's, as long as nobody but :class:`PrivateCall` calls the copy.
+
     Raises:
         ProbeError: If the module cannot be copied.
     """
-    # Tensors in the middle of a graph, such as the weight that legacy weight_norm leaves behind, refuse to be copied.
-    # The next forward pass makes them anew.
-    leaves = [leaf for m in module.modules() for leaf in tree_leaves(vars(m))]
-    memo = {id(t): t.detach().clone() for t in leaves if isinstance(t, Tensor) and not t.is_leaf}
     try:
-        twin = copy.deepcopy(module, memo)
+        twin = copy.deepcopy(module, _copied_already(module))
     except Exception as error:
         raise ProbeError(
             f"`module` must survive copy.deepcopy, because the probe works on a private copy, but "
@@ -110,6 +116,23 @@ def private_copy(module: nn.Module) -> nn.Module:
         ) from error
     silence(twin, module)
     return twin
+
+
+def _copied_already(module: nn.Module) -> dict[int, Any]:
+    """What deepcopy shall not copy itself, by id."""
+    # Every call replaces all parameters by a point, so these are only ever read: a second set would be a waste.
+    memo: dict[int, Any] = {id(p): _alias(p) for p in module.parameters() if type(p) is nn.Parameter}
+    # Tensors in the middle of a graph, such as the weight that legacy weight_norm leaves behind, refuse to be copied.
+    # The next forward pass makes them anew.
+    leaves = [leaf for m in module.modules() for leaf in tree_leaves(vars(m))]
+    memo.update({id(t): t.detach().clone() for t in leaves if isinstance(t, Tensor) and not t.is_leaf})
+    return memo
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    vars(alias).update(vars(parameter))
+    return alias
 
 
 def check_callable(module: nn.Module, batch: Any, loss: Loss | None) -> None:

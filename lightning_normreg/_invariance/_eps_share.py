@@ -131,13 +131,15 @@ def eps_shares(
         Name → median and largest share over the units. Left out are weights for which it could not be read, such as
         those within reentrant activation checkpointing.
     """
-    wanted = [name for name, verdict in verdicts.items() if verdict.is_invariant]
-    if not wanted:
+    invariant = {name: verdict for name, verdict in verdicts.items() if verdict.is_invariant}
+    if not invariant:
         return {}
+    wanted = invariant.keys() | {v.needs_bias for v in invariant.values()}
+    roles = {name: role for name, role in roles.items() if name in wanted}
     point = {name: t.requires_grad_(name in roles) for name, t in call.own_point().items()}
     try:
         kept = _read(call, point, lambda readings: [_share(r) for r in readings], 1.0, narrow)
-        return _attribute(call, point, verdicts, roles, kept, shrink=shrink, narrow=narrow)
+        return _attribute(call, point, invariant, roles, kept, shrink=shrink, narrow=narrow)
     except ProbeError:
         return {}
 
@@ -172,11 +174,10 @@ def _attribute(
     complete, shares, counts = _read(call, point, backward, shrink, narrow)
     found: Shares = {}
     for name, verdict in verdicts.items():
-        if verdict.is_invariant:
-            met, places = (_per_unit(verdict, name, degrees) for degrees in (shares, counts))
-            share = _summary(met, places, complete)
-            if share is not None:
-                found[name] = share
+        met, places = (_per_unit(verdict, name, degrees) for degrees in (shares, counts))
+        share = _summary(met, places, complete)
+        if share is not None:
+            found[name] = share
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_normreg._invariance._call import PrivateCall, ProbeError
-from lightning_normreg._invariance._slices import Axis, axes, slice_sums
+from lightning_normreg._invariance._slices import Axis, axes, slice_squares, slice_sums
 from lightning_normreg._roles import ParameterRole
 
 Gradients = tuple[Tensor | None, ...]
@@ -52,20 +52,19 @@ def euler_sums(weight: Tensor, gradient: Tensor | None, role: ParameterRole) -> 
         >>> role = ParameterRole("weight", "", "Linear")
         >>> weight = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
         >>> sums = euler_sums(weight, torch.tensor([[4.0, -3.0], [1.0, 1.0]]), role)
-        >>> sums.sums[Axis(0)], sums.squares[Axis(0)]  # the first row's gradient is at a right angle to it
-        (tensor([0., 2.], dtype=torch.float64), tensor([288.,   2.], dtype=torch.float64))
+        >>> sums.sums[Axis(0)]  # the first row's gradient is at a right angle to it
+        tensor([0., 2.], dtype=torch.float64)
 
     Reference:
         Twan van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, arXiv:1706.05350, section 2.
     """
     entries = _euler_entries(weight, gradient)
     entries = entries.reshape(1) if entries.ndim == 0 else entries
-    squared = entries.square()
     found = axes(entries.shape, role)
     return EulerSums(
         {axis: slice_sums(entries, axis).cpu() for axis in found},
-        {axis: slice_sums(squared, axis).cpu() for axis in found},
-        squared.sum().cpu(),
+        {axis: slice_squares(entries, axis).cpu() for axis in found},
+        torch.linalg.vector_norm(entries).square().cpu(),
         weight.ndim < 2,
     )
 

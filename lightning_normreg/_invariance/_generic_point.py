@@ -28,7 +28,12 @@ def magnitudes(names: Iterable[str], draws: int, seed: int) -> dict[str, list[fl
 
 
 def generic_point(
-    tensors: Mapping[str, Tensor], magnitude: Mapping[str, float], *, seed: int, amount: float = AMOUNT
+    tensors: Mapping[str, Tensor],
+    magnitude: Mapping[str, float],
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    amount: float = AMOUNT,
 ) -> dict[str, Tensor]:
     """Draw every tensor anew, close to where it is but away from all special values.
 
@@ -36,8 +41,9 @@ def generic_point(
     r = magnitude/√fan_in and becomes ``p + amount·√(p² + r²)·n``; an all-zero tensor is drawn from ``n·r``.
 
     Args:
-        tensors: Name → tensor of the probe's type, on any device.
+        tensors: Name → tensor of any type, on any device; they are not changed.
         magnitude: Name → factor on 1/√fan_in.
+        dtype: The probe's type, of the result; complex tensors get the complex type of that width.
         seed: Of the normal numbers, one stream per device.
         amount: Relative size of the noise, ``≥ 0``.
     """
@@ -45,24 +51,25 @@ def generic_point(
     point = {}
     for name, tensor in tensors.items():
         generator = generators.setdefault(tensor.device, torch.Generator(tensor.device).manual_seed(seed))
-        point[name] = _redraw(tensor, magnitude[name], amount, generator)
+        wide = tensor.detach().to(dtype.to_complex() if tensor.is_complex() else dtype, copy=True)
+        point[name] = _redraw(wide, magnitude[name], amount, generator)
     return point
 
 
 def _redraw(tensor: Tensor, magnitude: float, amount: float, generator: torch.Generator) -> Tensor:
     noise = _normal(tensor, generator)
     if tensor.ndim <= 1:
-        return noise.mul_(2 * amount).add_(tensor)
+        return tensor.add_(noise, alpha=2 * amount)
     fan_in = max(1, tensor[0].numel())
     rms = magnitude / math.sqrt(fan_in)
     actual = float(tensor.abs().square().mean().sqrt()) if tensor.numel() else 0.0
     if actual < 1e-3 / math.sqrt(fan_in):  # zero or a tiny layer scale: there is no direction to keep
-        return noise.mul_(rms)
-    scaled = tensor * (rms / actual)
-    return scaled.addcmul_(noise, scaled.abs().square().add_(rms**2).sqrt_(), value=amount)
+        return noise.to(tensor.dtype).mul_(rms)
+    tensor.mul_(rms / actual)
+    return tensor.add_(noise * tensor.abs().square_().add_(rms**2).sqrt_(), alpha=amount)
 
 
 def _normal(tensor: Tensor, generator: torch.Generator) -> Tensor:
     # Single precision is generic enough, and drawing is a good part of the probe's cost.
     narrow = torch.complex64 if tensor.is_complex() else torch.float32
-    return torch.randn(tensor.shape, generator=generator, dtype=narrow, device=tensor.device).to(tensor.dtype)
+    return torch.randn(tensor.shape, generator=generator, dtype=narrow, device=tensor.device)

@@ -16,7 +16,7 @@ from lightning_normreg._invariance._certificate import Accepted, certify
 from lightning_normreg._invariance._classify import Candidate, classify, inert_parameters
 from lightning_normreg._invariance._eps_share import eps_shares
 from lightning_normreg._invariance._euler import EulerSums, euler_draw
-from lightning_normreg._invariance._generic_point import AMOUNT, generic_point, magnitudes
+from lightning_normreg._invariance._generic_point import AMOUNT, magnitudes
 from lightning_normreg._invariance._reasons import demoted, explain, frozen, inert
 from lightning_normreg._invariance._thresholds import THRESHOLDS
 from lightning_normreg._invariance._verdict import Evidence, ScaleInvariance
@@ -132,16 +132,13 @@ class _Setup:
         self.call = PrivateCall(module, forward, batch, dtype)
         self.limits = THRESHOLDS[dtype]
         self.seed, self.draws = seed, draws
-        self._own = self.call.own_point()
         self._magnitudes = magnitudes(self.roles, draws + 1, seed)
 
     def point(self, index: int, attempt: int = 0) -> tuple[dict[str, Tensor], int]:
         """Generic point number ``index`` and its seed; each further attempt stays closer to the module's own point."""
         seed = (self.seed * 1009 + index) * _ATTEMPTS + attempt
         magnitude = {name: m[index] if attempt == 0 else 1.0 for name, m in self._magnitudes.items()}
-        trainable = {name: self._own[name] for name in self.roles}
-        drawn = generic_point(trainable, magnitude, seed=seed, amount=AMOUNT / 4**attempt)
-        return {**self._own, **{name: t.requires_grad_() for name, t in drawn.items()}}, seed
+        return self.call.generic_point(magnitude, seed=seed, amount=AMOUNT / 4**attempt), seed
 
 
 def _draw(setup: _Setup, index: int) -> dict[str, EulerSums]:

@@ -14,11 +14,9 @@ def explain(verdict: ScaleInvariance) -> ScaleInvariance:
     'Each neuron can be multiplied by its own positive number without changing the loss.'
     """
     along = f", together with {verdict.needs_bias}," if verdict.needs_bias else ""
-    return replace(
-        verdict,
-        reason=f"{_unit(verdict)}{_where(verdict)}{along} can be multiplied by "
-        f"{'a' if verdict.kind == 'layer' or _is_one_run(verdict) else 'its own'} positive number without changing the loss.",
-    )
+    number = "a" if verdict.kind == "layer" or _is_one_run(verdict) else "its own"
+    what = f"{_unit(verdict)}{_where(verdict)}{along}"
+    return replace(verdict, reason=f"{what} can be multiplied by {number} positive number without changing the loss.")
 
 
 def _unit(verdict: ScaleInvariance) -> str:

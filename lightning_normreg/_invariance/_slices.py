@@ -38,6 +38,15 @@ def slice_sums(entries: Tensor, axis: Axis) -> Tensor:
     return view.sum([d for d in range(view.ndim) if d not in kept]).flatten()
 
 
+def slice_squares(entries: Tensor, axis: Axis) -> Tensor:
+    """Sum of the squares of the entries of each slice, shape ``(slices,)``, without a copy of the tensor."""
+    if entries.ndim == 1:
+        return entries.square()
+    view, kept = split_units(entries, "neuron", *axis)
+    norms: Tensor = torch.linalg.vector_norm(view, dim=[d for d in range(view.ndim) if d not in kept])
+    return norms.square().flatten()
+
+
 def scale_slices(tensor: Tensor, factors: Tensor, axis: Axis) -> Tensor:
     """Multiply each slice along an axis by its factor; ``factors`` has shape ``(slices,)``."""
     if tensor.ndim <= 1:

@@ -440,8 +440,10 @@ def pre_norm_transformer() -> Case:
 
 @case
 def post_norm_transformer() -> Case:
-    """Every branch is added to its input before the norm. The key's bias only shifts all scores of a query: rows 8 to
-    16 of qkv's bias are inert, the others are not, so the vector as a whole is none.
+    """Every branch is added to its input before the norm.
+
+    The key's bias only shifts all scores of a query: rows 8 to 16 of qkv's bias are inert, the others are not, so the
+    vector as a whole is none.
     """
     return Case(LanguageModel("post", bias=True), words(), cross_entropy, {})
 
@@ -474,8 +476,9 @@ def qk_norm_attention_with_bias() -> Case:
 
 @case
 def sandwich_norm() -> Case:
-    """The branch is normalized before it is added: out and down are layers. v passes through linearly: rows 16 to 24,
-    one block, because the heads meet in out before the norm.
+    """The branch is normalized before it is added: out and down are layers.
+
+    v passes through linearly: rows 16 to 24, one block, because the heads meet in out before the norm.
     """
     labels = {}
     for i in range(2):
@@ -553,7 +556,7 @@ def unused_and_frozen() -> Case:
 
 @case
 def straight_through() -> Case:
-    """The forward pass rounds, the backward pass does not: the gradient is none of the loss, and not at a right angle."""
+    """The forward pass rounds, the backward pass does not: the gradient is not the loss's, nor at a right angle."""
 
     class Rounded(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
+
+hf = pytest.importorskip(
+    "transformers", reason="transformers is not installed, and its models are only tested where it is"
+)
 
 
 class Pretrained(NamedTuple):

@@ -76,7 +76,7 @@ def test_a_training_step_that_needs_a_trainer_is_told_so():
         def training_step(self, batch):
             return super().training_step(batch) * self.trainer.max_epochs
 
-    with pytest.raises(ProbeError, match="is not attached to a `Trainer`.*callback's on_train_batch_start"):
+    with pytest.raises(ProbeError, match=r"is not attached to a `Trainer`.*callback's on_train_batch_start"):
         find_scale_invariance(Needy(), BATCH)
 
 
@@ -84,7 +84,7 @@ def test_manual_optimization_is_told_to_pass_forward():
     """Its training_step would step optimizers; a loss can be given instead."""
     module = Module()
     module.automatic_optimization = False
-    with pytest.raises(ValueError, match="automatic_optimization=False.*pass `forward`"):
+    with pytest.raises(ValueError, match=r"automatic_optimization=False.*pass `forward`"):
         find_scale_invariance(module, BATCH)
     assert find_scale_invariance(module, BATCH, forward=lambda m, b: loss(m.net, b))["net.0.weight"].kind == "neuron"
 
