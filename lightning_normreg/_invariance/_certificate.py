@@ -55,7 +55,7 @@ def _scale(tensor: Tensor, factors: Tensor, verdict: ScaleInvariance) -> Tensor:
 
 def certify(
     call: PrivateCall, point: Mapping[str, Tensor], accepted: list[Accepted], limits: Thresholds, *, seed: int
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Find the accepted parameters that do change the loss after all.
 
     Costs three forward passes when all is well. Otherwise the set is halved until the culprits are alone.
@@ -68,7 +68,8 @@ def certify(
         seed: Of the powers of two, and of what the loss draws.
 
     Returns:
-        Name → relative change of the loss, for those that fail by themselves.
+        Name → relative change of the loss, for those that fail by themselves; None where the loss at the point is not
+        finite, and so says nothing.
     """
     if not accepted:
         return {}
@@ -78,6 +79,8 @@ def certify(
         return call.run(leaves, lambda loss: float(loss.detach()), seed=seed, shrink=limits.shrink)
 
     base = loss_at(point)
+    if not math.isfinite(base):
+        return None
 
     def change(items: list[Accepted]) -> float:
         losses = [loss_at(rescaled(point, items, seed + r)) for r in range(ROUNDS)]

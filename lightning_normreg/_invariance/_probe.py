@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from lightning_normreg._invariance._certificate import Accepted, certify
 from lightning_normreg._invariance._classify import Candidate, classify, inert_parameters
 from lightning_normreg._invariance._eps_share import eps_shares
 from lightning_normreg._invariance._euler import EulerSums, euler_draw
-from lightning_normreg._invariance._generic_point import AMOUNT, magnitudes
+from lightning_normreg._invariance._generic_point import AMOUNT, LADDER, magnitudes
 from lightning_normreg._invariance._reasons import demoted, explain, frozen, inert
 from lightning_normreg._invariance._thresholds import THRESHOLDS
 from lightning_normreg._invariance._verdict import Evidence, ScaleInvariance
@@ -132,12 +133,23 @@ class _Setup:
         self.call = PrivateCall(module, forward, batch, dtype)
         self.limits = THRESHOLDS[dtype]
         self.seed, self.draws = seed, draws
-        self._magnitudes = magnitudes(self.roles, draws + 1, seed)
+        self._magnitudes = magnitudes(self.roles, draws, seed)
 
     def point(self, index: int, attempt: int = 0) -> tuple[dict[str, Tensor], int]:
         """Generic point number ``index`` and its seed; each further attempt stays closer to the module's own point."""
-        seed = (self.seed * 1009 + index) * _ATTEMPTS + attempt
         magnitude = {name: m[index] if attempt == 0 else 1.0 for name, m in self._magnitudes.items()}
+        return self._drawn(magnitude, index, attempt)
+
+    def certificate_point(self, accepted: Collection[str], attempt: int) -> tuple[dict[str, Tensor], int]:
+        """A point that no draw has used, at which the accepted weights are as large as any draw had them.
+
+        Scale-invariant weights may have any size, so this is safe; clamps that a draw met by luck only are met here.
+        """
+        magnitude = {name: LADDER[-1] if name in accepted and attempt == 0 else 1.0 for name in self.roles}
+        return self._drawn(magnitude, self.draws, attempt)
+
+    def _drawn(self, magnitude: dict[str, float], index: int, attempt: int) -> tuple[dict[str, Tensor], int]:
+        seed = (self.seed * 1009 + index) * _ATTEMPTS + attempt
         return self.call.generic_point(magnitude, seed=seed, amount=AMOUNT / 4**attempt), seed
 
 
@@ -169,14 +181,16 @@ def _euler_verdicts(setup: _Setup) -> dict[str, ScaleInvariance]:
 
 def _confirmed(setup: _Setup, verdicts: dict[str, ScaleInvariance]) -> dict[str, ScaleInvariance]:
     """The verdicts without those that the certificate refutes."""
-    point, seed = setup.point(setup.draws)
-    accepted = [
-        Accepted(name, v.needs_bias, v, _slices(point[name], setup.roles[name], v))
-        for name, v in verdicts.items()
-        if v.is_invariant
-    ]
-    changes = certify(setup.call, point, accepted, setup.limits, seed=seed)
-    return {name: demoted(v, changes[name]) if name in changes else v for name, v in verdicts.items()}
+    invariant = {name: v for name, v in verdicts.items() if v.is_invariant}
+    for attempt in range(_ATTEMPTS):
+        point, seed = setup.certificate_point(invariant.keys(), attempt)
+        accepted = [
+            Accepted(name, v.needs_bias, v, _slices(point[name], setup.roles[name], v)) for name, v in invariant.items()
+        ]
+        changes = certify(setup.call, point, accepted, setup.limits, seed=seed)
+        if changes is not None:
+            return {name: demoted(v, changes[name]) if name in changes else v for name, v in verdicts.items()}
+    raise ProbeError(f"The loss must be finite close to the module's weights, but was not at {_ATTEMPTS} points there.")
 
 
 def _slices(weight: Tensor, role: ParameterRole, verdict: ScaleInvariance) -> int:

@@ -38,7 +38,7 @@ class Module(LightningModule):
         return results[self.result]
 
 
-BATCH = (torch.linspace(-1, 1, 48).reshape(8, 6).sin(), torch.arange(8) % 3)
+BATCH = (torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3)
 
 
 def loss(module, batch):
