@@ -33,7 +33,7 @@ def test_verdicts_depend_neither_on_the_seed_nor_on_the_type(name, seed, dtype):
 
 @pytest.mark.parametrize("seed", range(20, 30))
 def test_a_clamp_is_met_by_the_certificate_at_the_latest(seed):
-    """ReLU6 clips only large activations; with seed 25 the four float32 draws once met that by luck too small to see."""
+    """ReLU6 clips only large activations; with seed 25 the four float32 draws missed that by luck."""
     torch.manual_seed(seed)
     case = CASES["relu6_before_layernorm"]()
     verdicts = find_scale_invariance(case.module, case.batch, forward=case.loss, dtype="float32", seed=seed)
