@@ -3,6 +3,10 @@
 from lightning_normreg import functional as functional
 from lightning_normreg._decay_groups import DecayGroupsMixin as DecayGroupsMixin
 from lightning_normreg._decay_groups import decay_groups as decay_groups
+from lightning_normreg._invariance import ScaleInvariance as ScaleInvariance
+from lightning_normreg._invariance import find_scale_invariance as find_scale_invariance
+from lightning_normreg._invariance import load_verdict as load_verdict
+from lightning_normreg._invariance import save_verdict as save_verdict
 from lightning_normreg._optimizers import register_update_rule as register_update_rule
 from lightning_normreg._roles import ParameterRole as ParameterRole
 from lightning_normreg._roles import parameter_roles as parameter_roles

@@ -24,6 +24,7 @@ FLOORS = {
     "_optimizers": 1,
     "_selection": 2,
     "_roles": 2,
+    "_invariance": 2,
     "_watched": 3,
     "_step_hooks": 3,
     "_tracker": 3,
@@ -41,11 +42,15 @@ PUBLIC = {
     "EffectiveLRMonitor",
     "NormProjection",
     "ParameterRole",
+    "ScaleInvariance",
     "WeightNormMonitor",
     "decay_groups",
+    "find_scale_invariance",
     "functional",
+    "load_verdict",
     "parameter_roles",
     "register_update_rule",
+    "save_verdict",
 }
 PUBLIC_FUNCTIONAL = {
     "angular_update",

@@ -1,0 +1,75 @@
+"""Points at which a weight that is not scale-invariant has no chance to look so.
+
+At a fresh initialization biases, gains and whole branches are zero, and eps may dominate a variance: weights look
+scale-invariant there that are not, and the other way round. Scale invariance is an identity in the weights, so it may
+be tested anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+LADDER = (0.5, 1.0, 3.0, 8.0)
+"""Magnitudes relative to 1/√fan_in, so that clamps (ReLU6) and saturations are visited."""
+
+AMOUNT = 0.1
+"""Standard deviation of the noise relative to the entries; twice that, absolutely, for vectors."""
+
+
+def magnitudes(names: Iterable[str], draws: int, seed: int) -> dict[str, list[float]]:
+    """For each tensor its magnitude in every draw: all of the ladder, each in its own order."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = {name: torch.randperm(len(LADDER), generator=generator).tolist() for name in names}
+    return {name: [LADDER[order[k % len(LADDER)]] for k in range(draws)] for name, order in orders.items()}
+
+
+def generic_point(
+    tensors: Mapping[str, Tensor],
+    magnitude: Mapping[str, float],
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    amount: float = AMOUNT,
+) -> dict[str, Tensor]:
+    """Draw every tensor anew, close to where it is but away from all special values.
+
+    A vector p becomes ``p + 2·amount·n``, n standard normal. Anything else is brought to the root mean square
+    r = magnitude/√fan_in and becomes ``p + amount·√(p² + r²)·n``; an all-zero tensor is drawn from ``n·r``.
+
+    Args:
+        tensors: Name → tensor of any type, on any device; they are not changed.
+        magnitude: Name → factor on 1/√fan_in.
+        dtype: The probe's type, of the result; complex tensors get the complex type of that width.
+        seed: Of the normal numbers, one stream per device.
+        amount: Relative size of the noise, ``≥ 0``.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    point = {}
+    for name, tensor in tensors.items():
+        generator = generators.setdefault(tensor.device, torch.Generator(tensor.device).manual_seed(seed))
+        wide = tensor.detach().to(dtype.to_complex() if tensor.is_complex() else dtype, copy=True)
+        point[name] = _redraw(wide, magnitude[name], amount, generator)
+    return point
+
+
+def _redraw(tensor: Tensor, magnitude: float, amount: float, generator: torch.Generator) -> Tensor:
+    noise = _normal(tensor, generator)
+    if tensor.ndim <= 1:
+        return tensor.add_(noise, alpha=2 * amount)
+    fan_in = max(1, tensor[0].numel())
+    rms = magnitude / math.sqrt(fan_in)
+    actual = float(tensor.abs().square().mean().sqrt()) if tensor.numel() else 0.0
+    if actual < 1e-3 / math.sqrt(fan_in):  # zero or a tiny layer scale: there is no direction to keep
+        return noise.to(tensor.dtype).mul_(rms)
+    tensor.mul_(rms / actual)
+    return tensor.add_(noise * tensor.abs().square_().add_(rms**2).sqrt_(), alpha=amount)
+
+
+def _normal(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    # Single precision is generic enough, and drawing is a good part of the probe's cost.
+    narrow = torch.complex64 if tensor.is_complex() else torch.float32
+    return torch.randn(tensor.shape, generator=generator, dtype=narrow, device=tensor.device)

@@ -1,0 +1,81 @@
+"""What the probe found out about one parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Kind = Literal["neuron", "block", "column", "dim", "layer", "inert", "none"]
+Evidence = Literal["float64", "float32", "observer"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+EVIDENCE: tuple[Evidence, ...] = get_args(Evidence)
+
+
+@dataclass(frozen=True)
+class ScaleInvariance:
+    """The units of one parameter that may be multiplied by any positive number without changing the loss.
+
+    Attributes:
+        kind: ``"neuron"``: each neuron (row, or column of a transposed convolution) is a unit. ``"block"``: runs of
+            neighbouring slices are. ``"column"``: each slice along dimension 1 is. ``"dim"``: each slice along another
+            dimension is. ``"layer"``: only the whole tensor is. ``"inert"``: the loss does not depend on the
+            parameter. ``"none"``: no unit of it is scale-invariant by itself.
+        dim: Dimension that the units run along; None for ``"layer"``, ``"inert"`` and ``"none"``.
+        groups: Groups that the slices are spread over, for transposed convolutions; else 1.
+        block_size: Slices per unit, 1 for single slices; None where units differ in size, or have no dimension.
+        slices: Ranges ``(start, stop)`` along ``dim`` that are scale-invariant; None for all. Where ``block_size`` is
+            None, each range is one unit.
+        needs_bias: Clean name of the bias that must be multiplied along, slice by slice; None for most.
+        z: Largest ``|Σ w·g| / √Σ (w·g)²`` of the units over all draws (of the whole tensor for ``"none"``). Zero means
+            scale-invariant; without invariance it is about 1. None if it was not tested.
+        evidence: ``"float64"``, ``"float32"``, or ``"observer"``, which only ever saw gradients of training.
+        rho_median: Median over the units of the eps share eps/(var + eps) of the normalizations behind them, at the
+            user's own weights: 0 is exactly scale-invariant, 1 not at all. None if it was not measured.
+        rho_worst: The largest of them.
+        reason: Why, in one sentence.
+    """
+
+    kind: Kind
+    dim: int | None = None
+    groups: int = 1
+    block_size: int | None = None
+    slices: tuple[tuple[int, int], ...] | None = None
+    needs_bias: str | None = None
+    z: float | None = None
+    evidence: Evidence = "float64"
+    rho_median: float | None = None
+    rho_worst: float | None = None
+    reason: str = ""
+
+    @property
+    def is_invariant(self) -> bool:
+        """Whether there are units, and so something to project."""
+        return self.kind not in ("inert", "none")
+
+
+def summarize(verdicts: Mapping[str, ScaleInvariance]) -> str:
+    """Say in a sentence or two what share of the parameters is scale-invariant.
+
+    >>> summarize({"weight": ScaleInvariance("none"), "bias": ScaleInvariance("inert")})
+    'No parameter is scale-invariant by itself (1 is not, 1 does not reach the loss): here weight decay acts on the \
+function, not only on the learning rate.'
+    >>> summarize({"conv.weight": ScaleInvariance("neuron", dim=0), "head.weight": ScaleInvariance("none")})
+    '1 of 2 parameters has scale-invariant units (0 do not reach the loss).'
+    """
+    invariant = sum(v.is_invariant for v in verdicts.values())
+    inert = sum(v.kind == "inert" for v in verdicts.values())
+    if not invariant:
+        rest = len(verdicts) - inert
+        return (
+            f"No parameter is scale-invariant by itself ({rest} {'is' if rest == 1 else 'are'} not, {inert} "
+            f"{_do(inert)} not reach the loss): here weight decay acts on the function, not only on the learning rate."
+        )
+    return (
+        f"{invariant} of {len(verdicts)} parameters {'has' if invariant == 1 else 'have'} scale-invariant units "
+        f"({inert} {_do(inert)} not reach the loss)."
+    )
+
+
+def _do(count: int) -> str:
+    return "does" if count == 1 else "do"
