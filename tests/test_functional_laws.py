@@ -45,7 +45,7 @@ def draw_case(draw: st.DrawFn) -> Case:
 
 seeds, cases = st.integers(0, 2**32 - 1), draw_case()
 sizes, positive = st.floats(1e-4, 10.0), st.floats(1e-6, 1e6)
-signed = st.floats(-1e18, 1e18).filter(lambda c: abs(c) > 1e-18)
+signed = st.floats(-1e30, 1e30).filter(lambda c: abs(c) > 1e-30)
 
 
 @given(cases, signed)
@@ -145,9 +145,8 @@ def test_alignment_is_a_cosine(case: Case, c: float) -> None:
     """It lies in [0, 1]; it is 1 for any multiple of the weight, and 0 for a perpendicular gradient."""
     weight, other = case.step(1.0)
     alignment = F.gradient_alignment(weight, other, **case.where)
-    assert ((alignment >= 0) & (alignment <= 1)).all()
-    parallel = F.gradient_alignment(weight, weight * c, **case.where)
-    assert (parallel <= 1).all()
+    parallel = F.gradient_alignment(weight * abs(c), weight * c, **case.where)
+    assert all(((values >= 0) & (values <= 1)).all() for values in (alignment, parallel))
     close(np.ones(len(parallel)), parallel, rtol=4 * noise(weight))
     pairs, turned = torch.stack([weight, other], dim=-1), torch.stack([-other, weight], dim=-1)  # by a quarter
     perpendicular = F.gradient_alignment(pairs, turned, **case.where)
@@ -211,15 +210,12 @@ DISTANCES = {torch.float64: 2e-15, torch.float32: 1e-6, torch.bfloat16: 2**-8 + 
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("dtype", DISTANCES, ids=str)
 def test_projected_rows_stay(dtype: torch.dtype, spread: str, length: int) -> None:
-    """Projecting again changes no bit of any row; the true norm is within the promised distance of the radius.
-
-    Dust of one size beside one large entry makes all roundings of a sum agree: such rows may settle the second time.
-    """
+    """Projecting again changes no bit of any row; the true norm is within the promised distance of the radius."""
     for seed in range(SEED, SEED + 3):
         rows = SPREADS[spread](random((max(2, min(1000, 150_000 // length)), length), torch.float64, seed))
         start = (1.7 * rows / rows.norm(dim=1, keepdim=True)).to(dtype)
         for weight in (start.clone(), start.t().contiguous().t()):
-            for _ in range(1 + (spread == "one entry and dust")):
+            for _ in range(1 + (spread == "one entry and dust")):  # in its sums all roundings agree
                 F.project_(weight)
             true = np.sqrt(np.square(exact(weight).astype(np.longdouble)).sum(axis=1))
             assert abs(true - 1).max() <= DISTANCES[dtype]
@@ -254,8 +250,8 @@ def test_projection_breaks_nothing(dtype: torch.dtype, length: int, seed: int, s
 
 
 FAR = {  # size of the entries, radius: those that come to it, and those that must stay as they are
-    "float32": ([(1e-30, 1.0), (1.0, 1e-10), (1.0, 1e10), (1e30, 1e10)], [(1e-41, 1.0), (1e-30, 1e10), (1e30, 1e-10)]),
-    "float16": ([(1.0, 1e-3), (1.0, 6e4), (1e-4, 1.0), (6e3, 1.0)], [(1.0, 1e-10), (1.0, 1e-5), (1.0, 1e10)]),
+    "float32": ([(1e-30, 1), (1, 1e-10), (1, 1e10), (1e30, 1e10)], [(1e-41, 1e-20), (1e-30, 1e10), (1e30, 1e-10)]),
+    "float16": ([(1, 1e-3), (1, 6e4), (1e-4, 1), (6e3, 1)], [(1, 1e-10), (1, 1e-5), (1, 1e10)]),
 }
 
 

@@ -7,14 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Unit = Literal["neuron", "layer"]
+Unit = Literal["neuron", "layer"] | int
 UNITS: tuple[Unit, ...] = ("neuron", "layer")
 
 
-def check_unit(unit: str) -> None:
+def check_unit(unit: object) -> None:
     """Raise a ``ValueError`` that lists the known units, unless ``unit`` is one of them."""
-    if unit not in UNITS:
-        raise ValueError(f"`unit` must be one of {', '.join(map(repr, UNITS))}, got {unit!r}.")
+    block = isinstance(unit, int) and not isinstance(unit, bool) and unit > 0
+    if unit not in UNITS and not block:
+        known = ", ".join(map(repr, UNITS))
+        raise ValueError(f"`unit` must be one of {known}, or a number of neighbouring neurons, got {unit!r}.")
 
 
 def split_units(weight: Tensor, unit: Unit, dim: int, groups: int) -> tuple[Tensor, tuple[int, ...]]:
@@ -22,7 +24,7 @@ def split_units(weight: Tensor, unit: Unit, dim: int, groups: int) -> tuple[Tens
 
     Args:
         weight: Any floating-point or complex tensor; complex entries are seen as pairs of real ones.
-        unit: ``"neuron"`` or ``"layer"``.
+        unit: ``"neuron"``, ``"layer"``, or how many neighbouring neurons form a unit.
         dim: Dimension of the neurons, 0 for all but transposed convolutions.
         groups: Groups of a transposed convolution, whose neurons are spread over dimension 0 as well.
 
@@ -38,9 +40,27 @@ def split_units(weight: Tensor, unit: Unit, dim: int, groups: int) -> tuple[Tens
         view = torch.view_as_real(view)
     if unit == "layer" or lonely:
         return view, ()
+    size = 1 if unit == "neuron" else unit
     if groups > 1:
-        return view.view(groups, view.shape[0] // groups, *view.shape[1:]), (0, dim + 1)
-    return view, (dim,)
+        return _split_groups(view, size, groups)
+    return _cut(view, dim, size), (dim,)
+
+
+def _split_groups(view: Tensor, size: int, groups: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Units of a transposed convolution, whose neuron number is group · neurons in a group + place in it."""
+    inside = view.shape[1]
+    grouped = _cut(view, 0, view.shape[0] // groups)
+    if inside % size == 0:
+        return _cut(grouped, 2, size), (0, 2)
+    return _cut(grouped, 0, size // inside if size % inside == 0 else groups + 1), (0,)
+
+
+def _cut(view: Tensor, dim: int, size: int) -> Tensor:
+    """Cut a dimension into runs of ``size``, as two dimensions."""
+    length = view.shape[dim]
+    if length % size:
+        raise ValueError(f"`unit` must divide the number of neurons into equal blocks, got {size} for {length}.")
+    return view.view(*view.shape[:dim], length // size, size, *view.shape[dim + 1 :])
 
 
 def unit_rows(view: Tensor, kept: tuple[int, ...], like: Tensor | None = None) -> Tensor:

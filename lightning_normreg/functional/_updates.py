@@ -96,7 +96,7 @@ def angular_update(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim:
 
     With :math:`\Delta` = after − before, :math:`n=\lVert w_u\rVert` before, :math:`r` the part of
     :math:`\Delta` along the unit and :math:`\Delta_\perp` the part across it. For float32 weights right to 1e-6 at any
-    angle, also when decay makes the update almost radial (on MPS, which has no float64, to 4e-8 r/t then).
+    angle, also when decay makes the update almost radial.
 
     Args:
         before: Weight before the step, any shape.
