@@ -20,7 +20,7 @@ lint: .venv/with-lint
 	$(BIN)/mypy
 
 docs: .venv/with-docs
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 benchmark: .venv/with-test
 	$(BIN)/python tests/benchmarks/step_cost.py

@@ -25,10 +25,15 @@ class Curve:
 
 
 WEIGHT_NORM = Curve("weight_norm", "‖w‖", "w", "√Σ_u ‖w_u‖², of the whole tensor")
-UNIT_NORM_RMS = Curve("unit_norm_rms", "n", "w", "‖w‖ / √U", summary="unit_norm_rms")
+UNIT_NORM_RMS = Curve(
+    "unit_norm_rms", "n", "w", "√(mean_u ‖w_u‖²), ‖w‖ / √U where the units cover the tensor", summary="unit_norm_rms"
+)
 UNIT_NORM_MIN = Curve("unit_norm_min", "min ‖w_u‖", "w", "min_u ‖w_u‖")
 UNIT_NORM_MAX = Curve("unit_norm_max", "max ‖w_u‖", "w", "max_u ‖w_u‖")
 EFFECTIVE_LR = Curve("effective_lr", "η / n^p", "lr / w^p", "lr / unit_norm_rms^p", summary="effective_lr_ratio")
+EFFECTIVE_LR_NOT_INVARIANT = Curve(
+    "effective_lr_not_invariant", "η / n^p", "lr / w^p", "as effective_lr, of weights that are not scale-invariant"
+)
 ANGULAR_UPDATE = Curve(
     "angular_update", "θ", "rad", "√(mean_u atan2(‖Δ_u⊥‖, ‖w_u‖ + ⟨w_u, Δ_u⟩/‖w_u‖)²)", summary="angular_update"
 )
@@ -42,6 +47,7 @@ CURVES = (
     UNIT_NORM_MIN,
     UNIT_NORM_MAX,
     EFFECTIVE_LR,
+    EFFECTIVE_LR_NOT_INVARIANT,
     ANGULAR_UPDATE,
     RELATIVE_UPDATE,
     GRADIENT_NORM,

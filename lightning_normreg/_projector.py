@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normreg._optimizers import update_rule
 from lightning_normreg._step_hooks import Phase
 from lightning_normreg._watched import Watched
-from lightning_normreg.functional import project_
-from lightning_normreg.functional._norms import accumulator
+from lightning_normreg.functional._norms import accumulator, root_mean_square
 from lightning_normreg.functional._projection import check_radius
 
 Radius = float | Literal["auto", "initial"]
@@ -58,9 +60,30 @@ class Projector:
     def project(self, targets: Iterable[Watched]) -> None:
         """Put targets at their radius."""
         for target in targets:
-            self._norms[target.name] = project_(
-                target.parameter, self._target(target), target.unit, dim=target.role.dim, groups=target.role.groups
-            )
+            self._norms[target.name] = target.project(self._target(target))
+
+    @torch.no_grad()
+    def off(self, targets: Iterable[Watched]) -> list[Watched]:
+        """Targets with a unit that is not at its radius. Reads the device."""
+        return [t for t in targets if bool(((t.norms() / self._target(t) - 1).abs() > t.dead_band()).any())]
+
+    def announce(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
+        """Say by what factor projecting changes the effective learning rates, per optimizer. Reads the device."""
+        for optimizer in optimizers:
+            rule, mine = update_rule(optimizer), {t.name for t in self.optimized([optimizer])}
+            if rule is None or not rule.exponent:
+                continue
+            ratios = [
+                float(root_mean_square(t.norms() / self._target(t))) ** rule.exponent for t in targets if t.name in mine
+            ]
+            ratios = [r for r in ratios if r > 0 and math.isfinite(r)]
+            if ratios and max(abs(r - 1) for r in ratios) > 1e-3:
+                rank_zero_info(
+                    f"NormProjection puts {len(ratios)} weights at their radius. The function stays, the recipe does "
+                    f"not: their effective learning rates under {type(optimizer).__name__} change by factors of "
+                    f"{min(ratios):.3g} (min), {median(ratios):.3g} (median), {max(ratios):.3g} (max), and from now on "
+                    "the learning-rate schedule is the rotation schedule. radius='initial' changes neither."
+                )
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Nothing: the weights are at their radius."""
@@ -102,6 +125,4 @@ def _initial(target: Watched) -> Tensor:
 
 def _auto(target: Watched) -> Tensor:
     # A neuron goes onto the unit sphere; k of them in one unit to √k, so that each has norm 1 on average.
-    shape, role = target.parameter.shape, target.role
-    neurons = shape[role.dim] * role.groups if target.unit == "layer" and len(shape) > 1 else 1
-    return torch.tensor(neurons**0.5, dtype=accumulator(target.parameter.dtype))
+    return torch.tensor(target.neurons(), dtype=accumulator(target.parameter.dtype)).sqrt()

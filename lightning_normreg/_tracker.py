@@ -19,9 +19,8 @@ from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import UpdateRule, update_rule
 from lightning_normreg._step_hooks import Phase
 from lightning_normreg._watched import Watched
-from lightning_normreg.functional import effective_lr, gradient_alignment, weight_norm
+from lightning_normreg.functional import effective_lr, weight_norm
 from lightning_normreg.functional._norms import accumulator, root_mean_square
-from lightning_normreg.functional._updates import measure_step
 
 Row = dict[str, dict[Curve, float]]
 """Parameter name → curve → value."""
@@ -122,8 +121,9 @@ class Tracker(ABC):
                 f"{zero_units} units of {name!r} are zero: they have no direction, so their rotation and relative "
                 "update count as 0.",
             )
-        if values.get(_metrics.EFFECTIVE_LR) == math.inf:
-            del values[_metrics.EFFECTIVE_LR]  # every unit is zero, which was just said
+        for curve in (_metrics.EFFECTIVE_LR, _metrics.EFFECTIVE_LR_NOT_INVARIANT):
+            if values.get(curve) == math.inf:
+                del values[curve]  # every unit is zero, which was just said
         if not all(map(math.isfinite, values.values())):
             self.tell_once(f"finite {name}", f"{name!r} has infinite or NaN entries, and so have its curves.")
 
@@ -146,18 +146,21 @@ class NormTracker(Tracker):
     def __init__(self, watched: Sequence[Watched]) -> None:
         super().__init__(watched)
         self._norms: dict[Parameter, Tensor] = {}
+        self._whole: dict[Parameter, Tensor] = {}
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Take the norms: after the step they would describe the next one."""
         if self.due:
-            self._norms.update((w.parameter, w.norms()) for w in _all_stepping(self, optimizer))
+            for watched in _all_stepping(self, optimizer):
+                self._norms[watched.parameter] = watched.norms()
+                self._whole[watched.parameter] = weight_norm(watched.parameter)
 
     def measure(self, index: int, watched: Watched, group: dict[str, Any], rule: UpdateRule | None) -> _Measured:
         """The four curves of the norms taken before."""
         norms = self._norms[watched.parameter]
         return _Measured(
             {
-                _metrics.WEIGHT_NORM: weight_norm(norms),
+                _metrics.WEIGHT_NORM: self._whole[watched.parameter],
                 _metrics.UNIT_NORM_RMS: root_mean_square(norms),
                 _metrics.UNIT_NORM_MIN: norms.min() if norms.numel() else norms.new_zeros(()),
                 _metrics.UNIT_NORM_MAX: norms.max() if norms.numel() else norms.new_zeros(()),
@@ -188,10 +191,10 @@ class RotationTracker(Tracker):
         if self._gradients.get(index, _NO_GRADIENTS).inside:
             del self._gradients[index]  # of an update that never came
         for watched in _all_stepping(self, optimizer):
-            parameter = watched.parameter
-            if parameter not in self._snapshots:
-                self._snapshots[parameter] = torch.empty_like(parameter)
-            self._snapshots[parameter].copy_(parameter, non_blocking=True)
+            for parameter in watched.tensors():
+                if parameter not in self._snapshots:
+                    self._snapshots[parameter] = torch.empty_like(parameter)
+                self._snapshots[parameter].copy_(parameter, non_blocking=True)
 
     def record_gradients(self, index: int, optimizer: Optimizer, scale: float = 1.0) -> None:
         """Measure the gradients as they are before clipping, at the weights that the update starts from.
@@ -206,12 +209,11 @@ class RotationTracker(Tracker):
             return  # a closure that is evaluated again (LBFGS) is at other weights by now
         values: dict[Parameter, dict[Curve, Tensor]] = {}
         for watched, _ in self.stepping(optimizer):
-            parameter, role = watched.parameter, watched.role
-            assert parameter.grad is not None
-            aligned = gradient_alignment(parameter, parameter.grad, watched.unit, dim=role.dim, groups=role.groups)
-            values[parameter] = {
-                _metrics.GRADIENT_NORM: weight_norm(parameter.grad) / scale,
-                _metrics.GRADIENT_ALIGNMENT: root_mean_square(aligned),
+            gradient = watched.parameter.grad
+            assert gradient is not None
+            values[watched.parameter] = {
+                _metrics.GRADIENT_NORM: weight_norm(gradient) / scale,
+                _metrics.GRADIENT_ALIGNMENT: root_mean_square(watched.alignment()),
             }
         self._gradients[index] = _Gradients(values, inside)
 
@@ -223,14 +225,14 @@ class RotationTracker(Tracker):
 
     def measure(self, index: int, watched: Watched, group: dict[str, Any], rule: UpdateRule | None) -> _Measured:
         """The curves of one update."""
-        role, parameter = watched.role, watched.parameter
-        step = measure_step(self._snapshots[parameter], parameter, watched.unit, role.dim, role.groups)
+        step = watched.step_from(self._snapshots.__getitem__)
         values: dict[Curve, Tensor] = {}
         if rule is not None and rule.exponent:
-            values[_metrics.EFFECTIVE_LR] = effective_lr(rule.lr(group), root_mean_square(step.norm), rule.exponent)
+            curve = _metrics.EFFECTIVE_LR_NOT_INVARIANT if watched.invariant is False else _metrics.EFFECTIVE_LR
+            values[curve] = effective_lr(rule.lr(group), root_mean_square(step.norm), rule.exponent)
         values[_metrics.ANGULAR_UPDATE] = root_mean_square(step.angle())
         values[_metrics.RELATIVE_UPDATE] = root_mean_square(step.relative())
-        values.update(self._gradients.get(index, _NO_GRADIENTS).values.get(parameter, {}))
+        values.update(self._gradients.get(index, _NO_GRADIENTS).values.get(watched.parameter, {}))
         return _Measured(values, (step.norm == 0).sum())
 
     def explain_rules(self, optimizers: Iterable[Optimizer]) -> None:

@@ -2,33 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from lightning_normreg._invariance import ScaleInvariance
 from lightning_normreg._roles import ParameterRole, named_roles
 from lightning_normreg._selection import check_globs, select
-from lightning_normreg.functional import unit_norms
-from lightning_normreg.functional._units import UNITS, Unit
+from lightning_normreg.functional._norms import row_norms
+from lightning_normreg.functional._projection import dead_band, project_views_
+from lightning_normreg.functional._units import UNITS, Unit, View, split_units, unit_rows
+from lightning_normreg.functional._updates import Step, align_rows, measure_rows
 
 UnitArgument = Literal["auto", "neuron", "layer"]
+Verdict = Mapping[str, ScaleInvariance]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of neighbouring slices of a parameter whose units are all of one shape.
+
+    Attributes:
+        unit: ``"neuron"``, ``"layer"`` or the number of slices in a unit.
+        dim: Dimension of the slices.
+        groups: Groups that they are spread over, for transposed convolutions.
+        start: First slice, None for all.
+        stop: The slice after the last.
+    """
+
+    unit: Unit
+    dim: int = 0
+    groups: int = 1
+    start: int | None = None
+    stop: int = 0
+
+    def view(self, tensor: Tensor) -> View:
+        """The part of a tensor, with its units along whole dimensions."""
+        piece = tensor if self.start is None else tensor.narrow(self.dim, self.start, self.stop - self.start)
+        return split_units(piece, self.unit, self.dim, self.groups)
+
+    def bias_view(self, bias: Tensor, units: int) -> View:
+        """The entries of a bias that belong to these units."""
+        piece = bias.detach() if self.start is None else bias.detach()[self.start : self.stop]
+        return piece.view(units, -1), (0,)
 
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """One parameter and its units."""
+    """One parameter and its units.
+
+    Attributes:
+        name: Clean name.
+        parameter: The parameter.
+        role: What it is.
+        parts: Its units; entries outside of them are left alone.
+        bias: A bias whose entries belong to the units.
+        invariant: Whether the units are scale-invariant; None where nobody knows.
+    """
 
     name: str
     parameter: Parameter
     role: ParameterRole
-    unit: Unit
+    parts: tuple[Part, ...]
+    bias: Parameter | None = None
+    invariant: bool | None = None
+
+    def tensors(self) -> list[Parameter]:
+        """The parameter, and the bias that belongs to it."""
+        return [self.parameter] if self.bias is None else [self.parameter, self.bias]
 
     def norms(self) -> Tensor:
         """Norm of every unit, shape ``(units,)``."""
-        return unit_norms(self.parameter, self.unit, dim=self.role.dim, groups=self.role.groups)
+        return torch.cat([row_norms(rows) for rows in self._rows(_itself)])
+
+    def step_from(self, before: Callable[[Parameter], Tensor]) -> Step:
+        """What the units have done since ``before``."""
+        pairs = zip(self._rows(before), self._rows(_itself), strict=True)
+        steps = [measure_rows(start, end) for start, end in pairs]
+        return Step(*(torch.cat(v) for v in zip(*((s.norm, s.along, s.across, s.update) for s in steps), strict=True)))
+
+    def alignment(self) -> Tensor:
+        """Cosine between every unit and its gradient."""
+        pairs = zip(self._rows(_itself), self._rows(_gradient), strict=True)
+        return torch.cat([align_rows(weight, gradient) for weight, gradient in pairs])
+
+    def project(self, radius: float | Tensor) -> Tensor:
+        """Put every unit at a radius, and return the norms before."""
+        norms: list[Tensor] = []
+        for part in self.parts:
+            views = self._views(part, _itself)
+            first, kept = views[0]
+            units = torch.Size(first.shape[d] for d in kept).numel()
+            start = sum(len(n) for n in norms)
+            own = radius[start : start + units] if isinstance(radius, Tensor) and radius.ndim else radius
+            norms.append(project_views_(views, own))
+        return torch.cat(norms)
+
+    def dead_band(self) -> float:
+        """Relative distance from the radius within which a unit counts as being on it; that of the longest unit."""
+        longest = max((rows.shape[1] for rows in self._rows(_itself)), default=1)
+        return dead_band(self.parameter.dtype, longest)
+
+    def neurons(self) -> list[int]:
+        """Neurons in each unit, or other slices where the units are made of those."""
+        counts: list[int] = []
+        for part in self.parts:
+            view, kept = part.view(self.parameter)
+            units = torch.Size(view.shape[d] for d in kept).numel()
+            size = part.unit if isinstance(part.unit, int) else 1
+            if part.unit == "layer" and self.parameter.ndim > 1:
+                size = self.parameter.shape[self.role.dim] * self.role.groups
+            counts += [size] * units
+        return counts
+
+    def _rows(self, read: Callable[[Parameter], Tensor]) -> list[Tensor]:
+        """For each part its units as rows, in the parameter's own order of entries."""
+        found = []
+        for part in self.parts:
+            like = part.view(self.parameter)[0]
+            (view, kept), *bias = self._views(part, read)
+            found.append(torch.cat([unit_rows(view, kept, like=like), *(v for v, _ in bias)], dim=1))
+        return found
+
+    def _views(self, part: Part, read: Callable[[Parameter], Tensor]) -> list[View]:
+        view, kept = part.view(read(self.parameter))
+        units = torch.Size(view.shape[d] for d in kept).numel()
+        joined = [] if self.bias is None else [part.bias_view(read(self.bias), units)]
+        return [(view, kept), *joined]
+
+
+def _itself(parameter: Parameter) -> Tensor:
+    return parameter.detach()
+
+
+def _gradient(parameter: Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def check_selection(unit: str, include: Sequence[str] | None, exclude: Sequence[str]) -> None:
@@ -41,9 +153,21 @@ def check_selection(unit: str, include: Sequence[str] | None, exclude: Sequence[
 
 
 def watch(
-    module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str], unit: UnitArgument = "auto"
+    module: nn.Module,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    unit: UnitArgument = "auto",
+    verdict: Verdict | None = None,
 ) -> list[Watched]:
     """Select parameters: those that ``include`` names, by default weights and embeddings, less ``exclude``.
+
+    Args:
+        module: The module that they belong to.
+        include: Globs, or None.
+        exclude: Globs.
+        unit: ``"auto"``: the units that the verdict found, the whole tensor where it found none, and neurons where
+            there is no verdict.
+        verdict: Which units are scale-invariant, if that is known.
 
     Raises:
         ValueError: If a glob matches nothing, or nothing is left.
@@ -58,8 +182,38 @@ def watch(
             f"`include` and `exclude` must leave at least one parameter of {type(module).__name__}, got include="
             f"{include}, exclude={list(exclude)}. By default weights and embeddings are watched, of {len(default)}."
         )
-    actual: Unit = "neuron" if unit == "auto" else unit
-    return [Watched(name, _whole(name, found[name][0]), found[name][1], actual) for name in chosen]
+    watched = []
+    for name in chosen:
+        parameter, role = found[name]
+        known = None if verdict is None else verdict.get(name)
+        parts, bias, invariant = _units(role, unit, known)
+        joined = found[bias][0] if bias in found else None
+        watched.append(Watched(name, _whole(name, parameter), role, parts, joined, invariant))
+    return watched
+
+
+def _units(
+    role: ParameterRole, unit: UnitArgument, known: ScaleInvariance | None
+) -> tuple[tuple[Part, ...], str | None, bool | None]:
+    """Parts, bias and invariance of a parameter, from what the user asked for and what is known."""
+    if known is None:
+        return (Part("neuron" if unit == "auto" else unit, role.dim, role.groups),), None, None
+    if unit != "auto":
+        return (Part(unit, role.dim, role.groups),), None, _supports(known, role, unit)
+    if not known.is_invariant or known.kind == "layer":
+        return (Part("layer", role.dim, role.groups),), known.needs_bias, known.is_invariant
+    dim, groups = known.dim or 0, known.groups
+    if known.slices is None:
+        return (Part(known.block_size or 1, dim, groups),), known.needs_bias, True
+    parts = (Part(known.block_size or stop - start, dim, groups, start, stop) for start, stop in known.slices)
+    return tuple(parts), known.needs_bias, True
+
+
+def _supports(known: ScaleInvariance, role: ParameterRole, unit: UnitArgument) -> bool:
+    """Whether units of the user's choice are scale-invariant: what is so slice by slice is so as a whole."""
+    if not known.is_invariant or known.needs_bias or known.slices:
+        return False
+    return unit == "layer" or (known.kind == "neuron" and known.dim == role.dim)
 
 
 def _whole(name: str, parameter: Parameter) -> Parameter:

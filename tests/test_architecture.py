@@ -26,6 +26,8 @@ FLOORS = {
     "_roles": 2,
     "_invariance": 2,
     "_watched": 3,
+    "_targets": 3,
+    "_statistics": 3,
     "_step_hooks": 3,
     "_tracker": 3,
     "_projector": 3,

@@ -37,18 +37,18 @@ class PrivateCall:
 
     def __init__(self, module: nn.Module, loss: Loss | None, batch: Any, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._copy = private_copy(module)
+        self.module = private_copy(module)
         self._what = "`forward`" if loss else "`module.training_step`"
         self._loss = loss or _training_step
         self._batch = batch
 
     def own_point(self) -> dict[str, Tensor]:
         """The module's parameters, in the probe's type; they share no memory with the copy's."""
-        return {name: self._cast(p) for name, p in self._copy.named_parameters()}
+        return {name: self._cast(p) for name, p in self.module.named_parameters()}
 
     def generic_point(self, magnitude: Mapping[str, float], *, seed: int, amount: float) -> dict[str, Tensor]:
         """Parameters that ``magnitude`` names are drawn anew, and require a gradient; the others are as they were."""
-        own = dict(self._copy.named_parameters())
+        own = dict(self.module.named_parameters())
         rest = {name: self._cast(p) for name, p in own.items() if name not in magnitude}
         drawn = generic_point({name: own[name] for name in magnitude}, magnitude, self.dtype, seed=seed, amount=amount)
         return {**rest, **{name: t.requires_grad_() for name, t in drawn.items()}}
@@ -68,10 +68,10 @@ class PrivateCall:
         Raises:
             ProbeError: If the loss raises, or is no scalar.
         """
-        buffers = {name: self._cast(b) for name, b in self._copy.named_buffers()}
+        buffers = {name: self._cast(b) for name, b in self.module.named_buffers()}
         constants = [b for b in buffers.values() if b.ndim == 0 and b.is_floating_point()]
         tensors = {f"inner.{name}": t for name, t in {**buffers, **point}.items()}
-        call = _Call(self._copy, self._scalar_loss, then)
+        call = _Call(self.module, self._scalar_loss, then)
         try:
             with quiet(self.dtype, _devices(point), seed), ProbeMode(self.dtype, shrink, constants):
                 result: T = functional_call(call, tensors, (self._cast(self._batch),))

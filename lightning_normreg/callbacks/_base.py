@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from lightning_normreg._compat import CallbackBase
+from lightning_normreg._invariance import load_verdict, verdict_to_dict
 from lightning_normreg._step_hooks import StepDispatcher, torch_optimizer
+from lightning_normreg.callbacks._verdict import Verdict, probe
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -21,6 +25,7 @@ class Run:
         self.dispatcher = StepDispatcher()
         self.claims: dict[Parameter, str] = {}
         self.layout_written = False
+        self.verdict: Verdict | None = None
 
 
 _RUNS: WeakKeyDictionary[object, Run] = WeakKeyDictionary()
@@ -51,7 +56,26 @@ def log_interval(trainer: Trainer) -> int:
 
 
 class StepCallback(CallbackBase):
-    """A callback that acts on optimizer steps. Hooks are on while a fit runs, and only then."""
+    """A callback that acts on optimizer steps. Hooks are on while a fit runs, and only then.
+
+    What it does depends on which units are scale-invariant: that is known from the first batch on.
+    """
+
+    def __init__(self, invariance: str | Mapping[str, Any] | None) -> None:
+        super().__init__()
+        self.invariance = invariance
+        self._given = None if invariance is None else load_verdict(invariance)
+        self._verdict: Verdict | None = None
+        self._begun = False
+
+    @abstractmethod
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        """Select the weights, knowing the verdict (empty where there is none), and subscribe to their steps."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start afresh; a checkpoint's state is loaded after this."""
+        if stage == "fit":
+            self._verdict, self._begun = None, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the arguments against the model, and subscribe."""
@@ -62,8 +86,23 @@ class StepCallback(CallbackBase):
         run_of(trainer).dispatcher.attach(trainer.optimizers)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Hook them again where they have been replaced."""
-        run_of(trainer).dispatcher.attach(trainer.optimizers)
+        """Hook them again where they have been replaced; on the first batch find out what is scale-invariant."""
+        run = run_of(trainer)
+        run.dispatcher.attach(trainer.optimizers)
+        if not self._begun:
+            self._begun = True
+            if self._given is None and self._verdict is None and run.verdict is None:
+                run.verdict = probe(trainer, pl_module, batch)
+            self._verdict = self._given or self._verdict or run.verdict or {}
+            self._begin(trainer, pl_module, self._verdict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The verdict, in plain types, so that a resumed run does not ask again."""
+        return {"invariance": verdict_to_dict(self._verdict or {})}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the verdict of the run that is resumed."""
+        self._verdict = load_verdict(state_dict["invariance"]) or None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hooks off."""

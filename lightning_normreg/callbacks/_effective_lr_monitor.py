@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_normreg import _metrics
@@ -10,6 +10,7 @@ from lightning_normreg._tracker import RotationTracker, Tracker
 from lightning_normreg._watched import UnitArgument, Watched
 from lightning_normreg.callbacks._base import optimizers_of
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
+from lightning_normreg.callbacks._verdict import Verdict
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -22,6 +23,7 @@ class EffectiveLRMonitor(Monitor):
     * ``effective_lr/<parameter>``: :math:`\eta/n^p` with n the root mean square over units of the norm before the
       step, and p of the optimizer (2: SGD, 1: Adam, AdamW, RMSprop); equal to lr / unit_norm_rms^p of
       :class:`WeightNormMonitor`. Compare it over time;
+      ``effective_lr_not_invariant/<parameter>`` where the weight is not scale-invariant and it means nothing by itself;
     * ``angular_update/<parameter>``: root mean square over units of the rotation, in radians. Compare it between
       layers;
     * ``relative_update/<parameter>``: likewise of :math:`\lVert\Delta_u\rVert/\lVert w_u\rVert`;
@@ -43,7 +45,10 @@ class EffectiveLRMonitor(Monitor):
         include: Globs over clean parameter names; by default weights and embeddings are watched. A glob that matches
             nothing is an error.
         exclude: Globs of parameters to leave out.
-        unit: ``"neuron"``: one output row; ``"layer"``: the whole tensor; ``"auto"``: neuron.
+        unit: ``"auto"``: the units that are scale-invariant, and the whole tensor where none is; ``"neuron"``: one
+            output row; ``"layer"``: the whole tensor.
+        invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
+            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
         gradient: Log the gradients' norm and alignment as well. Needs Lightning's own call of the optimizer: with
             ``self.optimizers(use_pl_optimizer=False)`` these two curves stay empty.
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
@@ -70,6 +75,7 @@ class EffectiveLRMonitor(Monitor):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         unit: UnitArgument = "auto",
+        invariance: str | Mapping[str, Any] | None = None,
         gradient: bool = False,
         per_layer: PerLayer = "auto",
         logging_interval: Literal["step", "epoch"] = "step",
@@ -79,6 +85,7 @@ class EffectiveLRMonitor(Monitor):
             include=include,
             exclude=exclude,
             unit=unit,
+            invariance=invariance,
             per_layer=per_layer,
             logging_interval=logging_interval,
         )
@@ -87,9 +94,8 @@ class EffectiveLRMonitor(Monitor):
     def _make_tracker(self, watched: list[Watched]) -> Tracker:
         return RotationTracker(watched)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say which optimizers have no effective learning rate."""
-        super().on_train_start(trainer, pl_module)
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        super()._begin(trainer, pl_module, verdict)
         self._rotations().explain_rules(optimizers_of(trainer))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -15,6 +15,7 @@ CHARTS: dict[str, Curve] = {
     "effective learning rate": _metrics.EFFECTIVE_LR,
     "rotation per step": _metrics.ANGULAR_UPDATE,
     "unit norm": _metrics.UNIT_NORM_RMS,
+    "effective learning rate, layers that are not scale-invariant": _metrics.EFFECTIVE_LR_NOT_INVARIANT,
 }
 
 
@@ -32,6 +33,7 @@ def layout(prefix: str = "") -> dict[str, dict[str, list[Any]]]:
             [f"^{start}{SUMMARY_GROUP}/{curve.summary}_{s}$" for s in ("median", "min", "max")],
         ]
         for title, curve in CHARTS.items()
+        if curve.summary
     }
     return {"normalization": layers | over}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from lightning_normreg._tracker import Row, Tracker
 from lightning_normreg._watched import UnitArgument, Watched, check_selection, watch
 from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, run_of
 from lightning_normreg.callbacks._layout import write_layout
+from lightning_normreg.callbacks._verdict import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,8 +43,9 @@ class Monitor(StepCallback):
         unit: UnitArgument,
         per_layer: PerLayer,
         logging_interval: Literal["step", "epoch"],
+        invariance: str | Mapping[str, Any] | None,
     ) -> None:
-        super().__init__()
+        super().__init__(invariance)
         check_selection(unit, include, exclude)
         if every_n_steps is not None and not (isinstance(every_n_steps, int) and every_n_steps > 0):
             raise ValueError(f"`every_n_steps` must be a positive integer or None, got {every_n_steps!r}. "
@@ -87,20 +89,24 @@ class Monitor(StepCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start afresh; a checkpoint's state is loaded after this."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Select the weights to watch, while their names are still those of the optimizer's parameters."""
+        """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)
-        self._tracker = self._make_tracker(watch(pl_module, self.include, self.exclude, self.unit))
-        run_of(trainer).dispatcher.subscribe(self._tracker)
-        self._choose_layers(self._tracker.watched)
+        self._choose_layers(watch(pl_module, self.include, self.exclude, self.unit))
         if not trainer.loggers:
             rank_zero_warn(
                 f"The Trainer has no logger, so the curves of {type(self).__name__} go to `trainer.callback_metrics` "
                 "and `history()` only. Give it one, for example Trainer(logger=TensorBoardLogger('logs'))."
             )
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        watched = watch(pl_module, self.include, self.exclude, self.unit, verdict or None)
+        self._tracker = self._make_tracker(watched)
+        run_of(trainer).dispatcher.subscribe(self._tracker)
 
     def _choose_layers(self, watched: list[Watched]) -> None:
         names = [w.name for w in watched]
@@ -196,7 +202,7 @@ class Monitor(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that the checkpoint loads with ``weights_only=True``."""
-        return {
+        return super().state_dict() | {
             "logged_once": self._logged_once,
             "first": dict(self._first),
             "means": {tag: [float(m.mean_value), float(m.weight)] for tag, m in self._means.items()},
@@ -204,6 +210,7 @@ class Monitor(StepCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""
+        super().load_state_dict(state_dict)
         self._logged_once = state_dict["logged_once"]
         self._first = dict(state_dict["first"])
         for tag, (mean, weight) in state_dict["means"].items():

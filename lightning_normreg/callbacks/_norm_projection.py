@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_normreg._invariance import ProbeError
 from lightning_normreg._projector import Projector, Radius, check_radius_argument
+from lightning_normreg._statistics import keep_running_statistics
+from lightning_normreg._targets import OnNotInvariant, check_eps_shares, choose_targets
 from lightning_normreg._watched import UnitArgument, Watched, check_selection, watch
 from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, optimizers_of, run_of
+from lightning_normreg.callbacks._verdict import Verdict, few_samples
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -23,6 +29,9 @@ class NormProjection(StepCallback):
     When it runs: before the first step, then in the optimizer's step post-hook, after the monitors have measured the
     step. It is a rescale, not a parametrization: no gradient goes through it, and the optimizer's state is left alone.
 
+    The first projection keeps the function: a bias that belongs to the unit is scaled along, BatchNorm's running
+    statistics follow. It does not keep the recipe: by what factor the effective learning rates change is said.
+
     What it logs: nothing; units that cannot be projected (zero, infinite, NaN) are reported once.
 
     What it costs: one read and one write of the projected weights per step, no transfer.
@@ -30,18 +39,24 @@ class NormProjection(StepCallback):
     Args:
         radius: ``"auto"``: 1 for a neuron, √k for a layer of k neurons; ``"initial"``: the norm that each unit had at
             the start (kept in checkpoints; a unit that was zero stays free); a number: that norm for every unit.
-        unit: ``"neuron"``: one output row; ``"layer"``: the whole tensor; ``"auto"``: neuron.
-        include: Globs over clean parameter names. A glob that matches nothing is an error.
+        unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"layer"``: the whole
+            tensor.
+        include: Globs over clean parameter names; by default all weights and embeddings that are scale-invariant. A
+            glob that matches nothing is an error.
         exclude: Globs of parameters to leave out.
+        invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
+            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
+        on_not_invariant: What to do with a weight that ``include`` names and that is not known to be scale-invariant:
+            ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the projection changes what the network computes.
 
     Raises:
-        ValueError: For an argument out of its range, a missing ``include``, a weight that no optimizer updates
-            (unless a finetuning callback is there to thaw it), or one that another NormProjection holds; before
-            training starts.
+        ValueError: For an argument out of its range, nothing to project, a weight that is not scale-invariant or only
+            barely (an eps share above 10 %, unless ``radius="initial"``), one that no optimizer updates (unless a
+            finetuning callback is there to thaw it), or one that another NormProjection holds; before the first step.
 
     Example:
         >>> from pytorch_lightning import Trainer
-        >>> trainer = Trainer(callbacks=[NormProjection(include=["*.conv.weight"])], logger=False)
+        >>> trainer = Trainer(callbacks=[NormProjection()], logger=False)
 
     Reference:
         van Laarhoven 2017, section "Normalizing Weights", https://arxiv.org/abs/1706.05350.
@@ -54,20 +69,19 @@ class NormProjection(StepCallback):
         unit: UnitArgument = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
+        invariance: str | Mapping[str, Any] | None = None,
+        on_not_invariant: OnNotInvariant = "raise",
     ) -> None:
-        super().__init__()
+        super().__init__(invariance)
         check_radius_argument(radius)
         check_selection(unit, include, exclude)
-        if not include:
-            raise ValueError(
-                f"`include` must name the weights to project, got {include!r}: which weights are scale-invariant is "
-                "not found out by itself yet. Use for example include=['*.conv*.weight'] for convolutions that "
-                "BatchNorm follows."
-            )
+        if on_not_invariant not in ("raise", "skip", "allow"):
+            raise ValueError(f"`on_not_invariant` must be 'raise', 'skip' or 'allow', got {on_not_invariant!r}.")
         self.radius = radius
         self.unit = unit
         self.include = include
         self.exclude = exclude
+        self.on_not_invariant = on_not_invariant
         self._restored: dict[str, Tensor] = {}
         self._projector: Projector | None = None
         self._projected = 0
@@ -79,16 +93,23 @@ class NormProjection(StepCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start afresh; a checkpoint's state is loaded after this."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._restored = {}
             self._projected = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Select the weights to project, and claim them."""
+        """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)
-        targets = watch(pl_module, self.include, self.exclude, self.unit)
+        named = watch(pl_module, self.include, self.exclude, self.unit)
+        if self.include is not None:
+            _refuse_idle(trainer, named)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        watched = watch(pl_module, self.include, self.exclude, self.unit, verdict or None)
+        targets = choose_targets(watched, verdict, named=self.include is not None, otherwise=self.on_not_invariant)
+        check_eps_shares(targets, verdict, self.radius)
         self._projector = Projector(targets, self.radius, self._restored)
-        _refuse_idle(trainer, targets, self._projector)
         self._claim(trainer, targets)
         run_of(trainer).dispatcher.subscribe(self._projector)
 
@@ -109,7 +130,9 @@ class NormProjection(StepCallback):
         optimized = projector.optimized(optimizers_of(trainer))
         if len(optimized) != self._projected:
             self._projected = len(optimized)
-            projector.project(optimized)  # those already at their radius do not change a bit
+            moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
+            projector.announce(moved, optimizers_of(trainer))
+            _project_keeping_the_function(pl_module, batch, projector, moved)
             projector.report()
 
     def on_train_batch_end(
@@ -125,19 +148,35 @@ class NormProjection(StepCallback):
         return self._projector
 
     def state_dict(self) -> dict[str, Any]:
-        """The radii that were measured at the start, as plain tensors."""
+        """The verdict, and the radii that were measured at the start, as plain tensors."""
         initial = self._restored if self._projector is None else self._projector.initial
-        return {"initial": {name: radius.cpu() for name, radius in initial.items()}}
+        return super().state_dict() | {"initial": {name: radius.cpu() for name, radius in initial.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Hold the radii of the run that is resumed."""
+        super().load_state_dict(state_dict)
         self._restored = dict(state_dict["initial"])
 
 
-def _refuse_idle(trainer: Trainer, targets: list[Watched], projector: Projector) -> None:
+def _project_keeping_the_function(
+    pl_module: LightningModule, batch: Any, projector: Projector, targets: list[Watched]
+) -> None:
+    if not targets:
+        return
+    try:
+        keep_running_statistics(pl_module, few_samples(batch), lambda: projector.project(targets))
+    except ProbeError as error:
+        projector.project(targets)
+        rank_zero_warn(
+            f"BatchNorm's running statistics could not follow the first projection: {error} Until they have caught up "
+            "by themselves, evaluation is off."
+        )
+
+
+def _refuse_idle(trainer: Trainer, targets: list[Watched]) -> None:
     """Refuse weights that nothing updates, unless a finetuning callback may thaw them."""
     thaws = any("BaseFinetuning" in [c.__name__ for c in type(cb).__mro__] for cb in trainer.callbacks)  # type: ignore[attr-defined]
-    optimized = {t.name for t in projector.optimized(optimizers_of(trainer))}
+    optimized = {t.name for t in Projector(targets, "auto").optimized(optimizers_of(trainer))}
     idle = [t.name for t in targets if t.name not in optimized or not t.parameter.requires_grad]
     if idle and not thaws:
         raise ValueError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from lightning_normreg import _metrics
 from lightning_normreg._tracker import NormTracker, Tracker
@@ -32,7 +32,10 @@ class WeightNormMonitor(Monitor):
         include: Globs over clean parameter names; by default weights and embeddings are watched. A glob that matches
             nothing is an error.
         exclude: Globs of parameters to leave out.
-        unit: ``"neuron"``: one output row; ``"layer"``: the whole tensor; ``"auto"``: neuron.
+        unit: ``"auto"``: the units that are scale-invariant, and the whole tensor where none is; ``"neuron"``: one
+            output row; ``"layer"``: the whole tensor.
+        invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
+            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
             above that the summaries and 8 layers spread over the depth.
         logging_interval: ``"step"``, or ``"epoch"`` for the mean over an epoch's logged steps.
@@ -54,6 +57,7 @@ class WeightNormMonitor(Monitor):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         unit: UnitArgument = "auto",
+        invariance: str | Mapping[str, Any] | None = None,
         per_layer: PerLayer = "auto",
         logging_interval: Literal["step", "epoch"] = "step",
     ) -> None:
@@ -62,6 +66,7 @@ class WeightNormMonitor(Monitor):
             include=include,
             exclude=exclude,
             unit=unit,
+            invariance=invariance,
             per_layer=per_layer,
             logging_interval=logging_interval,
         )

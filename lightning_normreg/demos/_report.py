@@ -35,11 +35,14 @@ def summary_table(history: pd.DataFrame) -> Table:
     for title in SHOWN:
         table.add_column(title, justify="right")
     for layer in layers(history):
-        table.add_row(layer, *(_first_last(history, _metrics.tag(curve, layer)) for curve in SHOWN.values()))
+        table.add_row(layer, *(_first_last(history, curve, layer) for curve in SHOWN.values()))
     return table
 
 
-def _first_last(history: pd.DataFrame, column: str) -> str:
+def _first_last(history: pd.DataFrame, curve: Curve, layer: str) -> str:
+    column = _metrics.tag(curve, layer)
+    if column not in history:
+        return "not scale-invariant"
     values = history[column].dropna()
     return f"{values.iloc[0]:.3g} → {values.iloc[-1]:.3g}"
 
@@ -49,9 +52,11 @@ def save_picture(history: pd.DataFrame, path: Path, titles: Sequence[str] = tupl
     figure_type = optional_import("matplotlib.figure").Figure
     figure = figure_type(figsize=(4.2 * len(titles), 3.6), layout="constrained")
     for axes, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
-        for layer in layers(history):
-            values = history[["step", _metrics.tag(SHOWN[title], layer)]].dropna()
-            axes.plot(values.iloc[:, 0], values.iloc[:, 1], label=layer, linewidth=1.2)
+        for number, layer in enumerate(layers(history)):
+            column = _metrics.tag(SHOWN[title], layer)
+            if column in history:
+                values = history[["step", column]].dropna()
+                axes.plot(values.iloc[:, 0], values.iloc[:, 1], color=f"C{number}", label=layer, linewidth=1.2)
         curve = SHOWN[title]
         axes.set(title=title, xlabel="optimizer step", ylabel=f"{curve.symbol} [{curve.unit}]", yscale="log")
         axes.grid(alpha=0.3, which="both")

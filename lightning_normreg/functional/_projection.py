@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_normreg.functional._norms import CHUNK, accumulator, row_norms
-from lightning_normreg.functional._units import Unit, over_units, split_units, unit_rows
+from lightning_normreg.functional._units import Unit, View, over_units, split_units, unit_rows
 
 
 def dead_band(dtype: torch.dtype, entries: int) -> float:
@@ -74,20 +74,33 @@ def project_(
         van Laarhoven 2017, section "Normalizing Weights": w ← w/‖w‖ after the ordinary step; not a parametrization.
     """
     check_radius(radius)
-    view, kept = split_units(weight, unit, dim, groups)
-    rows = unit_rows(view, kept)
-    norms = row_norms(rows)
+    return project_views_([split_units(weight, unit, dim, groups)], radius)
+
+
+@torch.no_grad()
+def project_views_(views: Sequence[View], radius: float | Tensor) -> Tensor:
+    """Likewise for units that are spread over several tensors, such as a weight and its bias.
+
+    Args:
+        views: For each tensor what :func:`split_units` returns; all with the same number of units.
+        radius: As in :func:`project_`.
+    """
+    rows = [unit_rows(view, kept) for view, kept in views]
+    norms = row_norms(rows[0]) if len(rows) == 1 else row_norms(torch.stack([row_norms(r) for r in rows], dim=1))
     target = radius.to(norms) if isinstance(radius, Tensor) else radius
+    entries, dtype = sum(r.shape[1] for r in rows), rows[0].dtype
     divisor = norms / target
-    off = (divisor - 1).abs() > dead_band(weight.dtype, rows.shape[1])
+    off = (divisor - 1).abs() > dead_band(dtype, entries)
     tiny = torch.finfo(norms.dtype).tiny
     possible = norms.isfinite() & (norms >= tiny) & divisor.isfinite() & (divisor >= tiny)
-    possible &= _holds(weight.dtype, target, rows.shape[1])
-    divisor = over_units(torch.where(off & possible, divisor, 1.0), view, kept)
-    if view.dtype == divisor.dtype:
-        view.div_(divisor)
-    else:
-        view.copy_(view.to(divisor.dtype) / divisor)
+    possible &= _holds(dtype, target, entries)
+    divisor = torch.where(off & possible, divisor, 1.0)
+    for view, kept in views:
+        shaped = over_units(divisor, view, kept)
+        if view.dtype == shaped.dtype:
+            view.div_(shaped)
+        else:
+            view.copy_(view.to(shaped.dtype) / shaped)
     return norms
 
 

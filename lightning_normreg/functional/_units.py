@@ -9,6 +9,8 @@ from torch import Tensor
 
 Unit = Literal["neuron", "layer"] | int
 UNITS: tuple[Unit, ...] = ("neuron", "layer")
+View = tuple[Tensor, tuple[int, ...]]
+"""A view of a tensor, and the dimensions of it that number its units."""
 
 
 def check_unit(unit: object) -> None:
@@ -19,7 +21,7 @@ def check_unit(unit: object) -> None:
         raise ValueError(f"`unit` must be one of {known}, or a number of neighbouring neurons, got {unit!r}.")
 
 
-def split_units(weight: Tensor, unit: Unit, dim: int, groups: int) -> tuple[Tensor, tuple[int, ...]]:
+def split_units(weight: Tensor, unit: Unit, dim: int, groups: int) -> View:
     """View ``weight`` so that its units run along whole dimensions.
 
     Args:
@@ -46,7 +48,7 @@ def split_units(weight: Tensor, unit: Unit, dim: int, groups: int) -> tuple[Tens
     return _cut(view, dim, size), (dim,)
 
 
-def _split_groups(view: Tensor, size: int, groups: int) -> tuple[Tensor, tuple[int, ...]]:
+def _split_groups(view: Tensor, size: int, groups: int) -> View:
     """Units of a transposed convolution, whose neuron number is group · neurons in a group + place in it."""
     inside = view.shape[1]
     grouped = _cut(view, 0, view.shape[0] // groups)

@@ -175,8 +175,12 @@ def gradient_alignment(
     Reference:
         van Laarhoven 2017: :math:`\nabla L(\alpha w)=\nabla L(w)/\alpha`, so :math:`\langle w,\nabla L\rangle=0`.
     """
-    wide = accumulator(weight.dtype)
-    w, g = (rows.to(wide) for rows in paired_rows(weight, gradient, unit, dim, groups, name="gradient"))
+    return align_rows(*paired_rows(weight, gradient, unit, dim, groups, name="gradient"))
+
+
+def align_rows(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Likewise with the units as rows."""
+    w, g = (rows.to(accumulator(weight.dtype)) for rows in (weight, gradient))
     w_norm, g_norm = row_norms(w), row_norms(g)
     cosine = (_over(w, w_norm.unsqueeze(1)) * _over(g, g_norm.unsqueeze(1))).sum(dim=1).abs()
     return cosine.clamp(max=1.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor
+from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, find_scale_invariance
 from lightning_normreg._step_hooks import StepDispatcher
 from tests.harness import Net, loader, sgd, trainer
 
@@ -79,6 +79,7 @@ def test_hooks_never_wait_for_a_device(operations: list[Counter[str]], monkeypat
 
 def test_one_transfer_per_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row of all layers is read back at once."""
+    verdict = find_scale_invariance(Net(sgd()), next(iter(loader())))
     reads: list[int] = []
     tolist = torch.Tensor.tolist
 
@@ -87,7 +88,7 @@ def test_one_transfer_per_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:
         return tolist(self)
 
     monkeypatch.setattr(torch.Tensor, "tolist", counting)
-    run = trainer(EffectiveLRMonitor(), log_every_n_steps=3)
+    run = trainer(EffectiveLRMonitor(invariance=verdict), log_every_n_steps=3)
     run.fit(Net(sgd()), loader())
     assert reads == [4 * 3] * 3  # three layers: effective rate, rotation, relative update, zero units
 

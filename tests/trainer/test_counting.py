@@ -172,7 +172,8 @@ def test_manual_optimization_with_two_optimizers(wrapped: bool) -> None:
     gan = Gan(wrapped)
     counter = Count()
     run = trainer(counter)
-    run.fit(gan, loader())
+    with pytest.warns(UserWarning, match="steps its optimizers itself"):
+        run.fit(gan, loader())
     logger = run.logger
     assert isinstance(logger, RecordingLogger)
     assert counter.counts == [6, 18]

@@ -23,7 +23,7 @@ INCLUDE = ["conv1.weight"]
         (lambda: NormProjection(0, include=INCLUDE), "`radius` must be positive and finite, got 0"),
         (lambda: NormProjection(float("nan"), include=INCLUDE), "`radius` must be positive and finite, got nan"),
         (lambda: NormProjection("big", include=INCLUDE), "`radius` must be 'auto', 'initial' or a positive number"),
-        (lambda: NormProjection(include=None), "`include` must name the weights to project, got None"),
+        (lambda: NormProjection(on_not_invariant="warn"), "`on_not_invariant` must be 'raise', 'skip' or 'allow'"),
         (lambda: NormProjection(include=INCLUDE, unit="filter"), "`unit` must be one of 'auto', 'neuron', 'layer'"),
         (lambda: WeightNormMonitor(unit="row"), "`unit` must be one of 'auto', 'neuron', 'layer', got 'row'"),
         (lambda: WeightNormMonitor(0), "`every_n_steps` must be a positive integer or None, got 0"),
@@ -44,11 +44,11 @@ def test_a_glob_that_is_no_list() -> None:
 
 
 class Untouched(Net):
-    """Fails if a step is made."""
+    """Fails if a step is made; the probe may call ``training_step`` on its copy."""
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Too late for an error."""
-        raise AssertionError("a batch was trained on")
+        raise AssertionError("a step was made")
 
 
 @pytest.mark.parametrize("make", [WeightNormMonitor, EffectiveLRMonitor, NormProjection])
@@ -90,7 +90,9 @@ def test_a_frozen_parameter_that_is_thawed_is_projected_from_then_on() -> None:
 
     net = Frozen(sgd())
     start = net.conv1.weight.detach().double().clone()
-    trainer(Thaw(), NormProjection(include=INCLUDE), max_epochs=2).fit(net, loader())
+    trainer(Thaw(), NormProjection(unit="neuron", include=INCLUDE, on_not_invariant="allow"), max_epochs=2).fit(
+        net, loader()
+    )
     assert all(torch.equal(step.before["conv1.weight"], start) for step in net.steps[:6])
     for step in net.steps[6:]:
         for weight in (step.before["conv1.weight"], step.after["conv1.weight"]):
@@ -100,11 +102,14 @@ def test_a_frozen_parameter_that_is_thawed_is_projected_from_then_on() -> None:
 
 def test_two_projections_that_claim_one_weight() -> None:
     """An error that names both; disjoint ones are fine, also with different radii."""
-    both = [NormProjection(1.0, include=["conv1.*"]), NormProjection(2.0, include=["*.weight"])]
+    both = [NormProjection(1.0, include=["conv1.*"]), NormProjection(2.0, include=["conv*.weight"])]
     with pytest.raises(ValueError, match=r"'conv1\.weight' must be held by one NormProjection"):
         trainer(*both).fit(Untouched(sgd()), loader())
     net = Net(sgd())
-    apart = [NormProjection(1.0, include=["conv1.weight"]), NormProjection(2.0, include=["head.weight"])]
+    apart = [
+        NormProjection(1.0, include=["conv1.weight"]),
+        NormProjection(2.0, unit="neuron", include=["head.weight"], on_not_invariant="allow"),
+    ]
     trainer(*apart).fit(net, loader())
     assert net.conv1.weight.flatten(1).norm(dim=1).detach() == pytest.approx(torch.ones(6), abs=1e-6)
     assert net.head.weight.norm(dim=1).detach() == pytest.approx(torch.full((3,), 2.0), abs=2e-6)
@@ -166,7 +171,7 @@ def test_a_wrapper_around_a_torch_optimizer_is_seen_through() -> None:
 
     run = trainer(EffectiveLRMonitor())
     run.fit(Wrapped(sgd()), loader())
-    assert "effective_lr/head.weight" in run.callback_metrics
+    assert "effective_lr_not_invariant/head.weight" in run.callback_metrics
 
 
 def test_an_optimizer_without_a_rule() -> None:
@@ -198,7 +203,7 @@ def test_an_optimizer_without_a_rule() -> None:
         register_update_rule(Sign, exponent=1, decay="none")
         run = trainer(EffectiveLRMonitor())
         run.fit(Net(Sign), loader())
-        assert "effective_lr/head.weight" in run.callback_metrics
+        assert "effective_lr/conv1.weight" in run.callback_metrics
     finally:
         del _RULES[Sign]
 

@@ -57,7 +57,8 @@ def test_every_curve_of_the_table_is_logged_and_no_other() -> None:
     """Tags are the table of curves times the layers, and the summaries."""
     run = trainer(WeightNormMonitor(), EffectiveLRMonitor(gradient=True))
     run.fit(Net(sgd()), loader())
-    layers = {f"{c.key}/{n}" for c in CURVES for n in ("conv1.weight", "up.weight", "head.weight")}
+    invariant = {f"{c.key}/{n}" for c in CURVES if "not" not in c.key for n in ("conv1.weight", "up.weight")}
+    layers = invariant | {f"{c.key}/head.weight" for c in CURVES if c.key != "effective_lr"}
     summaries = {f"layers/{c.summary}_{s}" for c in CURVES if c.summary for s in STATISTICS}
     logger = run.logger
     assert isinstance(logger, RecordingLogger)
@@ -134,7 +135,9 @@ def test_tensorboard_layout_shows_all_layers_in_one_chart(tmp_path: Any) -> None
     charts = {chart.title: chart for chart in layout.category[0].chart}
     (regex,) = charts["effective learning rate"].multiline.tag
     matched = [tag for tag in tags if re.match(regex, tag)]  # as TensorBoard does
-    assert matched == [f"my.run-effective_lr/{n}.weight" for n in ("conv1", "up", "head")]
+    assert matched == [f"my.run-effective_lr/{n}.weight" for n in ("conv1", "up")]
+    (regex,) = charts["effective learning rate, layers that are not scale-invariant"].multiline.tag
+    assert [tag for tag in tags if re.match(regex, tag)] == ["my.run-effective_lr_not_invariant/head.weight"]
     margin = charts["rotation per step, over layers"].margin.series[0]
     assert re.match(margin.value, "my.run-layers/angular_update_median")
     assert {margin.lower, margin.upper} <= {
@@ -173,9 +176,9 @@ def test_fast_dev_run_and_all_zero_layers() -> None:
     with torch.no_grad():
         net.head.weight.zero_()
     run = trainer(EffectiveLRMonitor(), fast_dev_run=True)
-    with pytest.warns(UserWarning, match="3 units of 'head.weight' are zero"):
+    with pytest.warns(UserWarning, match="1 units of 'head.weight' are zero"):
         run.fit(net, loader())
-    assert "effective_lr/head.weight" not in run.callback_metrics
+    assert "effective_lr_not_invariant/head.weight" not in run.callback_metrics
     assert run.callback_metrics["angular_update/head.weight"].item() == 0.0
 
 
@@ -202,9 +205,11 @@ def test_the_other_namespace() -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[monitor, NormProjection(include=["layer.weight"])],
+        callbacks=[monitor, NormProjection(include=["layer.weight"], unit="neuron", on_not_invariant="allow")],
     )
     with pytest.warns(UserWarning, match="has no logger"):
         run.fit(Other(), torch.utils.data.DataLoader(images(8), batch_size=4))
-    assert run.callback_metrics["effective_lr/layer.weight"].item() == pytest.approx(1e-3, rel=1e-6)
+    assert run.callback_metrics["effective_lr_not_invariant/layer.weight"].item() == pytest.approx(
+        1e-3 / 3**0.5, rel=1e-6
+    )
     assert len(monitor.history()) == 2

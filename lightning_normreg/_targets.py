@@ -1,0 +1,88 @@
+"""Which weights may be projected, given what is known of their scale invariance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_normreg._projector import Radius
+from lightning_normreg._watched import Verdict, Watched
+
+OnNotInvariant = Literal["raise", "skip", "allow"]
+
+REFUSED_EPS_SHARE, NOTED_EPS_SHARE = 0.1, 0.01
+_ALLOW = "Leave it out by `exclude`, or say on_not_invariant='skip' or 'allow' (then projecting changes the function)."
+
+
+def choose_targets(
+    watched: Sequence[Watched], verdict: Verdict, *, named: bool, otherwise: OnNotInvariant
+) -> list[Watched]:
+    """Weights to project.
+
+    Args:
+        watched: What is selected.
+        verdict: What is known, empty for nothing.
+        named: Whether the user has named them; otherwise exactly those found scale-invariant are meant.
+        otherwise: What to do with named ones that are not known to be scale-invariant.
+
+    Raises:
+        ValueError: If that is to raise, or nothing is left.
+    """
+    good = [w for w in watched if w.invariant]
+    bad = [w for w in watched if not w.invariant]
+    if not named:
+        if not good:
+            raise ValueError(_nothing(verdict))
+        return good
+    if bad and otherwise == "raise":
+        reasons = "; ".join(f"{w.name!r}: {_why(w, verdict)}" for w in bad[:4])
+        raise ValueError(f"`include` must name scale-invariant weights, but {reasons}. {_ALLOW}")
+    if bad and otherwise == "skip":
+        rank_zero_info(f"Not projected, because not scale-invariant: {', '.join(w.name for w in bad)}.")
+        return good
+    return list(watched)
+
+
+def check_eps_shares(targets: Sequence[Watched], verdict: Verdict, radius: Radius) -> None:
+    """Refuse weights so small that the eps of their normalization rules, and warn of those where it shows.
+
+    With the eps share ρ, moving a unit from norm n to R changes the output by about ρ/2·|1 − n²/R²|.
+
+    Raises:
+        ValueError: If a median over units is above 10 % and ``radius`` is not ``"initial"``.
+    """
+    shares = {t.name: verdict[t.name].rho_median for t in targets if t.name in verdict and t.invariant}
+    known = {name: share for name, share in shares.items() if share is not None}
+    worst = {name: share for name, share in known.items() if share > NOTED_EPS_SHARE}
+    if not worst or radius == "initial":
+        return
+    listed = ", ".join(f"{name!r} ({share:.0%})" for name, share in worst.items())
+    if max(worst.values()) > REFUSED_EPS_SHARE:
+        raise ValueError(
+            f"`radius` must leave the function alone, but the eps of a normalization makes up more than 10 % of the "
+            f"variance behind {listed}: projecting would change what the network computes. Use radius='initial', or "
+            "a smaller eps."
+        )
+    rank_zero_warn(f"The eps of a normalization shows behind {listed}: projecting changes outputs by about half that.")
+
+
+def _why(watched: Watched, verdict: Verdict) -> str:
+    if watched.name in verdict:
+        return verdict[watched.name].reason.rstrip(".") or verdict[watched.name].kind
+    return "nobody knows whether it is"
+
+
+def _nothing(verdict: Verdict) -> str:
+    if not verdict:
+        return (
+            "NormProjection must know which weights are scale-invariant, but that could not be found out. Give it "
+            "`invariance`, a verdict from find_scale_invariance(module, forward=…) saved by save_verdict, or name the "
+            "weights: include=[…], on_not_invariant='allow'."
+        )
+    return (
+        "NormProjection must have something to project, but no selected weight is scale-invariant by itself, as in "
+        "most transformers. To hold norms all the same, as Hyperball optimizers do: "
+        "NormProjection(include=['*.weight'], unit='layer', radius='initial', on_not_invariant='allow')."
+    )
