@@ -12,8 +12,8 @@ import numpy as np
 Index = tuple[int, ...]
 
 
-def unit_indices(shape: Sequence[int], unit: str = "neuron", dim: int = 0, groups: int = 1) -> list[list[Index]]:
-    """Index tuples of the entries of every unit.
+def unit_indices(shape: Sequence[int], unit: str | int = "neuron", dim: int = 0, groups: int = 1) -> list[list[Index]]:
+    """Index tuples of the entries of every unit: a neuron, as many neighbouring ones as ``unit`` says, or all.
 
     With ``dim=1`` and ``groups`` as PyTorch documents transposed convolutions: the weight has shape
     ``(in, out / groups, *kernel)``, the first ``in / groups`` input channels make the first ``out / groups`` output
@@ -25,7 +25,8 @@ def unit_indices(shape: Sequence[int], unit: str = "neuron", dim: int = 0, group
     for index in np.ndindex(*shape):
         group = index[0] * groups // shape[0] if dim else 0
         units[group * shape[dim] + index[dim]].append(index)
-    return units
+    size = unit if isinstance(unit, int) else 1
+    return [[index for neuron in units[i : i + size] for index in neuron] for i in range(0, len(units), size)]
 
 
 def entries(array: np.ndarray, indices: list[Index]) -> list[float]:
@@ -40,12 +41,12 @@ def norm(values: list[float]) -> float:
     return math.sqrt(math.fsum(x * x for x in values))
 
 
-def units(array: np.ndarray, unit: str = "neuron", dim: int = 0, groups: int = 1) -> list[list[float]]:
+def units(array: np.ndarray, unit: str | int = "neuron", dim: int = 0, groups: int = 1) -> list[list[float]]:
     """Entries of every unit."""
     return [entries(array, indices) for indices in unit_indices(array.shape, unit, dim, groups)]
 
 
-def unit_norms(array: np.ndarray, unit: str = "neuron", dim: int = 0, groups: int = 1) -> list[float]:
+def unit_norms(array: np.ndarray, unit: str | int = "neuron", dim: int = 0, groups: int = 1) -> list[float]:
     """‖w_u‖."""
     return [norm(values) for values in units(array, unit, dim, groups)]
 
@@ -60,7 +61,7 @@ def root_mean_square(values: Sequence[float]) -> float:
     return norm(list(values)) / math.sqrt(len(values)) if values else 0.0
 
 
-def angular_update(before: np.ndarray, after: np.ndarray, unit: str = "neuron", dim: int = 0, groups: int = 1):
+def angular_update(before: np.ndarray, after: np.ndarray, unit: str | int = "neuron", dim: int = 0, groups: int = 1):
     """2 asin(|a/‖a‖ − b/‖b‖| / 2) of every unit; 0 where either is zero."""
     angles = []
     for a, b in zip(units(before, unit, dim, groups), units(after, unit, dim, groups), strict=True):
@@ -73,14 +74,16 @@ def angular_update(before: np.ndarray, after: np.ndarray, unit: str = "neuron", 
     return angles
 
 
-def relative_update(before: np.ndarray, after: np.ndarray, unit: str = "neuron", dim: int = 0, groups: int = 1):
+def relative_update(before: np.ndarray, after: np.ndarray, unit: str | int = "neuron", dim: int = 0, groups: int = 1):
     """‖after_u − before_u‖ / ‖before_u‖; 0 where it is zero before."""
     updates = unit_norms(after - before, unit, dim, groups)
     norms = unit_norms(before, unit, dim, groups)
     return [u / n if n else 0.0 for u, n in zip(updates, norms, strict=True)]
 
 
-def gradient_alignment(weight: np.ndarray, gradient: np.ndarray, unit: str = "neuron", dim: int = 0, groups: int = 1):
+def gradient_alignment(
+    weight: np.ndarray, gradient: np.ndarray, unit: str | int = "neuron", dim: int = 0, groups: int = 1
+):
     """|⟨w_u, g_u⟩| / (‖w_u‖ ‖g_u‖); 0 where either is zero."""
     cosines = []
     for w, g in zip(units(weight, unit, dim, groups), units(gradient, unit, dim, groups), strict=True):
@@ -94,7 +97,7 @@ def effective_lr(lr: float, n: float, exponent: int) -> float:
     return lr / n**exponent if n or not exponent else math.inf
 
 
-def projected(array: np.ndarray, radius: Sequence[float], unit: str = "neuron", dim: int = 0, groups: int = 1):
+def projected(array: np.ndarray, radius: Sequence[float], unit: str | int = "neuron", dim: int = 0, groups: int = 1):
     """R w_u / ‖w_u‖ for every unit, a zero unit as it is."""
     result = array.copy()
     for r, indices in zip(radius, unit_indices(array.shape, unit, dim, groups), strict=True):

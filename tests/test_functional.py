@@ -14,12 +14,12 @@ from tests import reference
 SEED = 0
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
 CASES = {  # shape, dim, groups
-    "linear": ((7, 12), 0, 1),
+    "linear": ((8, 12), 0, 1),
     "conv2d": ((6, 4, 3, 3), 0, 1),
     "transposed convolution": ((6, 4, 3, 3), 1, 1),
     "transposed convolution with groups": ((6, 2, 3, 3), 1, 3),
     "embedding": ((20, 300), 0, 1),
-    "column": ((300, 5), 1, 1),
+    "column": ((300, 6), 1, 1),
     "vector": ((5,), 0, 1),
     "scalar": ((), 0, 1),
     "no rows": ((0, 4), 0, 1),
@@ -27,7 +27,7 @@ CASES = {  # shape, dim, groups
 }
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_case = pytest.mark.parametrize("case", CASES)
-every_unit = pytest.mark.parametrize("unit", ["neuron", "layer"])
+every_unit = pytest.mark.parametrize("unit", ["neuron", "layer", 2])
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = SEED) -> Tensor:
@@ -59,7 +59,7 @@ def close(expected: list[float], actual: Tensor, *, rtol: float, atol: float = 0
 @every_dtype
 @every_case
 @every_unit
-def test_norms_match_the_oracle(dtype: torch.dtype, case: str, unit: str) -> None:
+def test_norms_match_the_oracle(dtype: torch.dtype, case: str, unit: str | int) -> None:
     """Norms of units and of the whole weight are those of float64 loops, in the accumulator's type."""
     shape, dim, groups = CASES[case]
     weight = random(shape, dtype)
@@ -74,7 +74,7 @@ def test_norms_match_the_oracle(dtype: torch.dtype, case: str, unit: str) -> Non
 @every_dtype
 @every_case
 @every_unit
-def test_updates_match_the_oracle(dtype: torch.dtype, case: str, unit: str) -> None:
+def test_updates_match_the_oracle(dtype: torch.dtype, case: str, unit: str | int) -> None:
     """Rotation, relative update and gradient alignment are those of float64 loops, with the last unit zero."""
     shape, dim, groups = CASES[case]
     before, gradient = random(shape, dtype), random(shape, dtype, SEED + 1)
@@ -98,7 +98,7 @@ def test_updates_match_the_oracle(dtype: torch.dtype, case: str, unit: str) -> N
 @every_dtype
 @every_case
 @every_unit
-def test_projection_matches_the_oracle(dtype: torch.dtype, case: str, unit: str) -> None:
+def test_projection_matches_the_oracle(dtype: torch.dtype, case: str, unit: str | int) -> None:
     """Every entry is the oracle's, for one radius and for one per unit, and the norms before come back."""
     shape, dim, groups = CASES[case]
     where = {"unit": unit, "dim": dim, "groups": groups}
@@ -259,6 +259,8 @@ def test_effective_lr_matches_the_oracle(exponent: int) -> None:
     "error, call, message",
     [
         (ValueError, lambda w: F.unit_norms(w, "row"), r"`unit` must be one of 'neuron', 'layer'.*, got 'row'\."),
+        (ValueError, lambda w: F.unit_norms(w, 0), r"`unit` must be .* a number of neighbouring neurons, got 0\."),
+        (ValueError, lambda w: F.project_(w, unit=3), r"`unit` must divide the number of neurons .*, got 3 for 2\."),
         (TypeError, lambda w: F.unit_norms(w.int()), r"`weight` must be a floating-point tensor, got torch\.int32\."),
         (ValueError, lambda w: F.angular_update(w, w[:1]), r"`after` must have the weight's shape \(2, 3\), got \(1"),
         (ValueError, lambda w: F.relative_update(w, w.t()), r"`after` must have the weight's shape .*, got \(3, 2\)\."),

@@ -11,7 +11,7 @@ from lightning_normreg import functional as F
 from tests import reference
 from tests.test_functional import SEED, close, exact, noise, random
 
-EPS, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+EPS = torch.finfo(torch.float32).eps
 
 
 class Case(NamedTuple):
@@ -40,11 +40,11 @@ def draw_case(draw: st.DrawFn) -> Case:
         *draw(st.lists(st.integers(1, 4), max_size=2)),
         draw(st.integers(1, 150)),
     )
-    return Case(shape, {"unit": draw(st.sampled_from(["neuron", "layer"])), "dim": dim, "groups": groups}, draw(seeds))
+    unit = draw(st.sampled_from(["neuron", "layer", shape[dim], shape[dim] * groups]))  # or that many neurons
+    return Case(shape, {"unit": unit, "dim": dim, "groups": groups}, draw(seeds))
 
 
-seeds, cases = st.integers(0, 2**32 - 1), draw_case()
-sizes, positive = st.floats(1e-4, 10.0), st.floats(1e-6, 1e6)
+seeds, cases, sizes, positive = st.integers(0, 2**32 - 1), draw_case(), st.floats(1e-4, 10.0), st.floats(1e-6, 1e6)
 signed = st.floats(-1e30, 1e30).filter(lambda c: abs(c) > 1e-30)
 
 
@@ -68,7 +68,7 @@ def test_weight_norm_is_pythagorean(case: Case) -> None:
 def test_projection_is_idempotent_and_keeps_the_direction(case: Case, radius: float, dtype: torch.dtype) -> None:
     """A second projection changes no bit; the first puts units at the radius without turning them."""
     start, weight = case.weight(dtype), case.weight(dtype)
-    before = F.project_(weight, radius, **case.where)
+    F.project_(weight, radius, **case.where)
     once = weight.clone()
     after = F.project_(weight, radius, **case.where)
     assert torch.equal(once, weight)
@@ -76,21 +76,21 @@ def test_projection_is_idempotent_and_keeps_the_direction(case: Case, radius: fl
     # that turns a unit by no more. A unit that was near the radius stays off by rounding and two measurements.
     eps = torch.finfo(dtype).eps
     close(np.full(len(after), radius), after, rtol=eps + 3 * noise(start))
-    # The angle itself is right to float64's eps times the length of the update over that of the unit after it.
-    assert (F.angular_update(start, weight, **case.where) <= eps + 4 * EPS64 * (2 + before / after)).all()
+    assert F.angular_update(start, weight, **case.where).max() <= 1.1 * eps  # measured to 10% and better
 
 
 @given(cases, sizes, positive)
 def test_rotation_ignores_scale(case: Case, size: float, factor: float) -> None:
     """A positive factor on either side changes no angle, a common one no relative update."""
     before, after = case.step(size)
-    # Scaling rounds every entry by eps/2 of itself, which turns a unit by no more; results are rounded, too.
+    # Scaling rounds every entry by eps/2 of itself, which turns a unit by no more; both results are quotients of norms.
+    rtol = 4 * noise(before) + 4 * EPS
     expected = exact(F.angular_update(before, after, **case.where))
     for scaled in [(before * factor, after), (before, after * factor)]:
-        close(expected, F.angular_update(*scaled, **case.where), rtol=EPS, atol=EPS)
+        close(expected, F.angular_update(*scaled, **case.where), rtol=rtol, atol=EPS)
     # Both sides are rounded by eps/2: relative to the weight's norm, by eps/2 and by at most (1 + expected) eps/2.
     expected = exact(F.relative_update(before, after, **case.where))
-    close(expected, F.relative_update(before * factor, after * factor, **case.where), rtol=2 * EPS, atol=EPS)
+    close(expected, F.relative_update(before * factor, after * factor, **case.where), rtol=rtol, atol=EPS)
 
 
 @given(cases, sizes)
@@ -100,8 +100,8 @@ def test_rotation_is_symmetric(case: Case, size: float) -> None:
     there, back = F.angular_update(before, after, **case.where), F.angular_update(after, before, **case.where)
     ratio = F.unit_norms(before, **case.where) / F.unit_norms(after, **case.where)
     assume(ratio.min() > 1e-6 and ratio.max() < 1e6)
-    # Both are rounded to float32; in float64 the larger side's rounding is up to 1e6 times the smaller side's.
-    close(exact(there), back, rtol=2 * EPS, atol=4e6 * EPS64)
+    # Both are quotients of norms, from which three halves of a significand leave 2^-36 of what is along the unit.
+    close(exact(there), back, rtol=4 * noise(before) + 4 * EPS, atol=EPS**1.5)
 
 
 @given(cases, st.floats(1e-4, 0.5))
@@ -109,7 +109,7 @@ def test_decay_alone_does_not_rotate(case: Case, decay: float) -> None:
     """Decay alone, w → (1 − d) w, has the relative update d and the angle 0, to the rounding of the weight."""
     before, after = case.weight(), case.weight() * (1 - decay)
     relative = F.relative_update(before, after, **case.where)
-    close(np.full(len(relative), decay), relative, rtol=EPS, atol=EPS)
+    close(np.full(len(relative), decay), relative, rtol=2 * noise(before) + EPS, atol=EPS)
     assert F.angular_update(before, after, **case.where).max() <= EPS / (1 - decay)
 
 
@@ -163,8 +163,8 @@ def layouts(weight: Tensor) -> list[Tensor]:
 
 @given(st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 40)), seeds)
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("unit", ["neuron", "layer"])
-def test_memory_layout_does_not_matter(unit: str, dim: int, shape: tuple[int, ...], seed: int) -> None:
+@pytest.mark.parametrize("unit", ["neuron", "layer", 1])
+def test_memory_layout_does_not_matter(unit: str | int, dim: int, shape: tuple[int, ...], seed: int) -> None:
     """Any layout of either tensor gives the contiguous result, and projection writes through it and nowhere else."""
     where = {"unit": unit, "dim": dim}
     before, after = Case(shape, where, seed).step(0.1)
@@ -173,8 +173,8 @@ def test_memory_layout_does_not_matter(unit: str, dim: int, shape: tuple[int, ..
         close(exact(F.unit_norms(before, **where)), F.unit_norms(a, **where), rtol=rtol)
         for function in (F.angular_update, F.relative_update):
             close(exact(function(before, after, **where)), function(a, b, **where), rtol=rtol + 2 * EPS)
-        expected = exact(F.gradient_alignment(before, after, **where))
-        close(expected, F.gradient_alignment(a, b, **where), rtol=0, atol=4 * rtol)
+        aligned = F.gradient_alignment(a, b, **where)
+        close(exact(F.gradient_alignment(before, after, **where)), aligned, rtol=0, atol=4 * rtol)
     expected, *others = layouts(before * 9)
     F.project_(expected, **where)
     for view in others:
@@ -224,7 +224,7 @@ def test_projected_rows_stay(dtype: torch.dtype, spread: str, length: int) -> No
             assert torch.equal(once, weight)
 
 
-@pytest.mark.parametrize("dtype, off", [("float64", 2e-14), ("float32", 1e-5), ("bfloat16", 0.01), ("float16", 2e-3)])
+@pytest.mark.parametrize("dtype, off", [("float64", 8e-15), ("float32", 4e-6), ("bfloat16", 0.01), ("float16", 2e-3)])
 @pytest.mark.parametrize("length", [9, 768])
 def test_rows_that_are_off_are_moved(length: int, dtype: str, off: float) -> None:
     """A row that is farther from the radius than rounding explains comes back to it."""
