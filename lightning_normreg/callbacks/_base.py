@@ -78,8 +78,10 @@ class StepCallback(CallbackBase):
             self._verdict, self._begun = None, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the arguments against the model, and subscribe."""
+        """Check the arguments against the model; what one callback has restored all others share."""
         optimizers_of(trainer)
+        run = run_of(trainer)
+        run.verdict = run.verdict or self._verdict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the optimizers, now that a checkpoint has been restored."""
@@ -91,9 +93,9 @@ class StepCallback(CallbackBase):
         run.dispatcher.attach(trainer.optimizers)
         if not self._begun:
             self._begun = True
-            if self._given is None and self._verdict is None and run.verdict is None:
+            if self._given is None and run.verdict is None:
                 run.verdict = probe(trainer, pl_module, batch)
-            self._verdict = self._given or self._verdict or run.verdict or {}
+            self._verdict = self._given or run.verdict or {}
             self._begin(trainer, pl_module, self._verdict)
 
     def state_dict(self) -> dict[str, Any]:

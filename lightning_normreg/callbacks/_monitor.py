@@ -141,8 +141,7 @@ class Monitor(StepCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read the values of this batch's last updates, and log them."""
-        assert self._tracker is not None
-        row = self._tracker.collect()
+        row = {} if self._tracker is None else self._tracker.collect()  # None: the loader's first batch was None
         if not row:
             return
         self._logged_once = True

@@ -140,8 +140,8 @@ class NormProjection(StepCallback):
     ) -> None:
         """Report units that became zero or non-finite, at the Trainer's logging interval."""
         interval = log_interval(trainer)
-        if interval and (batches_that_stepped(trainer) + 1) % interval == 0:
-            self._held().report()
+        if self._projector is not None and interval and (batches_that_stepped(trainer) + 1) % interval == 0:
+            self._projector.report()
 
     def _held(self) -> Projector:
         assert self._projector is not None

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SAMPLES = 4
 LONG_SECONDS = 2.0
+LARGEST = 500_000_000
+"""Parameters of a model that is still copied: the probe takes five times their memory in float64."""
 
 Verdict = dict[str, ScaleInvariance]
 
@@ -39,7 +41,7 @@ def probe(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Verdict:
         seconds = time.perf_counter() - started
         took = f" (the probe took {seconds:.0f} s)" if seconds > LONG_SECONDS else ""
         rank_zero_info(f"Scale invariance: {summarize(verdict)}{took}")
-    except (ProbeError, ValueError) as error:
+    except Exception as error:  # whatever the user's code raises on a copy, or memory: training must go on
         verdict = {}
         rank_zero_warn(
             f"Which weights are scale-invariant could not be found out: {error} Until then every weight is watched "
@@ -60,6 +62,9 @@ def few_samples(batch: Any) -> Any:
 
 
 def _on_few_samples(pl_module: LightningModule, batch: Any) -> Verdict:
+    size = sum(p.numel() for p in pl_module.parameters())
+    if size > LARGEST:
+        raise ProbeError(f"{size / 1e6:.0f} million parameters are too many to probe on a copy.")
     few = few_samples(batch)
     try:
         return find_scale_invariance(pl_module, few)

@@ -142,6 +142,11 @@ def test_one_probe_for_all_callbacks_and_none_on_resume(tmp_path: Any, monkeypat
         run.save_checkpoint(tmp_path / "end.ckpt")
         assert "effective_lr/conv1.weight" in run.callback_metrics
     assert calls == [1]
+    # A callback that was not there before shares what another one has restored.
+    four = [EffectiveLRMonitor(include=["up.*"]), WeightNormMonitor(), EffectiveLRMonitor(), NormProjection()]
+    run = trainer(*four, max_epochs=3)
+    run.fit(Net(sgd()), loader(), ckpt_path=tmp_path / "end.ckpt")
+    assert calls == [1]
 
 
 def test_a_saved_verdict_is_taken_instead_of_a_probe(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +233,28 @@ def test_the_factor_on_the_effective_rate_is_said(caplog: pytest.LogCaptureFixtu
     assert (
         f"under SGD change by factors of {factor:.3g} (min), {factor:.3g} (median), {factor:.3g} (max)" in caplog.text
     )
+
+
+def test_a_model_too_large_to_copy_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said, with the way around."""
+    monkeypatch.setattr("lightning_normreg.callbacks._verdict.LARGEST", 100)
+    with pytest.warns(UserWarning, match=r"too many to probe on a copy.*invariance=, a verdict"):
+        trainer(EffectiveLRMonitor()).fit(Net(sgd()), loader())
+
+
+def test_a_loader_whose_first_batch_is_none() -> None:
+    """Lightning skips the step and still ends the batch."""
+
+    class Sparse(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            yield None
+            yield from loader()
+
+    everything = [WeightNormMonitor(), EffectiveLRMonitor(), NormProjection()]
+    run = trainer(*everything)
+    with pytest.warns(UserWarning, match="train_dataloader yielded None"):
+        run.fit(Net(sgd(), schedule=False), torch.utils.data.DataLoader(Sparse(), batch_size=None))
+    assert "effective_lr/up.weight" in run.callback_metrics
 
 
 def test_what_cannot_be_probed_is_said_and_refused() -> None:
