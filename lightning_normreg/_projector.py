@@ -85,6 +85,15 @@ class Projector:
                     "the learning-rate schedule is the rotation schedule. radius='initial' changes neither."
                 )
 
+    def norms_and_radii(self) -> dict[str, tuple[float, float]]:
+        """Root mean squares over units, of the norms before the last projection and of the radii. Reads the device."""
+        found = {}
+        for target in self.targets:
+            norms = self._norms.get(target.name, target.norms())
+            radius = root_mean_square(torch.ones_like(norms) * self._target(target))
+            found[target.name] = (float(root_mean_square(norms)), float(radius))
+        return found
+
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Nothing: the weights are at their radius."""
 

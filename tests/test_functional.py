@@ -18,6 +18,7 @@ CASES = {  # shape, dim, groups
     "conv2d": ((6, 4, 3, 3), 0, 1),
     "transposed convolution": ((6, 4, 3, 3), 1, 1),
     "transposed convolution with groups": ((6, 2, 3, 3), 1, 3),
+    "transposed depthwise convolution": ((4, 1, 3), 1, 4),
     "embedding": ((20, 300), 0, 1),
     "column": ((300, 6), 1, 1),
     "vector": ((5,), 0, 1),

@@ -143,6 +143,10 @@ class NormProjection(StepCallback):
         if self._projector is not None and interval and (batches_that_stepped(trainer) + 1) % interval == 0:
             self._projector.report()
 
+    def held(self) -> dict[str, tuple[float, float]]:
+        """For each projected parameter the norm before the last projection and the radius (root mean squares)."""
+        return {} if self._projector is None else self._projector.norms_and_radii()
+
     def _held(self) -> Projector:
         assert self._projector is not None
         return self._projector
