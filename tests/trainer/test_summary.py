@@ -55,8 +55,8 @@ def test_sentences_have_the_right_numbers() -> None:
     found = summary(Grouped(sgd()), gradient_clip_val=0.5, accumulate_grad_batches=2)
     invariant, rest = 6 * 2 * 9 + 6 * 2 * 9, 3 * 4
     assert found.sentences() == [
-        f"{invariant / (invariant + rest):.0%} of what you decay is scale-invariant: there decay only sets the learning "
-        "rate.",
+        f"{invariant / (invariant + rest):.0%} of what you decay is scale-invariant: there decay only sets the "
+        "learning rate.",
         "It really regularizes head.weight.",
         "At lr 0.01 and decay 0.1 it acts over 1/(lr·decay) = 1e+03 steps, 333 epochs.",
         "Gradients are clipped at 0.5: where that is active, a step no longer grows with them.",
