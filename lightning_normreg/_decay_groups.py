@@ -53,7 +53,7 @@ def decay_groups(
         ValueError: If a decay is negative or no number, nothing is trainable, a lazy module is not materialized, or an
             override matches nothing.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
         >>> for group in decay_groups(model, 0.05):
         ...     print(group["name"], group["weight_decay"], group["param_names"])
@@ -94,7 +94,7 @@ def decay_groups(
 class DecayGroupsMixin:
     """Gives a module the method :meth:`decay_groups`, for use in ``configure_optimizers``.
 
-    Example:
+    Examples:
         >>> class Model(DecayGroupsMixin, nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

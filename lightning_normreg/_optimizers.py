@@ -78,7 +78,7 @@ def register_update_rule(optimizer_class: type[Optimizer], *, exponent: int, dec
         TypeError: If ``optimizer_class`` is no subclass of ``torch.optim.Optimizer``.
         ValueError: If ``exponent`` is not 0, 1 or 2, or ``decay`` is unknown.
 
-    Example:
+    Examples:
         >>> class SignSGD(Optimizer):
         ...     '''Steps by lr times the sign of the gradient.'''
         >>> register_update_rule(SignSGD, exponent=1, decay="none")

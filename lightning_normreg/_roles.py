@@ -60,7 +60,7 @@ def parameter_roles(module: nn.Module) -> dict[str, ParameterRole]:
     Raises:
         ValueError: If a lazy module has not seen its first batch yet.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
         >>> for name, role in parameter_roles(model).items():
         ...     print(name, role.role, "|", role.rule)

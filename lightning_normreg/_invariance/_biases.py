@@ -14,7 +14,7 @@ def bias_candidates(roles: dict[str, ParameterRole], module: nn.Module) -> dict[
         roles: Name as in ``module.named_parameters()`` → role, of the trainable parameters.
         module: The module that they belong to.
 
-    Example:
+    Examples:
         >>> from lightning_normreg import parameter_roles
         >>> layer = nn.MultiheadAttention(4, 2)
         >>> bias_candidates(parameter_roles(layer), layer)["in_proj_weight"]

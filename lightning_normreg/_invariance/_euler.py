@@ -48,7 +48,7 @@ def euler_sums(weight: Tensor, gradient: Tensor | None, role: ParameterRole) -> 
 
     Accumulates in float64, because E cancels. For complex weights E is Re(w̄·g), by torch's convention of gradients.
 
-    Example:
+    Examples:
         >>> role = ParameterRole("weight", "", "Linear")
         >>> weight = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
         >>> sums = euler_sums(weight, torch.tensor([[4.0, -3.0], [1.0, 1.0]]), role)
@@ -130,7 +130,7 @@ def pooled_statistic(sums: Tensor, squares: Tensor) -> float:
     Returns:
         T ``≥ 0``; 0 where nothing has a gradient.
 
-    Example:
+    Examples:
         >>> pooled_statistic(torch.tensor([[3.0, 0.0]]), torch.tensor([[9.0, 9.0]]))
         0.5
     """

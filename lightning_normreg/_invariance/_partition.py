@@ -37,7 +37,7 @@ def finest_partition(sums: Tensor, squares: Tensor, tol: float) -> Partition:
         squares: Q, of the same shape.
         tol: Threshold, ``0 < tol < 1``.
 
-    Example:
+    Examples:
         >>> s = torch.tensor([[1.0, -1.0, 2.0, 0.0], [3.0, -3.0, 1.0, 0.0]], dtype=torch.float64)
         >>> finest_partition(s, torch.ones_like(s), 1e-6).runs  # a pair, a slice that is in no run, a single one
         [(0, 2), (3, 4)]

@@ -62,7 +62,7 @@ def find_scale_invariance(
         ProbeError: If the module cannot be copied, or its loss cannot be computed on the copy, is no scalar, or is not
             finite.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2))
         >>> verdicts = find_scale_invariance(model, torch.randn(8, 3), forward=lambda m, x: m(x).exp().mean())

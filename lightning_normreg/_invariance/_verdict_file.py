@@ -47,7 +47,7 @@ def load_verdict(source: str | Path | Mapping[str, Any]) -> dict[str, ScaleInvar
         FileNotFoundError: If there is no such file.
         ValueError: If it is no verdict, is of another version, or has unknown or missing fields.
 
-    Example:
+    Examples:
         >>> verdict = {"conv.weight": ScaleInvariance("block", dim=0, block_size=2, slices=((0, 4),), z=1e-15)}
         >>> load_verdict(verdict_to_dict(verdict)) == verdict
         True

@@ -58,7 +58,7 @@ class EffectiveLRMonitor(Monitor):
     Raises:
         ValueError: For an argument out of its range, before training starts.
 
-    Example:
+    Examples:
         >>> from pytorch_lightning import Trainer
         >>> trainer = Trainer(callbacks=[EffectiveLRMonitor(every_n_steps=10)], logger=False)
 

@@ -54,7 +54,7 @@ class NormProjection(StepCallback):
             barely (an eps share above 10 %, unless ``radius="initial"``), one that no optimizer updates (unless a
             finetuning callback is there to thaw it), or one that another NormProjection holds; before the first step.
 
-    Example:
+    Examples:
         >>> from pytorch_lightning import Trainer
         >>> trainer = Trainer(callbacks=[NormProjection()], logger=False)
 

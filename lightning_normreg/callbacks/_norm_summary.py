@@ -36,7 +36,7 @@ class NormSummary(StepCallback):
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
 
-    Example:
+    Examples:
         >>> from pytorch_lightning import Trainer
         >>> trainer = Trainer(callbacks=[NormSummary()], logger=False)
     """

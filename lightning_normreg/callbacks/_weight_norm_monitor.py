@@ -43,7 +43,7 @@ class WeightNormMonitor(Monitor):
     Raises:
         ValueError: For an argument out of its range, before training starts.
 
-    Example:
+    Examples:
         >>> from pytorch_lightning import Trainer
         >>> trainer = Trainer(callbacks=[WeightNormMonitor(include=["*.weight"])], logger=False)
     """

@@ -98,7 +98,7 @@ def unit_norms(weight: Tensor, unit: Unit = "neuron", *, dim: int = 0, groups: i
         ValueError: If ``unit`` is unknown.
         TypeError: If ``weight`` holds integers.
 
-    Example:
+    Examples:
         >>> unit_norms(torch.tensor([[3.0, 4.0], [5.0, 12.0]]))
         tensor([ 5., 13.])
         >>> unit_norms(torch.full((1, 4), 1e30))
@@ -121,7 +121,7 @@ def weight_norm(weight: Tensor) -> Tensor:
     Returns:
         A 0-dimensional tensor, 0 for an empty ``weight``.
 
-    Example:
+    Examples:
         >>> weight_norm(torch.tensor([[1.0, 2.0], [2.0, 4.0]]))
         tensor(5.)
 

@@ -62,7 +62,7 @@ def project_(
     Raises:
         ValueError: If ``radius`` is a number that is not positive and finite.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
         >>> project_(weight)
         tensor([5., 0.])
@@ -120,7 +120,7 @@ def project_all_(
     Raises:
         ValueError: If ``radius`` is a sequence of another length than ``weights``, or not positive.
 
-    Example:
+    Examples:
         >>> weights = [torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])]
         >>> project_all_(weights, radius=10.0)
         [tensor([5.]), tensor([2.])]

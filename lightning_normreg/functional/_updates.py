@@ -111,7 +111,7 @@ def angular_update(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim:
     Raises:
         ValueError: If ``after`` has another shape than ``before``.
 
-    Example:
+    Examples:
         >>> angular_update(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
         tensor([0.7854])
 
@@ -137,7 +137,7 @@ def relative_update(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim
     Raises:
         ValueError: If ``after`` has another shape than ``before``.
 
-    Example:
+    Examples:
         >>> relative_update(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 3.5]]))
         tensor([0.1000])
 
@@ -168,7 +168,7 @@ def gradient_alignment(
     Raises:
         ValueError: If ``gradient`` has another shape than ``weight``.
 
-    Example:
+    Examples:
         >>> gradient_alignment(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([0.6000])
 
@@ -203,7 +203,7 @@ def effective_lr(lr: float | Tensor, norm: float | Tensor, exponent: int) -> Ten
         Tensor of the broadcast shape, in the unit of ``lr`` over the unit of the weight to the power p; inf where
         the norm is 0 and p > 0.
 
-    Example:
+    Examples:
         >>> effective_lr(0.1, torch.tensor([1.0, 2.0]), exponent=2)
         tensor([0.1000, 0.0250])
 
