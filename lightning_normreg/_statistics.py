@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_normreg._invariance._call import PrivateCall
+from lightning_normreg._invariance._call import PrivateCall, check_callable
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Name of a BatchNorm → mean and variance per channel of what it normalizes."""
@@ -29,12 +29,14 @@ def keep_running_statistics(module: nn.Module, batch: Any, change: Callable[[], 
         change: Changes the module's weights in place.
 
     Raises:
-        ProbeError: If the module cannot be called privately; nothing has been changed then.
+        ProbeError: If the module's loss cannot be computed on a private copy.
+        ValueError: If it must not be tried: a manual ``training_step`` would step the real optimizers.
     """
     tracked = {name: m for name, m in module.named_modules() if _has_seen_batches(m)}
     if not tracked:
         change()
         return
+    check_callable(module, batch, None)
     call = PrivateCall(module, None, batch, torch.float64)
     before = _batch_statistics(call, call.own_point())
     change()

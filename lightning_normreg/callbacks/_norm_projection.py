@@ -95,8 +95,7 @@ class NormProjection(StepCallback):
         """Start afresh; a checkpoint's state is loaded after this."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._restored = {}
-            self._projected = 0
+            self._restored, self._projector, self._projected = {}, None, 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the selection before anything is trained."""
@@ -169,7 +168,7 @@ def _project_keeping_the_function(
         return
     try:
         keep_running_statistics(pl_module, few_samples(batch), lambda: projector.project(targets))
-    except ProbeError as error:
+    except (ProbeError, ValueError) as error:
         projector.project(targets)
         rank_zero_warn(
             f"BatchNorm's running statistics could not follow the first projection: {error} Until they have caught up "

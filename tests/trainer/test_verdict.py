@@ -235,6 +235,39 @@ def test_the_factor_on_the_effective_rate_is_said(caplog: pytest.LogCaptureFixtu
     )
 
 
+class Manual(Any2d):
+    """Steps its optimizer itself, with running statistics from earlier training."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3), lr=0.1)
+        self.automatic_optimization = False
+        self.steps = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One step."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        self.steps += 1
+
+
+def test_manual_optimization_is_never_called_for_its_statistics() -> None:
+    """A private call would step the real optimizer; with a verdict given, projection goes on and says what is off."""
+    net = Manual()
+    net.layers(next(iter(loader()))[0])  # running statistics have seen a batch
+    verdict = find_scale_invariance(net, next(iter(loader())), forward=_loss)
+    run = trainer(NormProjection(invariance=verdict))
+    with pytest.warns(UserWarning, match="running statistics could not follow the first projection"):
+        run.fit(net, loader())
+    assert net.steps == run.global_step == 6
+    assert net.layers[0].weight.detach().flatten(1).norm(dim=1) == pytest.approx(torch.ones(6), rel=1e-6)
+
+
+def _loss(net: Any, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(net(batch[0]), batch[1])
+
+
 def test_a_model_too_large_to_copy_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said, with the way around."""
     monkeypatch.setattr("lightning_normreg.callbacks._verdict.LARGEST", 100)
