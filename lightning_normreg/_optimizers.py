@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -21,12 +22,15 @@ class UpdateRule:
         decay: ``"coupled"``: added to the gradient; ``"decoupled"``: shrinks the weight itself; ``"none"``.
         lr_key: Key of the parameter group under which the learning rate is read.
         decoupled_key: Key of the parameter group that, when true, makes the decay decoupled; "" where there is none.
+        state_degrees: Power of c by which an entry of the optimizer's state goes when a scale-invariant weight is
+            multiplied by c: gradients go with 1/c.
     """
 
     exponent: int
     decay: Decay
     lr_key: str = "lr"
     decoupled_key: str = ""
+    state_degrees: Mapping[str, int] = field(default_factory=dict)
 
     def lr(self, group: dict[str, Any]) -> float | Tensor:
         """Learning rate of a parameter group as it stands now."""
@@ -38,11 +42,15 @@ class UpdateRule:
         return "decoupled" if group.get(self.decoupled_key) else self.decay
 
 
+_SGD_STATE = {"momentum_buffer": -1}
+_ADAM_STATE = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}
+_RMSPROP_STATE = {"square_avg": -2, "grad_avg": -1}  # its momentum is of steps, not of gradients
+
 _RULES: dict[type[Optimizer], UpdateRule] = {
-    SGD: UpdateRule(exponent=2, decay="coupled"),
-    Adam: UpdateRule(exponent=1, decay="coupled", decoupled_key="decoupled_weight_decay"),
-    AdamW: UpdateRule(exponent=1, decay="decoupled"),
-    RMSprop: UpdateRule(exponent=1, decay="coupled"),
+    SGD: UpdateRule(exponent=2, decay="coupled", state_degrees=_SGD_STATE),
+    Adam: UpdateRule(1, "coupled", decoupled_key="decoupled_weight_decay", state_degrees=_ADAM_STATE),
+    AdamW: UpdateRule(exponent=1, decay="decoupled", state_degrees=_ADAM_STATE),
+    RMSprop: UpdateRule(exponent=1, decay="coupled", state_degrees=_RMSPROP_STATE),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import update_rule
@@ -61,6 +62,22 @@ class Projector:
         """Put targets at their radius."""
         for target in targets:
             self._norms[target.name] = target.project(self._target(target))
+
+    @torch.no_grad()
+    def start(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
+        """Put targets at their radius for the first time, and let the state of optimizers under way follow.
+
+        The state was measured at the old norms: gradients of a scale-invariant weight that is multiplied by c go with
+        1/c. After every later step the last gradient was measured at the radius, and so will be the next.
+        """
+        before = [t.norms() for t in targets]
+        self.project(targets)
+        factors = [torch.where(n > 0, t.norms() / n, 1.0) for t, n in zip(targets, before, strict=True)]
+        for optimizer in optimizers:
+            mine = {t.name for t in self.optimized([optimizer])}
+            for target, factor in zip(targets, factors, strict=True):
+                if target.name in mine and all(optimizer.state.get(p) for p in target.tensors()):
+                    _follow(optimizer, target, torch.where(factor.isfinite(), factor, 1.0))
 
     @torch.no_grad()
     def off(self, targets: Iterable[Watched]) -> list[Watched]:
@@ -124,6 +141,30 @@ class Projector:
             radius = _initial(target) if self._argument == "initial" else _auto(target)
         self._radius[target.name] = radius = radius.to(target.parameter.device)
         return radius
+
+
+def _follow(optimizer: Optimizer, target: Watched, factors: Tensor) -> None:
+    rule = update_rule(optimizer)
+    if rule is None:
+        rank_zero_warn(
+            f"The state of {type(optimizer).__name__} could not follow the first projection of {target.name!r}, as its "
+            "update rule is not known: its first steps are off until the state is renewed."
+        )
+        return
+    for key, degree in rule.state_degrees.items():
+        if all(isinstance(optimizer.state[p].get(key), Tensor) for p in target.tensors()):
+            target.multiply(factors**degree, _StateOf(optimizer, key))
+
+
+class _StateOf:
+    """An entry of an optimizer's state, as a function of the parameter."""
+
+    def __init__(self, optimizer: Optimizer, key: str) -> None:
+        self._optimizer, self._key = optimizer, key
+
+    def __call__(self, parameter: Parameter) -> Tensor:
+        entry: Tensor = self._optimizer.state[parameter][self._key]
+        return entry
 
 
 def _initial(target: Watched) -> Tensor:

@@ -15,7 +15,7 @@ from lightning_normreg._roles import ParameterRole, named_roles
 from lightning_normreg._selection import check_globs, select
 from lightning_normreg.functional._norms import row_norms
 from lightning_normreg.functional._projection import dead_band, project_views_
-from lightning_normreg.functional._units import UNITS, Unit, View, split_units, unit_rows
+from lightning_normreg.functional._units import UNITS, Unit, View, over_units, split_units, unit_rows
 from lightning_normreg.functional._updates import Step, align_rows, measure_rows
 
 UnitArgument = Literal["auto", "neuron", "layer"]
@@ -101,6 +101,16 @@ class Watched:
             own = radius[start : start + units] if isinstance(radius, Tensor) and radius.ndim else radius
             norms.append(project_views_(views, own))
         return torch.cat(norms)
+
+    def multiply(self, factors: Tensor, read: Callable[[Parameter], Tensor]) -> None:
+        """Multiply the entries of each unit, in tensors that are shaped like its parameters, by the unit's factor."""
+        done = 0
+        for part in self.parts:
+            for view, kept in (views := self._views(part, read)):
+                units = torch.Size(view.shape[d] for d in kept).numel()
+                view.mul_(over_units(factors[done : done + units].to(view.dtype), view, kept))
+            first, kept = views[0]
+            done += torch.Size(first.shape[d] for d in kept).numel()
 
     def dead_band(self) -> float:
         """Relative distance from the radius within which a unit counts as being on it; that of the longest unit."""

@@ -83,10 +83,9 @@ def test_updates_match_the_oracle(dtype: torch.dtype, case: str, unit: str | int
     if before.ndim > 1 and before.numel():
         before.select(dim, -1).zero_()
     where = {"unit": unit, "dim": dim, "groups": groups}
-    # A norm, its quotient and the rotation's arc tangent; three halves of the significand leave 2^-36 of what is along
-    # the unit, in float64 less than the 1e-14 of the oracle.
+    # Two norms, their quotient and the arc tangent; three halves of the significand leave eps^1.5 of what is along.
     eps = torch.finfo(accumulator(dtype)).eps
-    tolerances = {"rtol": noise(before) + 2 * eps, "atol": max(1e-14, eps**1.5)}
+    tolerances = {"rtol": 2 * noise(before) + 2 * eps, "atol": eps**1.5}
     for name in ("angular_update", "relative_update"):
         actual = getattr(F, name)(before, after, **where)
         assert actual.dtype == accumulator(dtype)
@@ -191,11 +190,11 @@ def test_norm_of_16_million_entries() -> None:
     close(expected, F.unit_norms(weight.reshape(1, -1))[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("length", [2, 9, 576, 5000])
+@pytest.mark.parametrize("length", [2, 9, 576])
 @pytest.mark.parametrize("decay", [0.0, 10.0, 1000.0])
 @pytest.mark.parametrize("angle_rad", [1e-5, 1e-3, 0.1, 1.0, 2.0, 3.0])
 def test_rotation_keeps_its_digits(angle_rad: float, decay: float, length: int) -> None:
-    """A float32 rotation is right to 1e-5, also where the radial part is 1000 times the tangential one."""
+    """A rotation is right in all but its last digits, also where the radial part is 1000 times the tangential one."""
     start = random((3, length), torch.float64)
     along = start / start.norm(dim=1, keepdim=True)
     across = random(tuple(start.shape), torch.float64, SEED + 1)
@@ -206,10 +205,12 @@ def test_rotation_keeps_its_digits(angle_rad: float, decay: float, length: int) 
     t = tan / (forward + decay * tan) if decay else 0.0
     cos, sin = (1 - decay * t, t) if decay else (math.cos(angle_rad), math.sin(angle_rad))
     after = cos * along + sin * across
-    before, after = start.float(), (after * start.norm(dim=1, keepdim=True)).float()
-    expected = reference.angular_update(exact(before), exact(after))
-    assert expected == pytest.approx([angle_rad] * len(start), rel=0.05)
-    close(expected, F.angular_update(before, after), rtol=1e-5)
+    for dtype in (torch.float32, torch.float64):
+        before, after = start.to(dtype), (after * start.norm(dim=1, keepdim=True)).to(dtype)
+        expected = reference.angular_update(exact(before), exact(after))
+        assert expected == pytest.approx([angle_rad] * len(start), rel=0.05)
+        rtol = 2 * noise(before) + 2 * torch.finfo(dtype).eps  # two norms, their quotient and the arc tangent
+        close(expected, F.angular_update(before, after), rtol=min(rtol, 1e-5))
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +268,6 @@ def test_effective_lr_matches_the_oracle(exponent: int) -> None:
         (ValueError, lambda w: F.relative_update(w, w.t()), r"`after` must have the weight's shape .*, got \(3, 2\)\."),
         (ValueError, lambda w: F.gradient_alignment(w, w[0]), r"`gradient` must have the weight's shape .*got \(3,\)"),
         (ValueError, lambda w: F.project_(w, 0.0), r"`radius` must be positive and finite, got 0\.0\. Use 1\.0"),
-        (ValueError, lambda w: F.project_(w, -1), r"`radius` must be positive and finite, got -1\."),
         (ValueError, lambda w: F.project_(w, math.inf), r"`radius` must be positive and finite, got inf\."),
         (ValueError, lambda w: F.project_(w, math.nan), r"`radius` must be positive and finite, got nan\."),
         (ValueError, lambda w: F.project_all_([w, w], [1.0]), r"`radius` must be one number or 2 of them, got 1\."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -27,10 +27,11 @@ class NormProjection(StepCallback):
     learning rate is then lr/R^p for the whole run, whatever the weight decay.
 
     When it runs: before the first step, then in the optimizer's step post-hook, after the monitors have measured the
-    step. It is a rescale, not a parametrization: no gradient goes through it, and the optimizer's state is left alone.
+    step. It is a rescale, not a parametrization: no gradient goes through it, and it leaves the optimizer's state alone.
 
     The first projection keeps the function: a bias that belongs to the unit is scaled along, BatchNorm's running
-    statistics follow. It does not keep the recipe: by what factor the effective learning rates change is said.
+    statistics follow, and so does the state of an optimizer that is under way. It does not keep the recipe: by what
+    factor the effective learning rates change is said.
 
     What it logs: nothing; units that cannot be projected (zero, infinite, NaN) are reported once.
 
@@ -131,7 +132,7 @@ class NormProjection(StepCallback):
             self._projected = len(optimized)
             moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
             projector.announce(moved, optimizers_of(trainer))
-            _project_keeping_the_function(pl_module, batch, projector, moved)
+            _keep_the_function(pl_module, batch, lambda: projector.start(moved, optimizers_of(trainer)))
             projector.report()
 
     def on_train_batch_end(
@@ -161,15 +162,11 @@ class NormProjection(StepCallback):
         self._restored = dict(state_dict["initial"])
 
 
-def _project_keeping_the_function(
-    pl_module: LightningModule, batch: Any, projector: Projector, targets: list[Watched]
-) -> None:
-    if not targets:
-        return
+def _keep_the_function(pl_module: LightningModule, batch: Any, project: Callable[[], None]) -> None:
     try:
-        keep_running_statistics(pl_module, few_samples(batch), lambda: projector.project(targets))
+        keep_running_statistics(pl_module, few_samples(batch), project)
     except (ProbeError, ValueError) as error:
-        projector.project(targets)
+        project()  # again, where the error came after it: what is at its radius does not move
         rank_zero_warn(
             f"BatchNorm's running statistics could not follow the first projection: {error} Until they have caught up "
             "by themselves, evaluation is off."
