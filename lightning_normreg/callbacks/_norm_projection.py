@@ -27,7 +27,8 @@ class NormProjection(StepCallback):
     learning rate is then lr/R^p for the whole run, whatever the weight decay.
 
     When it runs: before the first step, then in the optimizer's step post-hook, after the monitors have measured the
-    step. It is a rescale, not a parametrization: no gradient goes through it, and it leaves the optimizer's state alone.
+    step. It is a rescale, not a parametrization: no gradient goes through it, and it leaves the optimizer's state as
+    it is.
 
     The first projection keeps the function: a bias that belongs to the unit is scaled along, BatchNorm's running
     statistics follow, and so does the state of an optimizer that is under way. It does not keep the recipe: by what
