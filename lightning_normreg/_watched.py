@@ -15,7 +15,7 @@ from lightning_normreg._roles import ParameterRole, named_roles
 from lightning_normreg._selection import check_globs, select
 from lightning_normreg.functional._norms import row_norms
 from lightning_normreg.functional._projection import dead_band, project_views_
-from lightning_normreg.functional._units import UNITS, Unit, View, over_units, split_units, unit_rows
+from lightning_normreg.functional._units import UNITS, Unit, View, count_units, over_units, split_units, unit_rows
 from lightning_normreg.functional._updates import Step, align_rows, measure_rows
 
 UnitArgument = Literal["auto", "neuron", "layer"]
@@ -95,8 +95,7 @@ class Watched:
         norms: list[Tensor] = []
         for part in self.parts:
             views = self._views(part, _itself)
-            first, kept = views[0]
-            units = torch.Size(first.shape[d] for d in kept).numel()
+            units = count_units(*views[0])
             start = sum(len(n) for n in norms)
             own = radius[start : start + units] if isinstance(radius, Tensor) and radius.ndim else radius
             norms.append(project_views_(views, own))
@@ -106,11 +105,11 @@ class Watched:
         """Multiply the entries of each unit, in tensors that are shaped like its parameters, by the unit's factor."""
         done = 0
         for part in self.parts:
-            for view, kept in (views := self._views(part, read)):
-                units = torch.Size(view.shape[d] for d in kept).numel()
+            views = self._views(part, read)
+            units = count_units(*views[0])
+            for view, kept in views:
                 view.mul_(over_units(factors[done : done + units].to(view.dtype), view, kept))
-            first, kept = views[0]
-            done += torch.Size(first.shape[d] for d in kept).numel()
+            done += units
 
     def dead_band(self) -> float:
         """Relative distance from the radius within which a unit counts as being on it; that of the longest unit."""
@@ -121,8 +120,7 @@ class Watched:
         """Neurons in each unit, or other slices where the units are made of those."""
         counts: list[int] = []
         for part in self.parts:
-            view, kept = part.view(self.parameter)
-            units = torch.Size(view.shape[d] for d in kept).numel()
+            units = count_units(*part.view(self.parameter))
             size = part.unit if isinstance(part.unit, int) else 1
             if part.unit == "layer" and self.parameter.ndim > 1:
                 size = self.parameter.shape[self.role.dim] * self.role.groups
@@ -140,8 +138,7 @@ class Watched:
 
     def _views(self, part: Part, read: Callable[[Parameter], Tensor]) -> list[View]:
         view, kept = part.view(read(self.parameter))
-        units = torch.Size(view.shape[d] for d in kept).numel()
-        joined = [] if self.bias is None else [part.bias_view(read(self.bias), units)]
+        joined = [] if self.bias is None else [part.bias_view(read(self.bias), count_units(view, kept))]
         return [(view, kept), *joined]
 
 
