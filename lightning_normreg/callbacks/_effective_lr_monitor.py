@@ -100,7 +100,8 @@ class EffectiveLRMonitor(Monitor):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients: complete, not clipped yet, and unscaled unless the optimizer does that itself."""
-        if self.gradient and self._rotations().due:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self.gradient and self._tracker is not None and self._tracker.due:
             index = trainer.optimizers.index(optimizer)
             self._rotations().record_gradients(index, optimizers_of(trainer)[index], _loss_scale(trainer, optimizer))
 

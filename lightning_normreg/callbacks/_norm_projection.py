@@ -107,6 +107,7 @@ class NormProjection(StepCallback):
             _refuse_idle(trainer, named)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        verdict = {name: v for name, v in verdict.items() if v.evidence != "observer"}  # too weak to change weights by
         watched = watch(pl_module, self.include, self.exclude, self.unit, verdict or None)
         targets = choose_targets(watched, verdict, named=self.include is not None, otherwise=self.on_not_invariant)
         check_eps_shares(targets, verdict, self.radius)
