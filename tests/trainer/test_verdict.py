@@ -268,13 +268,6 @@ def _loss(net: Any, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(net(batch[0]), batch[1])
 
 
-def test_a_model_too_large_to_copy_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said, with the way around."""
-    monkeypatch.setattr("lightning_normreg.callbacks._verdict.LARGEST", 100)
-    with pytest.warns(UserWarning, match=r"too many to probe on a copy.*invariance=, a verdict"):
-        trainer(EffectiveLRMonitor()).fit(Net(sgd()), loader())
-
-
 def test_a_loader_whose_first_batch_is_none() -> None:
     """Lightning skips the step and still ends the batch."""
 
@@ -288,25 +281,3 @@ def test_a_loader_whose_first_batch_is_none() -> None:
     with pytest.warns(UserWarning, match="train_dataloader yielded None"):
         run.fit(Net(sgd(), schedule=False), torch.utils.data.DataLoader(Sparse(), batch_size=None))
     assert "effective_lr/up.weight" in run.callback_metrics
-
-
-def test_what_cannot_be_probed_is_said_and_refused() -> None:
-    """Monitors go on as without a verdict; a projection without names does not."""
-
-    class NeedsMore(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if not self.trainer.optimizers or self.conv1.weight.dtype == torch.float64:
-                raise RuntimeError("only on the real thing")
-            if not isinstance(self.conv1.weight, nn.Parameter):
-                raise RuntimeError("only on the real thing")
-            return super().training_step(batch, batch_idx)
-
-    run = trainer(EffectiveLRMonitor())
-    with pytest.warns(UserWarning, match="could not be found out: .*only on the real thing"):
-        run.fit(NeedsMore(sgd()), loader())
-    assert "effective_lr/head.weight" in run.callback_metrics
-    with (
-        pytest.warns(UserWarning, match="could not be found out"),
-        pytest.raises(ValueError, match=r"must know which weights are scale-invariant.*find_scale_invariance"),
-    ):
-        trainer(NormProjection()).fit(NeedsMore(sgd()), loader())
