@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_normreg._optimizers import update_rule
 from lightning_normreg._step_hooks import Phase
 from lightning_normreg._watched import Watched
-from lightning_normreg.functional._norms import accumulator, root_mean_square
+from lightning_normreg.functional._norms import root_mean_square
 from lightning_normreg.functional._projection import check_radius
 
 Radius = float | Literal["auto", "initial"]
@@ -138,7 +138,7 @@ class Projector:
             return self._argument
         radius = self._radius.get(target.name)
         if radius is None:
-            radius = _initial(target) if self._argument == "initial" else _auto(target)
+            radius = _initial(target) if self._argument == "initial" else target.natural_norms()
         self._radius[target.name] = radius = radius.to(target.parameter.device)
         return radius
 
@@ -171,8 +171,3 @@ def _initial(target: Watched) -> Tensor:
     # A unit that is zero at the start has no radius to hold: infinity leaves it free.
     norms = target.norms()
     return torch.where((norms > 0) & norms.isfinite(), norms, float("inf"))
-
-
-def _auto(target: Watched) -> Tensor:
-    # A neuron goes onto the unit sphere; k of them in one unit to √k, so that each has norm 1 on average.
-    return torch.tensor(target.neurons(), dtype=accumulator(target.parameter.dtype)).sqrt()

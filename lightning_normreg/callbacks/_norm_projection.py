@@ -39,15 +39,17 @@ class NormProjection(StepCallback):
     What it costs: one read and one write of the projected weights per step, no transfer.
 
     Args:
-        radius: ``"auto"``: 1 for a neuron, √k for a layer of k neurons; ``"initial"``: the norm that each unit had at
-            the start (kept in checkpoints; a unit that was zero stays free); a number: that norm for every unit.
-        unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"layer"``: the whole
-            tensor.
+        radius: ``"auto"``: 1 for a neuron or column, √k for a layer of k neurons, √fan_in for a neuron under weight
+            standardization; ``"initial"``: the norm that each unit had at the start (kept in checkpoints; a unit that
+            was zero stays free); a number: that norm for every unit.
+        unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"column"``: what one
+            input feeds into all neurons; ``"layer"``: the whole tensor.
         include: Globs over clean parameter names; by default all weights and embeddings that are scale-invariant. A
             glob that matches nothing is an error.
         exclude: Globs of parameters to leave out.
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
-            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
+            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks. Gradients of
+            training alone are too weak as evidence.
         on_not_invariant: What to do with a weight that ``include`` names and that is not known to be scale-invariant:
             ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the projection changes what the network computes.
 

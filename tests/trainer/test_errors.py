@@ -24,8 +24,11 @@ INCLUDE = ["conv1.weight"]
         (lambda: NormProjection(float("nan"), include=INCLUDE), "`radius` must be positive and finite, got nan"),
         (lambda: NormProjection("big", include=INCLUDE), "`radius` must be 'auto', 'initial' or a positive number"),
         (lambda: NormProjection(on_not_invariant="warn"), "`on_not_invariant` must be 'raise', 'skip' or 'allow'"),
-        (lambda: NormProjection(include=INCLUDE, unit="filter"), "`unit` must be one of 'auto', 'neuron', 'layer'"),
-        (lambda: WeightNormMonitor(unit="row"), "`unit` must be one of 'auto', 'neuron', 'layer', got 'row'"),
+        (
+            lambda: NormProjection(include=INCLUDE, unit="filter"),
+            "`unit` must be one of 'auto', 'neuron', 'column', 'layer'",
+        ),
+        (lambda: WeightNormMonitor(unit="row"), "`unit` must be one of 'auto', 'neuron', 'column', 'layer', got 'row'"),
         (lambda: WeightNormMonitor(0), "`every_n_steps` must be a positive integer or None, got 0"),
         (lambda: EffectiveLRMonitor(per_layer="all"), "`per_layer` must be True, False or 'auto', got 'all'"),
         (lambda: EffectiveLRMonitor(logging_interval="batch"), "`logging_interval` must be 'step' or 'epoch'"),

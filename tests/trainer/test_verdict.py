@@ -66,6 +66,33 @@ class Outputs(Callback):
         self.outputs = [copy.deepcopy(pl_module).train(mode)(batch[0]).detach().double() for mode in (True, False)]
 
 
+class StandardizedConv2d(nn.Conv2d):
+    """Convolution with rows of mean 0 and variance 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve."""
+        variance, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True, correction=0)
+        return nn.functional.conv2d(x, (self.weight - mean) * torch.rsqrt(variance + 1e-5), self.bias)
+
+
+def test_weight_standardization_is_held_at_the_root_of_fan_in() -> None:
+    """There eps is added to the mean square of 18 entries: at norm 1 it would be 18 times as large a share."""
+    net = Any2d(StandardizedConv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(96, 3), lr=0.1)
+    trainer(NormProjection()).fit(net, loader())
+    norms = net.layers[0].weight.detach().flatten(1).norm(dim=1)
+    assert norms == pytest.approx(torch.full((6,), 18**0.5), rel=1e-6)
+
+
+def test_columns_on_the_sphere() -> None:
+    """The recipe of nGPT: every vector along the embedding dimension has norm 1, whichever dimension that is."""
+    net = Any2d(nn.Flatten(), nn.Linear(72, 8), nn.Tanh(), nn.Linear(8, 3), lr=0.1)
+    rows = NormProjection(1.0, unit="neuron", include=["layers.3.weight"], on_not_invariant="allow")
+    columns = NormProjection(1.0, unit="column", include=["layers.1.weight"], on_not_invariant="allow")
+    trainer(rows, columns).fit(net, loader())
+    assert net.layers[3].weight.detach().norm(dim=1) == pytest.approx(torch.ones(3), rel=1e-6)
+    assert net.layers[1].weight.detach().norm(dim=0) == pytest.approx(torch.ones(72), rel=1e-6)
+
+
 @pytest.mark.parametrize("make, pieces", [(batch_norm, 6), (group_norm, 2), (layer_norm, 1)])
 def test_the_first_projection_keeps_the_function(make: Any, pieces: int) -> None:
     """Training output moves by less than 1e-5, evaluation output by less than 1e-3, though norms change threefold."""
