@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import BaseFinetuning
 from torch import nn
 
 from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, register_update_rule
-from lightning_normreg._optimizers import _RULES
+from lightning_normreg._optimizers._lookup import _REGISTERED
 from tests.harness import Net, loader, sgd, trainer
 
 INCLUDE = ["conv1.weight"]
@@ -208,7 +208,7 @@ def test_an_optimizer_without_a_rule() -> None:
         run.fit(Net(Sign), loader())
         assert "effective_lr/conv1.weight" in run.callback_metrics
     finally:
-        del _RULES[Sign]
+        del _REGISTERED[Sign]
 
 
 def test_a_sharded_parameter_is_refused() -> None:
