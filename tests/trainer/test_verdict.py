@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_normreg import (
@@ -20,7 +19,7 @@ from lightning_normreg import (
     save_verdict,
 )
 from lightning_normreg.callbacks import _base
-from tests.harness import Net, loader, sgd, trainer
+from tests.harness import Net, around_the_first_projection, loader, moved, sgd, trainer
 
 
 class Any2d(LightningModule):
@@ -56,14 +55,6 @@ def group_norm(lr: float = 0.0) -> Any2d:
 def layer_norm(lr: float = 0.0) -> Any2d:
     """The whole of weight and bias is one unit."""
     return Any2d(nn.Flatten(), nn.Linear(72, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3), lr=lr)
-
-
-class Outputs(Callback):
-    """Outputs in both modes when the first batch starts, after the callbacks before this one."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """On copies, so that running statistics stay."""
-        self.outputs = [copy.deepcopy(pl_module).train(mode)(batch[0]).detach().double() for mode in (True, False)]
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -102,12 +93,10 @@ def test_the_first_projection_keeps_the_function(make: Any, pieces: int) -> None
     with torch.no_grad():
         for p in net.layers[0 if make is not layer_norm else 1].parameters():
             p.mul_(1.0 if make is batch_norm else 3.0)
-    before, after = Outputs(), Outputs()
-    net.lr = 0.0
     projection = NormProjection()
-    trainer(before, projection, after, limit_train_batches=1).fit(net, loader())
-    for old, new, tolerance in zip(before.outputs, after.outputs, (1e-5, 1e-3), strict=True):
-        assert (new - old).norm() / old.norm() < tolerance
+    training, evaluation = moved(*around_the_first_projection(projection, net, loader()), next(iter(loader()))[0])
+    assert training < 1e-5
+    assert evaluation < 1e-3
     (target,) = projection._held().targets
     assert len(target.norms()) == pieces
     radius = {6: 1.0, 2: 3**0.5, 1: 8**0.5}[pieces]  # √ of the neurons in a unit
@@ -120,10 +109,7 @@ def test_without_following_evaluation_would_be_off(monkeypatch: pytest.MonkeyPat
     torch.manual_seed(0)
     net = batch_norm(0.05)
     trainer(max_epochs=3).fit(net, loader())
-    before, after = Outputs(), Outputs()
-    trainer(before, NormProjection(), after, limit_train_batches=1).fit(net, loader())
-    old, new = before.outputs[1], after.outputs[1]
-    assert (new - old).norm() / old.norm() > 0.1
+    assert moved(*around_the_first_projection(NormProjection(), net, loader()), next(iter(loader()))[0])[1] > 0.1
 
 
 def test_exactly_the_invariant_weights_are_projected() -> None:
