@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_normreg._invariance import ProbeError
 from lightning_normreg._projector import Projector, Radius, check_radius_argument
-from lightning_normreg._statistics import keep_running_statistics
+from lightning_normreg._statistics import keep_batch_norms
 from lightning_normreg._targets import OnNotInvariant, check_eps_shares, choose_targets
 from lightning_normreg._watched import UnitArgument, Watched, check_selection, watch
 from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, optimizers_of, run_of
@@ -31,8 +31,8 @@ class NormProjection(StepCallback):
     it is.
 
     The first projection keeps the function: a bias that belongs to the unit is scaled along, BatchNorm's running
-    statistics follow, and so does the state of an optimizer that is under way. It does not keep the recipe: by what
-    factor the effective learning rates change is said.
+    statistics follow, its gain makes good what its eps no longer takes, and the state of an optimizer that is under way
+    follows too. It does not keep the recipe: by what factor the effective learning rates change is said.
 
     What it logs: nothing; units that cannot be projected (zero, infinite, NaN) are reported once.
 
@@ -136,7 +136,8 @@ class NormProjection(StepCallback):
             self._projected = len(optimized)
             moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
             projector.announce(moved, optimizers_of(trainer))
-            _keep_the_function(pl_module, batch, lambda: projector.start(moved, optimizers_of(trainer)))
+            if moved:
+                _keep_the_function(trainer, pl_module, batch, lambda: projector.start(moved, optimizers_of(trainer)))
             projector.report()
 
     def on_train_batch_end(
@@ -166,14 +167,14 @@ class NormProjection(StepCallback):
         self._restored = dict(state_dict["initial"])
 
 
-def _keep_the_function(pl_module: LightningModule, batch: Any, project: Callable[[], None]) -> None:
+def _keep_the_function(trainer: Trainer, pl_module: LightningModule, batch: Any, project: Callable[[], None]) -> None:
     try:
-        keep_running_statistics(pl_module, few_samples(batch), project)
+        keep_batch_norms(pl_module, [batch, few_samples(batch)], project, share=trainer.strategy.broadcast)
     except (ProbeError, ValueError) as error:
         project()  # again, where the error came after it: what is at its radius does not move
         rank_zero_warn(
-            f"BatchNorm's running statistics could not follow the first projection: {error} Until they have caught up "
-            "by themselves, evaluation is off."
+            f"BatchNorm could not follow the first projection: {error} Until its running statistics have caught up by "
+            "themselves, evaluation is off."
         )
 
 

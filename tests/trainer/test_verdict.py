@@ -271,7 +271,7 @@ def test_manual_optimization_is_never_called_for_its_statistics() -> None:
     net.layers(next(iter(loader()))[0])  # running statistics have seen a batch
     verdict = find_scale_invariance(net, next(iter(loader())), forward=_loss)
     run = trainer(NormProjection(invariance=verdict))
-    with pytest.warns(UserWarning, match="running statistics could not follow the first projection"):
+    with pytest.warns(UserWarning, match="BatchNorm could not follow the first projection"):
         run.fit(net, loader())
     assert net.steps == run.global_step == 6
     assert net.layers[0].weight.detach().flatten(1).norm(dim=1) == pytest.approx(torch.ones(6), rel=1e-6)
