@@ -18,7 +18,7 @@ from lightning_normreg.functional._balance import Filter
 from lightning_normreg.functional._families import FAMILIES, Family
 from lightning_normreg.functional._orthogonal import update_correlation, update_power
 from tests import random_walk
-from tests.random_walk import ADAFACTOR, CASES, Walk, at_equilibrium
+from tests.random_walk import ADAFACTOR, CASES, FILLING, Walk, at_equilibrium
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315), 5)
 
@@ -200,13 +200,16 @@ def test_adafactor_drifts(decay: float) -> None:
     walk = Walk(case, 20.0, seed=0)
     cosines = [float(cosine) for _, cosine in walk.run(steps)]
     end = F.predicted_norm("adafactor", [case.lr] * steps, initial_norm=20.0, weight_decay=decay)[-1]
-    # Each step is shorter than lr by what the clip at RMS 1 takes: the RMS over C numbers scatters by 1/sqrt(2C), half
-    # of the times above 1, which is below 0.4 % on average; the norm grows with its square. The second moments of 416
-    # rows and columns are right to 1/sqrt(400) each at the start, and their scatter adds as 1/400.
+    # The clip at RMS 1 shortens steps: the RMS over C numbers scatters by 1/sqrt(2C), above 1 half of the times, which
+    # is 0.4 % on average. While the norm grows the second moment lags by its memory, t^0.8 steps at step t, over which
+    # the gradients' square falls at twice the drift; the update's square follows that.
     drift = case.lr**2 / 2
-    assert math.log(float(walk.norms()) / end) / steps == pytest.approx(0.0, abs=0.02 * drift)
+    share = 2 * 0.004 + 2 * drift * (FILLING + steps) ** 0.8
+    assert math.log(float(walk.norms()) / end) / steps == pytest.approx(0.0, abs=share * drift)
     turned = math.acos(sum(cosines) / steps)
-    assert turned == pytest.approx(F.predicted_rotation("adafactor", 20.0, lr=case.lr, weight_decay=decay), rel=0.01)
+    assert turned == pytest.approx(
+        F.predicted_rotation("adafactor", 20.0, lr=case.lr, weight_decay=decay), rel=share / 2
+    )
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -258,11 +261,11 @@ def _correlation(case: random_walk.Case) -> float:
 
 def test_schedule_of_the_real_optimizer() -> None:
     """Along a cosine schedule the norm follows the integrated equation, not each step's own equilibrium."""
-    case = CASES["AdamW"]
+    case = replace(CASES["momentum 0.9"], weight_decay=5e-5)
     recipe = case.recipe()
     start = F.equilibrium_norm(case.family, **recipe)
     rest = {key: value for key, value in recipe.items() if key != "lr"}
-    steps = 2000
+    steps = 1500
     lrs = [case.lr * (1 + math.cos(math.pi * t / steps)) / 2 for t in range(steps)]
     predicted = F.predicted_norm(case.family, lrs, initial_norm=start, **rest)
     walk = Walk(case, start, seed=0)
@@ -273,12 +276,13 @@ def test_schedule_of_the_real_optimizer() -> None:
         measured.append(float((walk.norms() ** 2).mean().sqrt()))
         turned.append(math.acos(min(1.0, float(cosine.mean()))))
     # 16 rows of 400 entries: each norm scatters by 3.5 % of itself at most, their mean by a quarter of that, and three
-    # times that is 2.7 %; 1 % more for the second moment, which lags behind gradients that grow by 1e-4 per step.
-    assert max(abs(m / p - 1) for m, p in zip(measured, predicted, strict=True)) < 0.037
-    assert predicted[-1] > 5 * F.equilibrium_norm(case.family, **(recipe | {"lr": lrs[-100]}))
-    # One rotation scatters by half of 1/sqrt(400·19/16) per row and step, a quarter of that over rows.
-    angle = F.predicted_rotation(case.family, predicted[999], **(recipe | {"lr": lrs[1000]}))
-    assert sum(turned[950:1051]) / 101 == pytest.approx(angle, rel=0.037)
+    # times that is 2.7 %. The rotation goes with its square.
+    assert max(abs(m / p - 1) for m, p in zip(measured, predicted, strict=True)) < 0.027
+    late = recipe | {"lr": lrs[1200]}
+    assert predicted[1199] > 1.3 * F.equilibrium_norm(case.family, **late)
+    angle = F.predicted_rotation(case.family, predicted[1199], **late)
+    assert sum(turned[1190:1211]) / 21 == pytest.approx(angle, rel=0.053)
+    assert angle < 0.6 * F.equilibrium_rotation(case.family, **late)
 
 
 def test_growth_without_decay() -> None:
