@@ -1,0 +1,141 @@
+"""The balance between decay and updates that sets a norm, and the statistics of filtered gradients behind it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Balance:
+    r"""How the norm N of a scale-invariant unit moves: :math:`dN^2/dt = -2\kappa N^2 + \lVert\Delta\rVert^2 S`.
+
+    Three numbers of an optimizer say everything else: the fraction κ of the norm that decay removes per step, the
+    length ‖Δ‖ of the update without decay, and the sum S of its autocorrelation over all lags, negative ones too.
+
+    Attributes:
+        exponent: p, where :math:`\lVert\Delta\rVert^2 = U N^{2-2p}`.
+        decay_exponent: a, where :math:`\kappa = kN^a`: 1 where the optimizer normalizes the decay as well.
+        decay: k, κ at norm 1, with the terms of higher order that make the equilibrium exact.
+        update_sq: U, ‖Δ‖² at norm 1; nan where it needs a number that the caller did not give.
+        correlation: S.
+        memory: Cosine between update and weight over −‖Δ‖/N, what past updates leave in the present one; 0 where the
+            optimizer takes the radial part out.
+        versine: 1 − cos θ at equilibrium.
+    """
+
+    exponent: int
+    decay_exponent: int
+    decay: float
+    update_sq: float
+    correlation: float
+    memory: float
+    versine: float
+
+    @property
+    def power(self) -> int:
+        """s, the power of the norm that relaxes as an exponential; 0 where no norm is an equilibrium."""
+        return 2 * self.exponent + self.decay_exponent
+
+    def norm(self) -> float:
+        """Norm at equilibrium, from N^s = U·S/(2k)."""
+        return float((self.update_sq * self.correlation / (2 * self.decay)) ** (1 / self.power))
+
+    def rotation(self) -> float:
+        """Angle in radians between weights one step apart, at equilibrium."""
+        return 2 * math.asin(math.sqrt(self.versine / 2))
+
+    def rate(self) -> float:
+        """Rate per step at which N^s approaches its equilibrium, once near it."""
+        speed = self.norm() ** self.decay_exponent if self.decay_exponent else 1.0
+        return self.power * self.decay * speed
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A linear filter of gradients with weights a₀, a₁, a₁β, a₁β², …: every momentum there is.
+
+    Attributes:
+        power: Σa², so that white gradients of length 1 give an output of that length squared.
+        first: ρ₁, correlation of outputs one step apart; ρ_k = ρ₁β^(k−1).
+        beta: β.
+    """
+
+    power: float
+    first: float
+    beta: float
+
+    @classmethod
+    def of(cls, newest: float, next_one: float, beta: float) -> Filter:
+        """Filter of given a₀, a₁ and β."""
+        tail = next_one**2 / (1 - beta**2)
+        power = newest**2 + tail
+        return cls(power, (newest * next_one + beta * tail) / power, beta)
+
+    @classmethod
+    def average(cls, beta: float, nesterov: bool = False) -> Filter:
+        """Exponential moving average of Adam; with a second look at the newest gradient, of NAdam and Muon."""
+        if nesterov:
+            return cls.of((1 - beta) * (1 + beta), (1 - beta) * beta**2, beta)
+        return cls.of(1 - beta, (1 - beta) * beta, beta)
+
+    def correlation(self, shrink: float = 1.0) -> float:
+        """1 + 2Σρ_k q^k with q = ``shrink``, over k ≥ 1."""
+        return 1 + 2 * self.first * shrink / (1 - self.beta * shrink)
+
+
+@lru_cache(maxsize=4096)
+def sign_correlation(response: Filter, shrink: float) -> float:
+    """The same sum for the signs of what the filter gives out: for Gaussian numbers, (2/π)·arcsin ρ_k."""
+    # Terms fall with β^k: beyond the last one here they are below 1e-17.
+    lags = 1 + math.ceil(-40 / math.log(response.beta)) if response.beta > 0 else 1
+    k = torch.arange(lags, dtype=torch.float64)
+    terms = torch.asin(response.first * response.beta**k) * shrink ** (k + 1)
+    return 1 + 4 / math.pi * float(terms.sum())
+
+
+def decoupled(exponent: int, decay: float, update_sq: float, correlation: float) -> Balance:
+    r"""Balance of :math:`w' = qw - u` with :math:`q = 1-\eta\lambda`, exact at any q.
+
+    With :math:`S_q = 1+2\sum_k\rho_kq^k` for ``correlation``: :math:`N^2 = \lVert u\rVert^2S_q/(1-q^2)`, and
+    :math:`\langle w',w\rangle` has the past updates in u.
+    """
+    q = 1 - decay
+    return Balance(
+        exponent=exponent,
+        decay_exponent=0,
+        decay=decay * (1 + q) / 2,
+        update_sq=update_sq,
+        correlation=correlation,
+        memory=(correlation - 1) / (2 * q),
+        versine=decay * ((1 + q) - decay * correlation) / (2 * q * correlation),
+    )
+
+
+def projecting(exponent: int, decay: float, update_sq: float) -> Balance:
+    """Balance of :math:`w' = qw - u` where u has no part along w: its square simply adds, and cos θ = q."""
+    return Balance(exponent, 0, decay * (2 - decay) / 2, update_sq, correlation=1.0, memory=0.0, versine=decay)
+
+
+def coupled(gap: float, beta: float, shift: float = 0.0) -> tuple[float, float]:
+    r"""Weights under coupled decay: :math:`w_{t+1} = \phi_1w_t + \phi_2w_{t-1} + \epsilon_t + m\epsilon_{t-1}`.
+
+    An ARMA(2, 1) process, whose first two autocovariances follow from the Yule–Walker equations, written so that
+    nothing cancels where the decay is small.
+
+    Args:
+        gap: 1 − φ₁ − φ₂, what decay takes out.
+        beta: −φ₂.
+        shift: m.
+
+    Returns:
+        Noise power over the power of w, and 1 − the correlation of successive w.
+    """
+    phi = 1 + beta - gap
+    below = (1 - beta) / (1 + beta) * gap * (1 + beta + phi)
+    above = 1 + shift**2 + 2 * shift * phi / (1 + beta)
+    ratio = below / above
+    return ratio, (gap - shift * ratio) / (1 + beta)

@@ -1,0 +1,106 @@
+"""Settings of a family as the caller gave them: known, complete and in range."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from lightning_normreg.functional._balance import Balance
+from lightning_normreg.functional._families import FAMILIES
+
+_FRACTION: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < 1, "in [0, 1)")
+_POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: 0 < x < math.inf, "positive")
+_NOT_NEGATIVE: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < math.inf, "at least 0")
+_NUMBERS = {
+    "lr": _POSITIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "gradient_norm": _POSITIVE,
+    "entries": _POSITIVE,
+    "momentum": _FRACTION,
+    "dampening": _FRACTION,
+    "wd_ratio": _POSITIVE,
+    "relative_step": _POSITIVE,
+}
+_TUPLES = {"betas": (2, _FRACTION), "shape": (2, _POSITIVE)}
+_LR_ADJUSTMENTS = (None, "original", "match_rms_adamw")
+
+
+def balance_of(family: str, settings: dict[str, Any]) -> Balance:
+    """Balance of a family with the caller's settings.
+
+    Raises:
+        TypeError: For a setting that the family does not have, or one that it needs and did not get.
+        ValueError: For one out of its range.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"`family` must be one of {', '.join(FAMILIES)}, got {family!r}.")
+    known = inspect.signature(FAMILIES[family]).parameters
+    for name in settings:
+        if name not in known:
+            raise TypeError(f"`{name}` is not a setting of family {family!r}, which has {', '.join(known)}.")
+    for name, parameter in known.items():
+        if parameter.default is parameter.empty and name not in settings:
+            raise TypeError(f"`{name}` is needed for family {family!r}. Pass it by name.")
+    checked = {name: _checked(name, value) for name, value in settings.items()}
+    product = checked["lr"] * checked["weight_decay"]
+    if product >= 1:
+        raise ValueError(f"`lr` times `weight_decay` must be below 1, got {product:g}. Use a smaller `lr`.")
+    return FAMILIES[family](**checked)
+
+
+def settled(family: str, settings: dict[str, Any]) -> Balance:
+    """Likewise where there has to be an equilibrium."""
+    balance = balance_of(family, settings)
+    if settings["weight_decay"] == 0:
+        raise ValueError(f"`weight_decay` must be positive, got 0: without it there is no equilibrium. {_GROWTH}")
+    return balance
+
+
+def equilibrium_power(family: str, balance: Balance) -> int:
+    """Power of the norm that relaxes, where the norm has an equilibrium at all."""
+    if balance.power == 0:
+        raise ValueError(f"`family` {family!r} has no equilibrium norm: its log drifts steadily. {_GROWTH}")
+    return balance.power
+
+
+def known_number(family: str, value: float) -> float:
+    """A result, unless it is nan because a number behind it is missing."""
+    if math.isnan(value):
+        known = inspect.signature(FAMILIES[family]).parameters
+        names = " and ".join(f"`{name}`" for name in ("gradient_norm", "entries") if name in known)
+        raise ValueError(f"{names} must be given, or this number of family {family!r} is unknown.")
+    return value
+
+
+def slow(balance: Balance, steps: float) -> float:
+    """A relaxation time, unless the optimizer's memory is the longer one."""
+    strength = balance.correlation * math.log(2) / (max(1, balance.power) * steps)
+    if strength >= 1:
+        raise ValueError(
+            f"κ·S must be below 1, got {strength:.2g}: the norm would follow the momentum's memory. Use a smaller `lr`."
+        )
+    return steps
+
+
+_GROWTH = "See `predicted_norm` for how it moves."
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name in _NUMBERS:
+        return _in_range(name, float(value), _NUMBERS[name], value)
+    if name in _TUPLES:
+        length, rule = _TUPLES[name]
+        if len(value) != length:
+            raise ValueError(f"`{name}` must have {length} numbers, got {value!r}.")
+        return tuple(_in_range(name, x, rule, value) for x in value)
+    if name == "adjust_lr_fn" and value not in _LR_ADJUSTMENTS:
+        raise ValueError(f"`{name}` must be one of {_LR_ADJUSTMENTS}, got {value!r}.")
+    return tuple(value) if name == "ns_coefficients" else value
+
+
+def _in_range(name: str, number: float, rule: tuple[Callable[[float], bool], str], given: Any) -> float:
+    if not rule[0](number):
+        raise ValueError(f"`{name}` must be {rule[1]}, got {given}.")
+    return number

@@ -1,0 +1,90 @@
+"""Optimizers of other packages, written from their papers' equations, in the precision of the weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class _Twin(Optimizer):
+    """One update per parameter, from its gradient and a state of its own."""
+
+    def __init__(self, params: Any, **defaults: Any) -> None:
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter."""
+        for group in self.param_groups:
+            for w in group["params"]:
+                self.update(w, w.grad, self.state[w], group)
+
+    def update(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """The optimizer's own equation."""
+        raise NotImplementedError
+
+
+class Lion(_Twin):
+    """Chen et al. 2023, https://arxiv.org/abs/2302.06675, program 1."""
+
+    def update(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Set w ← (1 − ηλ)w − η·sign(β₁m + (1 − β₁)g), m ← β₂m + (1 − β₂)g."""
+        beta1, beta2 = group.get("betas", (0.9, 0.99))
+        m = state.setdefault("exp_avg", torch.zeros_like(w))
+        w.mul_(1 - group["lr"] * group["weight_decay"])
+        w.sub_(group["lr"] * (beta1 * m + (1 - beta1) * g).sign())
+        m.mul_(beta2).add_(g, alpha=1 - beta2)
+
+
+class Adam(_Twin):
+    """Moments of Kingma and Ba 2015, algorithm 1, for the three below."""
+
+    def direction(self, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """Bias-corrected m̂/√v̂."""
+        beta1, beta2 = group.get("betas", (0.9, 0.999))
+        m, v = (state.setdefault(name, torch.zeros_like(g)) for name in ("exp_avg", "exp_avg_sq"))
+        t = state["step"] = state.get("step", 0) + 1
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        return m / (1 - beta1**t) / (v / (1 - beta2**t)).sqrt()
+
+
+class AdamP(Adam):
+    """Heo et al. 2021, https://arxiv.org/abs/2006.08217, algorithm 2, for rows that it finds scale-invariant."""
+
+    def update(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Without the part of the update along the row, and with wd_ratio times the decay."""
+        update = across(self.direction(g, state, group), w)
+        w.mul_(1 - group["lr"] * group["weight_decay"] * 0.1).sub_(group["lr"] * update)
+
+
+class LAMB(Adam):
+    """You et al. 2020, https://arxiv.org/abs/1904.00962, algorithm 2 with φ(z) = z, row by row."""
+
+    def update(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Set w ← w − η‖w‖·r/‖r‖, r = m̂/√v̂ + λw."""
+        r = self.direction(g, state, group) + group["weight_decay"] * w
+        w.sub_(group["lr"] * rows(w) / rows(r) * r)
+
+
+class SGDP(_Twin):
+    """The same paper, algorithm 1, as its authors' code does it: the momentum loses what the update loses."""
+
+    def update(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Set b ← P(βb + g), w ← (1 − ηλr/(1 − β))w − ηb."""
+        beta = group["momentum"]
+        b = state["momentum"] = across(beta * state.get("momentum", torch.zeros_like(w)) + g, w)
+        w.mul_(1 - group["lr"] * group["weight_decay"] * 0.1 / (1 - beta)).sub_(group["lr"] * b)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Norm of every row, as a column."""
+    return x.norm(dim=1, keepdim=True)
+
+
+def across(x: Tensor, w: Tensor) -> Tensor:
+    """Rows of x without their part along those of w."""
+    return x - w * (x * w).sum(dim=1, keepdim=True) / rows(w) ** 2
