@@ -41,6 +41,27 @@ RELATIVE_UPDATE = Curve("relative_update", "‖Δ‖/‖w‖", "1", "√(mean_u 
 GRADIENT_NORM = Curve("gradient_norm", "‖g‖", "loss / w", "‖g‖ of the whole tensor, before clipping")
 GRADIENT_ALIGNMENT = Curve("gradient_alignment", "|cos(w, g)|", "1", "√(mean_u (⟨w_u, g_u⟩ / (‖w_u‖ ‖g_u‖))²)")
 
+SCALE_EXPONENT = Curve(
+    "scale_exponent", "p̂", "1", "1 − d log‖Δ‖ / d log‖w‖ of the step, which absolute constants such as eps move from p"
+)
+EQUILIBRIUM_ROTATION = Curve(
+    "equilibrium_rotation", "θ*", "rad", "functional.equilibrium_rotation at the present learning rate and decay"
+)
+EQUILIBRIUM_NORM = Curve("equilibrium_norm", "n*", "w", "functional.equilibrium_norm, to compare unit_norm_rms with")
+EQUILIBRIUM_HALF_LIFE = Curve(
+    "equilibrium_half_life", "t½", "steps", "functional.equilibrium_half_life, in which the way to n* halves"
+)
+EQUILIBRIUM_RATIO = Curve(
+    "equilibrium_ratio",
+    "θ / θ̂",
+    "1",
+    "angular_update / functional.predicted_rotation, at the norm that functional.predicted_norm gives for the schedule "
+    "run so far",
+    summary="equilibrium_ratio",
+)
+GRADIENT_AT_NORM_1 = Curve("gradient_at_norm_1", "G", "loss", "mean_u of √⟨(‖g_u‖ ‖w_u‖)²⟩, smoothed over logged steps")
+"""Not logged."""
+
 CURVES = (
     WEIGHT_NORM,
     UNIT_NORM_RMS,
@@ -52,6 +73,11 @@ CURVES = (
     RELATIVE_UPDATE,
     GRADIENT_NORM,
     GRADIENT_ALIGNMENT,
+    SCALE_EXPONENT,
+    EQUILIBRIUM_ROTATION,
+    EQUILIBRIUM_NORM,
+    EQUILIBRIUM_HALF_LIFE,
+    EQUILIBRIUM_RATIO,
 )
 
 SUMMARY_GROUP = "layers"

@@ -81,6 +81,14 @@ class Watched:
         """Norm of every unit, shape ``(units,)``."""
         return torch.cat([row_norms(rows) for rows in self._rows(_itself)])
 
+    def units(self) -> int:
+        """Number of units."""
+        return sum(count_units(*part.view(self.parameter)) for part in self.parts)
+
+    def gradient_norms(self) -> Tensor:
+        """Norm of the gradient of every unit, shape ``(units,)``."""
+        return torch.cat([row_norms(rows) for rows in self._rows(_gradient)])
+
     def step_from(self, before: Callable[[Parameter], Tensor]) -> Step:
         """What the units have done since ``before``."""
         pairs = zip(self._rows(before), self._rows(_itself), strict=True)

@@ -32,6 +32,8 @@ FLOORS = {
     "_step_hooks": 3,
     "_observer": 3,
     "_tracker": 3,
+    "_rotation_tracker": 3,
+    "_equilibrium": 3,
     "_projector": 3,
     "_decay_groups": 3,
     "_compat": 4,

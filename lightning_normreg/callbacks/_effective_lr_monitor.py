@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_utilities.core.rank_zero import rank_zero_info
+
 from lightning_normreg import _metrics
-from lightning_normreg._tracker import RotationTracker, Tracker
+from lightning_normreg._equilibrium import Equilibria
+from lightning_normreg._rotation_tracker import RotationTracker
+from lightning_normreg._tracker import Row
 from lightning_normreg._watched import UnitArgument, Watched
-from lightning_normreg.callbacks._base import optimizers_of
+from lightning_normreg.callbacks._base import optimizers_of, run_of
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
 from lightning_normreg.callbacks._verdict import Verdict
 
@@ -27,9 +31,17 @@ class EffectiveLRMonitor(Monitor):
     * ``angular_update/<parameter>``: root mean square over units of the rotation, in radians. Compare it between
       layers;
     * ``relative_update/<parameter>``: likewise of :math:`\lVert\Delta_u\rVert/\lVert w_u\rVert`;
+    * for scale-invariant weights under decay ``equilibrium_rotation/<parameter>``, ``equilibrium_norm/…`` and
+      ``equilibrium_half_life/…``: where the present learning rate and decay would settle, and in how many steps it is
+      half-way there; and ``equilibrium_ratio/…``, the measured rotation over that which follows from the norm equation
+      along the schedule run so far: about 1 in and out of equilibrium, as long as gradients are mostly noise;
     * with ``gradient=True`` also ``gradient_norm/…`` and ``gradient_alignment/…``, before clipping;
-    * ``layers/angular_update_<min|median|max>`` over layers, and ``layers/effective_lr_ratio_…``, the effective rate
-      over its first logged value.
+    * with ``scale_exponent=True`` ``scale_exponent/…``, the exponent of the step where constants such as eps move it;
+    * ``layers/angular_update_<min|median|max>`` and ``layers/equilibrium_ratio_…`` over layers, and
+      ``layers/effective_lr_ratio_…``, the effective rate over its first logged value.
+
+    At the end of a fit it says which layers are "consistent with equilibrium since step …" (after three relaxation
+    times, norm and rotation within 15 % of the prediction, 35 % for Muon), and for which the run was too short.
 
     When it runs: in the optimizer's step hooks; values are read in ``on_train_batch_end``. The first update is logged,
     then every ``every_n_steps`` batches, on the x-axis of ``LearningRateMonitor``.
@@ -38,7 +50,7 @@ class EffectiveLRMonitor(Monitor):
     :meth:`history`. Nothing for a weight that was not updated.
 
     What it costs: memory for one copy of the watched weights; on logged steps that copy, about three reads and one
-    transfer, nothing on others.
+    transfer, on others a note of the learning rate.
 
     Args:
         every_n_steps: Batches between logged ones; by default the Trainer's ``log_every_n_steps``.
@@ -52,6 +64,10 @@ class EffectiveLRMonitor(Monitor):
             fails, the gradients of the first 33 optimizer steps are observed, and curves begin after them.
         gradient: Log the gradients' norm and alignment as well. Needs Lightning's own call of the optimizer: with
             ``self.optimizers(use_pl_optimizer=False)`` these two curves stay empty.
+        equilibrium: Predict the equilibrium of decay.
+        momentum_gain: Multiply the effective learning rate by the gain of momentum, (1 − τ)/(1 − β) for SGD with
+            dampening τ; 1 for optimizers whose momentum is an average.
+        scale_exponent: Log the exponent of each logged step. Reads the optimizer's state.
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
             above that the summaries and 8 layers spread over the depth.
         logging_interval: ``"step"``, or ``"epoch"`` for the mean over an epoch's logged steps.
@@ -67,7 +83,7 @@ class EffectiveLRMonitor(Monitor):
         van Laarhoven 2017, https://arxiv.org/abs/1706.05350.
     """
 
-    summaries = (_metrics.ANGULAR_UPDATE, _metrics.EFFECTIVE_LR)
+    summaries = (_metrics.ANGULAR_UPDATE, _metrics.EFFECTIVE_LR, _metrics.EQUILIBRIUM_RATIO)
 
     def __init__(
         self,
@@ -78,6 +94,9 @@ class EffectiveLRMonitor(Monitor):
         unit: UnitArgument = "auto",
         invariance: str | Mapping[str, Any] | None = None,
         gradient: bool = False,
+        equilibrium: bool = True,
+        momentum_gain: bool = False,
+        scale_exponent: bool = False,
         per_layer: PerLayer = "auto",
         logging_interval: Literal["step", "epoch"] = "step",
     ) -> None:
@@ -91,13 +110,61 @@ class EffectiveLRMonitor(Monitor):
             logging_interval=logging_interval,
         )
         self.gradient = gradient
+        self.equilibrium = equilibrium
+        self.momentum_gain = momentum_gain
+        self.scale_exponent = scale_exponent
 
-    def _make_tracker(self, watched: list[Watched]) -> Tracker:
-        return RotationTracker(watched)
+    def _reset(self) -> None:
+        super()._reset()
+        self._equilibria: Equilibria | None = None
+        self._restored: dict[str, Any] = {}
+
+    def _make_tracker(self, watched: list[Watched]) -> RotationTracker:
+        return RotationTracker(
+            watched,
+            momentum_gain=self.momentum_gain,
+            exponents=self.scale_exponent,
+            equilibrium=self.equilibrium,
+        )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         super()._begin(trainer, pl_module, verdict)
-        self._rotations().explain_rules(optimizers_of(trainer))
+        tracker = self._rotations()
+        tracker.explain_rules(optimizers_of(trainer))
+        if self.equilibrium:
+            self._equilibria = Equilibria(tracker.watched, run_of(trainer).claims.__contains__)
+            run_of(trainer).dispatcher.subscribe(self._equilibria)
+            if "equilibria" in self._restored:
+                self._equilibria.load(self._restored["equilibria"])
+                tracker.powers.update(self._restored["powers"])
+
+    def _complete(self, trainer: Trainer, row: Row) -> None:
+        if self._equilibria is not None:
+            self._equilibria.update(row, optimizers_of(trainer), self._step)
+        for values in row.values():  # what only the prediction needs
+            values.pop(_metrics.UNIT_NORM_RMS, None)
+            values.pop(_metrics.GRADIENT_AT_NORM_1, None)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which layers have come to equilibrium."""
+        super().on_train_end(trainer, pl_module)
+        words = {} if self._equilibria is None else self._equilibria.words()
+        for said, names in words.items():
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            rank_zero_info(f"{', '.join(names[:4])}{more}: {said}.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the predictions go on from as well, in plain types."""
+        if self._equilibria is None:
+            kept = {key: self._restored[key] for key in ("equilibria", "powers") if key in self._restored}
+            return super().state_dict() | kept
+        powers = {name: (power.cpu(), weight) for name, (power, weight) in self._rotations().powers.items()}
+        return super().state_dict() | {"equilibria": self._equilibria.state(), "powers": powers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written."""
+        super().load_state_dict(state_dict)
+        self._restored = state_dict
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients: complete, not clipped yet, and unscaled unless the optimizer does that itself."""

@@ -147,12 +147,16 @@ class Monitor(StepCallback):
         if not row:
             return
         self._logged_once = True
+        self._complete(trainer, row)
         values = self._layer_values(row) | self._summary_values(row)
         if self.logging_interval == "step":
             self._log(trainer, values)
             return
         for tag, value in values.items():
             self._mean(tag).update(value)
+
+    def _complete(self, trainer: Trainer, row: Row) -> None:
+        """Add what follows from the measured values."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's means."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_normreg._optimizers import NoRule, UpdateRule
 from lightning_normreg._optimizers._packages import RULES
-from lightning_normreg._tracker import RotationTracker
+from lightning_normreg._rotation_tracker import RotationTracker
 from lightning_normreg._watched import watch
 
 

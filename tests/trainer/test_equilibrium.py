@@ -1,0 +1,167 @@
+"""What is predicted of decay, beside what real runs do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_normreg import EffectiveLRMonitor, NormProjection
+from lightning_normreg.functional import equilibrium_half_life
+from tests.harness import Net, loader, sgd, trainer
+
+ROWS, ENTRIES = 16, 100
+
+
+class Noise(LightningModule):
+    """Rows whose gradients are pure noise at a right angle to them: the loss is ``Σ <noise, w/‖w‖>`` over rows."""
+
+    def __init__(self, make: Callable[[Any], Any], schedule: Callable[[Any], Any] | None = None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(ENTRIES, ROWS, bias=False)
+        self.make, self.schedule = make, schedule
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The batch is the noise."""
+        return (batch[0] * nn.functional.normalize(self.layer.weight, dim=1)).sum(dim=(1, 2)).mean()
+
+    def configure_optimizers(self) -> Any:
+        """With a schedule by steps, if there is one."""
+        optimizer = self.make(self.parameters())
+        if self.schedule is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.schedule(optimizer), "interval": "step"}]
+
+
+def noise(steps: int) -> DataLoader[Any]:
+    """White noise of unit variance."""
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(TensorDataset(torch.randn(steps, ROWS, ENTRIES, generator=generator)), batch_size=1)
+
+
+def fit(net: Noise, steps: int, every: int = 20) -> tuple[EffectiveLRMonitor, Any]:
+    """The monitor and its history."""
+    monitor = EffectiveLRMonitor(every)
+    trainer(monitor).fit(net, noise(steps))
+    return monitor, monitor.history()
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, weight_decay=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=0.1),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.2, betas=(0.9, 0.99)),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.3, betas=(0.9, 0.99)),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=3e-3, weight_decay=0.3),
+}
+
+# Means over half a run: 16 rows × 800 steps with a relaxation time of some 250 are 50 independent norms, whose squares
+# scatter by some 10 % (momentum: √(κS), and the angle by half of that). So 5 % are about four standard errors, and
+# leave 2 % for what Adam's second moment lags behind.
+CLOSE = 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_pure_noise_settles_where_predicted(name: str) -> None:
+    """Rotation is predicted on the way and at the end, the norm ends at its equilibrium, the words say since when."""
+    torch.manual_seed(0)
+    net = Noise(OPTIMIZERS[name])
+    monitor, history = fit(net, 1600)
+    late = history[history["step"] >= 800]
+    assert late["equilibrium_ratio/layer.weight"].mean() == pytest.approx(1.0, abs=CLOSE)
+    turned = late["angular_update/layer.weight"] / late["equilibrium_rotation/layer.weight"]
+    assert turned.mean() == pytest.approx(1.0, abs=CLOSE)
+    norm = net.layer.weight.detach().norm(dim=1).square().mean().sqrt().item()
+    assert norm == pytest.approx(late["equilibrium_norm/layer.weight"].iloc[-1], rel=2 * CLOSE)
+    (words,) = monitor._equilibria.words()
+    since = int(words.removeprefix("consistent with equilibrium since step ").replace(" ", ""))
+    assert since >= 3 * late["equilibrium_half_life/layer.weight"].iloc[-1] / np.log(2) * 0.9
+
+
+@pytest.mark.slow
+def test_under_a_schedule_the_norm_equation_is_followed() -> None:
+    """At the end of a cosine the equilibrium of the present learning rate is far off, the integrated one is not."""
+    torch.manual_seed(0)
+    cosine = lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1600, eta_min=1e-4)  # noqa: E731
+    _, history = fit(Noise(OPTIMIZERS["adamw"], cosine), 1600)
+    last = history[history["step"] >= 1500]
+    at_equilibrium = last["angular_update/layer.weight"] / last["equilibrium_rotation/layer.weight"]
+    assert at_equilibrium.mean() < 0.5
+    assert last["equilibrium_ratio/layer.weight"].mean() == pytest.approx(1.0, abs=CLOSE)
+
+
+def test_too_short_a_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """With the half-life, and the steps that were run."""
+    with caplog.at_level("INFO"):
+        fit(Noise(OPTIMIZERS["adamw"]), 61)
+    half_life = equilibrium_half_life("adam_decoupled", lr=1e-2, weight_decay=0.2)
+    assert f"layer.weight: too short to settle: half-life of {half_life:.3g} steps, 60 were run" in caplog.text
+
+
+def test_a_scheduled_momentum_is_told_of() -> None:
+    """The formulas take it to be constant."""
+    one_cycle = lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=100)  # noqa: E731
+    with pytest.warns(
+        UserWarning, match=r"no equilibrium is predicted for 'layer\.weight'\. Its momentum is scheduled"
+    ):
+        _, history = fit(Noise(OPTIMIZERS["momentum"], one_cycle), 41)
+    assert history["equilibrium_ratio/layer.weight"].notna().sum() == 1  # the first step, before anything has changed
+    assert history["angular_update/layer.weight"].notna().all()
+
+
+def test_where_nothing_is_predicted() -> None:
+    """Without decay, for weights that a projection holds, and for those that are not scale-invariant."""
+    for callbacks, decay in (([], 0.0), ([NormProjection()], 0.1)):
+        run = trainer(EffectiveLRMonitor(), *callbacks)
+        run.fit(Net(sgd(weight_decay=decay)), loader())
+        assert not [tag for tag in run.callback_metrics if "equilibrium" in tag]
+    run = trainer(EffectiveLRMonitor())
+    run.fit(Net(sgd(weight_decay=0.1)), loader())
+    layers = {tag.split("/")[1] for tag in run.callback_metrics if tag.startswith("equilibrium")}
+    assert layers == {"conv1.weight", "up.weight"}
+
+
+def test_the_size_of_the_gradient_is_that_which_the_optimizer_used() -> None:
+    """At the first step N* follows from the clipped gradients' G = mean ‖g_u‖‖w_u‖: N⁴ = ηG²/(λ(2 − ηλ))."""
+    seen: dict[str, np.ndarray] = {}
+
+    class Peek(Net):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            if not seen:
+                seen.update({n: p.grad.double().numpy() for n, p in self.named_parameters()})
+
+    torch.manual_seed(0)
+    net = Peek(sgd(weight_decay=0.1))
+    monitor = EffectiveLRMonitor()
+    trainer(monitor, gradient_clip_val=1e-2, limit_train_batches=1).fit(net, loader())
+    step = net.steps[0]
+    weight = step.before["conv1.weight"].numpy().reshape(6, -1)
+    gradient = np.linalg.norm(seen["conv1.weight"].reshape(6, -1), axis=1)
+    product = (gradient * np.linalg.norm(weight, axis=1)).mean()
+    lr = step.lr["conv1.weight"]
+    expected = (lr * product**2 / (0.1 * (2 - lr * 0.1))) ** 0.25
+    # float32 sums of 18 squares, and a fourth root.
+    assert monitor.history()["equilibrium_norm/conv1.weight"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_momentum_gain_and_exponent_on_request() -> None:
+    """Heavy-ball momentum gains 1/(1 − β); SGD's steps have exponent 2, Adam's a little more than 1 from eps."""
+    rates = {}
+    for gain in (False, True):
+        torch.manual_seed(0)
+        run = trainer(EffectiveLRMonitor(momentum_gain=gain, scale_exponent=True))
+        run.fit(Net(sgd(momentum=0.75)), loader())
+        rates[gain] = run.callback_metrics["effective_lr/conv1.weight"].item()
+        assert run.callback_metrics["scale_exponent/conv1.weight"].item() == 2.0
+    assert rates[True] == pytest.approx(4 * rates[False], rel=1e-6)
+    run = trainer(EffectiveLRMonitor(scale_exponent=True))
+    run.fit(Net(lambda groups: torch.optim.Adam(groups, eps=1e-3)), loader())
+    assert 1.001 < run.callback_metrics["scale_exponent/conv1.weight"].item() < 1.999
