@@ -26,8 +26,9 @@ def rescale_(
     other absolute constants by theirs. As these belong to a parameter group, the weight gets one of its own, split off
     from that which it was in, unless it is alone there.
 
-    Directions then agree to rounding; Muon and SOAP round to lower precision inside. What is outside of the optimizer
-    does not follow: clipping by the norm of all gradients, and copies of the weight, as averages keep them.
+    Directions then agree to rounding; Muon and SOAP round to lower precision inside. One eps that stands in two places,
+    as in AdamP and LAMB, follows where it counts more. What is outside of the optimizer does not follow: clipping by
+    the norm of all gradients, and copies of the weight, as averages keep them.
 
     Args:
         optimizer: Its optimizer, of torch or of a package whose rule is known.

@@ -26,7 +26,7 @@ CASES: dict[str, tuple[Make, float]] = {
     "adamw": (case("torch.optim.AdamW", weight_decay=0.5, eps=1e-2), 0.01),
     "nadam": (case("torch.optim.NAdam", weight_decay=0.1, eps=1e-2), 0.01),
     "nadamw": (case("torch.optim.NAdam", weight_decay=0.5, eps=1e-2, decoupled_weight_decay=True), 0.01),
-    "radam": (case("torch.optim.RAdam", weight_decay=0.1, eps=1e-2), 0.01),
+    "radam": (case("torch.optim.RAdam", weight_decay=0.1, eps=1e-2), 0.05),
     "adamax": (case("torch.optim.Adamax", weight_decay=0.1, eps=1e-2), 0.01),
     "rmsprop": (case("torch.optim.RMSprop", weight_decay=0.1, eps=1e-2), 0.01),
     "rmsprop-all": (case("torch.optim.RMSprop", weight_decay=0.1, eps=1e-2, momentum=0.9, centered=True), 0.002),
@@ -39,13 +39,16 @@ CASES: dict[str, tuple[Make, float]] = {
     "lion-fixed": (case("lion_pytorch.Lion", weight_decay=0.005, decoupled_weight_decay=True), 0.01),
     "schedulefree-sgd": (case("schedulefree.SGDScheduleFree", weight_decay=0.1, warmup_steps=20), 0.1),
     "schedulefree-adamw": (case("schedulefree.AdamWScheduleFree", weight_decay=0.1, eps=1e-2), 0.01),
-    "schedulefree-radam": (case("schedulefree.RAdamScheduleFree", weight_decay=0.1, eps=1e-2, r=1.0), 0.01),
+    "schedulefree-radam": (case("schedulefree.RAdamScheduleFree", weight_decay=0.1, eps=1e-2, r=1.0), 0.05),
     "sgdp": (case("adamp.SGDP", momentum=0.9, weight_decay=0.1, wd_ratio=0.5), 0.05),
     "adamp": (case("adamp.AdamP", weight_decay=0.5, eps=1e-12), 0.01),
     "lamb": (case("pytorch_optimizer.Lamb", weight_decay=0.1, weight_decouple=False, eps=1e-14), 0.01),
     "lamb-decoupled": (case("pytorch_optimizer.Lamb", weight_decay=0.5, eps=1e-14), 0.01),
     "lars": (case("pytorch_optimizer.LARS", weight_decay=0.1, momentum=0.9, trust_coefficient=0.1), 0.1),
-    "shampoo": (case("pytorch_optimizer.Shampoo", weight_decay=0.1, preconditioning_compute_steps=2), 0.05),
+    "shampoo": (
+        case("pytorch_optimizer.Shampoo", weight_decay=0.1, preconditioning_compute_steps=2, matrix_eps=1e-2),
+        0.05,
+    ),
     "sgdw": (case("pytorch_optimizer.SGDW", momentum=0.9, weight_decay=0.1), 0.05),
     "adamp-coupled": (case("pytorch_optimizer.AdamP", weight_decay=0.1, weight_decouple=False, eps=1e-12), 0.01),
     "lion-coupled": (case("pytorch_optimizer.Lion", weight_decay=0.1, weight_decouple=False), 0.01),
@@ -69,8 +72,8 @@ CASES: dict[str, tuple[Make, float]] = {
 }
 # Muon works in bfloat16, which keeps 3 digits, and SOAP takes its basis in float32.
 ROUGH: dict[str, tuple[Make, float, float]] = {
-    "muon": (case("torch.optim.Muon", weight_decay=0.5), 0.003, 1e-2),
-    "soap": (case("pytorch_optimizer.SOAP", weight_decay=0.5, eps=1e-4, precondition_frequency=4), 0.003, 1e-6),
+    "muon": (case("torch.optim.Muon", weight_decay=0.5), 0.002, 1e-2),
+    "soap": (case("pytorch_optimizer.SOAP", weight_decay=0.5, eps=1e-4, precondition_frequency=4), 0.001, 1e-6),
 }
 
 
@@ -201,7 +204,7 @@ def test_lbfgs_of_a_single_weight() -> None:
         train(net, optimizer, range(BEFORE))
         start = directions(net)["layer"]
         between(optimizer, net.layer.weight)
-        train(net, optimizer, range(BEFORE, BEFORE + 5))
+        train(net, optimizer, range(BEFORE, BEFORE + 2))  # it amplifies rounding, as it divides by differences
         nets.append(net)
         turned = float((directions(net)["layer"] - start).norm())
     assert turned > 1e-2
