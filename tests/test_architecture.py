@@ -22,6 +22,7 @@ FLOORS = {
     "_metrics": 0,
     "_history": 0,
     "_optimizers": 1,
+    "_rescale": 1,
     "_selection": 2,
     "_roles": 2,
     "_invariance": 2,
@@ -51,12 +52,14 @@ PUBLIC = {
     "ParameterRole",
     "ScaleInvariance",
     "WeightNormMonitor",
+    "accept_rescaled",
     "decay_groups",
     "find_scale_invariance",
     "functional",
     "load_verdict",
     "parameter_roles",
     "register_update_rule",
+    "rescale_",
     "save_verdict",
 }
 PUBLIC_FUNCTIONAL = {

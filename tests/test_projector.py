@@ -18,6 +18,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
     "adam": (torch.optim.Adam, {"eps": 1e-30, "amsgrad": True}, 1),
     "adamw": (torch.optim.AdamW, {"eps": 1e-30, "weight_decay": 0.0}, 1),
     "rmsprop": (torch.optim.RMSprop, {"eps": 1e-30, "centered": True}, 1),
+    "adagrad": (torch.optim.Adagrad, {"eps": 1e-30}, 1),
+    "adamax": (torch.optim.Adamax, {"eps": 1e-30}, 1),
+    "nadam": (torch.optim.NAdam, {"eps": 1e-30}, 1),
 }
 
 
@@ -81,4 +84,14 @@ def test_an_unknown_optimizer_is_named() -> None:
     step(net, optimizer, torch.randn(4, 3))
     (target,) = watch(net, ["weight"], (), "neuron")
     with pytest.warns(UserWarning, match="The state of Other could not follow the first projection of 'weight'"):
+        Projector([target], "auto").start([target], [optimizer])
+
+
+def test_a_state_that_is_not_shaped_like_the_weight_is_named() -> None:
+    """It mixes units, which may be multiplied by different factors."""
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.Adafactor(net.parameters())
+    step(net, optimizer, torch.randn(4, 3))
+    (target,) = watch(net, ["weight"], (), "neuron")
+    with pytest.warns(UserWarning, match="The row_var of Adafactor could not follow the first projection of 'weight'"):
         Projector([target], "auto").start([target], [optimizer])

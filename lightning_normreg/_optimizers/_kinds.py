@@ -25,7 +25,8 @@ def either(decoupled: UpdateRule, coupled: Family = "", key: str = "weight_decou
 
 
 SGDW = replace(_torch.SGD, decay="decoupled", family="")
-SGDP = replace(SGDW, family="sgdp", local="unknown", state_degrees={"momentum": -1})
+# Its eps is added to the weight's norm; that of AdamP to the root as well, where it counts.
+SGDP = replace(SGDW, family="sgdp", local="unknown", state_degrees={"momentum": -1}, group_degrees={"eps": 1})
 ADAMP = replace(ADAMW, family="adamp", local="unknown")
 ADAM_LIKE = UpdateRule(1, "decoupled", state_degrees=None)
 ADOPT = UpdateRule(1, "decoupled", state_degrees=SECOND, group_degrees=EPS)

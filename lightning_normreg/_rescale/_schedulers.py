@@ -1,0 +1,95 @@
+"""What learning-rate schedulers keep of each parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch.optim import Optimizer, lr_scheduler, swa_utils
+
+Scheduler = Any  # ReduceLROnPlateau was no LRScheduler in older versions of torch
+
+# Lists with one entry for each parameter group, of learning rates and of what is none.
+_RATES = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
+_OTHERS = ("lr_lambdas", "base_momentums", "max_momentums")
+# Learning rates that schedulers keep in the parameter groups themselves.
+GROUP_RATES = ("initial_lr", "max_lr", "min_lr", "swa_lr")
+
+_KNOWN = (
+    lr_scheduler.ChainedScheduler,
+    lr_scheduler.ConstantLR,
+    lr_scheduler.CosineAnnealingLR,
+    lr_scheduler.CosineAnnealingWarmRestarts,
+    lr_scheduler.CyclicLR,
+    lr_scheduler.ExponentialLR,
+    lr_scheduler.LambdaLR,
+    lr_scheduler.LinearLR,
+    lr_scheduler.MultiplicativeLR,
+    lr_scheduler.MultiStepLR,
+    lr_scheduler.OneCycleLR,
+    lr_scheduler.PolynomialLR,
+    lr_scheduler.ReduceLROnPlateau,
+    lr_scheduler.SequentialLR,
+    lr_scheduler.StepLR,
+    swa_utils.SWALR,
+)
+
+
+def flatten(schedulers: Iterable[Scheduler]) -> list[Scheduler]:
+    """Schedulers, and those that they are made of."""
+    found = []
+    for scheduler in schedulers:
+        found += [scheduler, *flatten(getattr(scheduler, "_schedulers", ()))]
+    return found
+
+
+def check_schedulers(optimizer: Optimizer, schedulers: Sequence[Scheduler], rates: bool) -> None:
+    """Refuse schedulers that cannot follow.
+
+    Args:
+        optimizer: The optimizer that they must be of.
+        schedulers: All of its schedulers.
+        rates: Whether the learning rate of one group is about to change.
+
+    Raises:
+        TypeError: For a scheduler that is not torch's own.
+        ValueError: For one of another optimizer, one with a bound that all groups share, or if one is missing.
+    """
+    if not schedulers and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        raise ValueError(
+            f"`schedulers` must name the learning-rate schedulers of this {type(optimizer).__name__}, got none. They "
+            "keep lists with an entry for each parameter group, which must follow."
+        )
+    for scheduler in flatten(schedulers):
+        name = type(scheduler).__name__
+        if type(scheduler) not in _KNOWN:
+            raise TypeError(
+                f"`schedulers` must be those of torch.optim, got {name}, of which it is not known what it keeps of "
+                "each parameter group. Use a LambdaLR instead."
+            )
+        if scheduler.optimizer is not optimizer:
+            raise ValueError(f"`schedulers` must be those of `optimizer`, got a {name} of another one.")
+        lowest: float = getattr(scheduler, "eta_min", 0.0)
+        if rates and lowest:
+            raise ValueError(
+                f"`eta_min` of {name} must be 0, got {lowest}: it is a learning rate for all parameter "
+                "groups, and one of them is to change. Use a LambdaLR instead."
+            )
+
+
+def add_group(schedulers: Iterable[Scheduler], parent: int, index: int) -> None:
+    """Let schedulers know of a group that was split off from another one; it is the last."""
+    for scheduler in flatten(schedulers):
+        for key in _RATES + _OTHERS:
+            entries = getattr(scheduler, key, None)
+            if isinstance(entries, list) and len(entries) == index:  # else it was loaded with its entry already
+                setattr(scheduler, key, [*entries, entries[parent]])
+
+
+def multiply_rates(schedulers: Iterable[Scheduler], index: int, factor: float) -> None:
+    """Multiply the learning rates of one group in every scheduler."""
+    for scheduler in flatten(schedulers):
+        for key in _RATES:
+            entries = getattr(scheduler, key, None)
+            if isinstance(entries, list):
+                setattr(scheduler, key, [e * factor if i == index else e for i, e in enumerate(entries)])
