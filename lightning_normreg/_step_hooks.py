@@ -15,10 +15,14 @@ _INNER = ("optimizer", "_optimizer", "base_optimizer", "base")
 
 
 class Phase(IntEnum):
-    """Order in which subscribers see an update: it is measured as the optimizer made it, then weights are projected."""
+    """Order in which subscribers see an update: it is measured as the optimizer made it, then weights are projected.
+
+    What was changed for the length of the step is put back last.
+    """
 
     MEASURE = 0
     PROJECT = 1
+    RESTORE = 2
 
 
 class StepSubscriber(Protocol):

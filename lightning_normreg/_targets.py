@@ -77,12 +77,12 @@ def _why(watched: Watched, verdict: Verdict) -> str:
 def _nothing(verdict: Verdict) -> str:
     if not verdict:
         return (
-            "NormProjection must know which weights are scale-invariant, but that could not be found out. Give it "
-            "`invariance`, a verdict from find_scale_invariance(module, forward=…) saved by save_verdict, or name the "
-            "weights: include=[…], on_not_invariant='allow'."
+            "It must be known which weights are scale-invariant, but that could not be found out. Give the callback "
+            "`invariance`, a verdict from find_scale_invariance(module, forward=…) saved by save_verdict. To project "
+            "all the same, name the weights: NormProjection(include=[…], on_not_invariant='allow')."
         )
     return (
-        "NormProjection must have something to project, but no selected weight is scale-invariant by itself, as in "
-        "most transformers. To hold norms all the same, as Hyperball optimizers do: "
+        "There must be something to act on, but no selected weight is scale-invariant by itself, as in most "
+        "transformers. To hold norms all the same, as Hyperball optimizers do: "
         "NormProjection(include=['*.weight'], unit='layer', radius='initial', on_not_invariant='allow')."
     )

@@ -37,6 +37,7 @@ FLOORS = {
     "_equilibrium": 3,
     "_projector": 3,
     "_decay_groups": 3,
+    "_corrected_decay": 3,
     "_compat": 4,
     "callbacks": 4,
     "demos": 5,
@@ -45,6 +46,7 @@ FLOORS = {
 }
 
 PUBLIC = {
+    "CorrectedDecay",
     "DecayGroupsMixin",
     "EffectiveLRMonitor",
     "NormProjection",

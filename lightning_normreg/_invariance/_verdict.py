@@ -57,6 +57,11 @@ class ScaleInvariance:
         return self.kind not in ("inert", "none")
 
 
+def strong(verdicts: Mapping[str, ScaleInvariance]) -> dict[str, ScaleInvariance]:
+    """Verdicts that training may be changed by: those of a probe, not of the observer of gradients."""
+    return {name: verdict for name, verdict in verdicts.items() if verdict.evidence != "observer"}
+
+
 def summarize(verdicts: Mapping[str, ScaleInvariance]) -> str:
     """Say in a sentence or two what share of the parameters is scale-invariant.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_normreg._invariance import ProbeError
+from lightning_normreg._invariance import ProbeError, strong
 from lightning_normreg._projector import Projector, Radius, check_radius_argument
 from lightning_normreg._statistics import keep_batch_norms
 from lightning_normreg._targets import OnNotInvariant, check_eps_shares, choose_targets
@@ -109,7 +109,7 @@ class NormProjection(StepCallback):
             _refuse_idle(trainer, named)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        verdict = {name: v for name, v in verdict.items() if v.evidence != "observer"}  # too weak to change weights by
+        verdict = strong(verdict)
         watched = watch(pl_module, self.include, self.exclude, self.unit, verdict or None)
         targets = choose_targets(watched, verdict, named=self.include is not None, otherwise=self.on_not_invariant)
         check_eps_shares(targets, verdict, self.radius)

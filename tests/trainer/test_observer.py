@@ -95,7 +95,7 @@ def test_too_short_a_run_says_that_nothing_was_logged() -> None:
 
 def test_weak_evidence_never_projects(tmp_path: Any) -> None:
     """Not by itself, not with a verdict of the observer, not on resume; with names and "allow" it does."""
-    unknown = r"must know which weights are scale-invariant.*`invariance`, a verdict from find_scale_invariance"
+    unknown = r"must be known which weights are scale-invariant.*`invariance`, a verdict from find_scale_invariance"
     with pytest.warns(UserWarning, match=CANNOT), pytest.raises(ValueError, match=unknown):
         trainer(NormProjection()).fit(Manual(), loader())
     first = trainer(WeightNormMonitor(), max_epochs=7)

@@ -1,0 +1,101 @@
+"""The callback that lets weight decay follow the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_normreg._corrected_decay import DecayCorrector, PeakLR
+from lightning_normreg._invariance import strong
+from lightning_normreg._targets import choose_targets
+from lightning_normreg._watched import check_selection, watch
+from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
+from lightning_normreg.callbacks._verdict import Verdict
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+
+class CorrectedDecay(StepCallback):
+    r"""Decays scale-invariant weights in proportion to the learning rate: :math:`\lambda_t=\lambda\eta_t/\eta_{\max}`.
+
+    The norm at which decay and updates balance goes with η/λ (to the power 1/4 for SGD, 1/2 for AdamW), so under a
+    learning-rate schedule it moves, far too slowly to keep up, and the effective learning rate at the end of training
+    is not what the schedule says. With this correction the equilibrium norm stays put, and the schedule is that of the
+    rotation, to the first power. Weights that are not scale-invariant keep their decay: there it regularizes.
+
+    When it runs: around each optimizer step, for whose length the weights have parameter groups of their own.
+
+    What it logs: nothing.
+
+    What it costs: two groups instead of one in each step of an optimizer.
+
+    Args:
+        peak_lr: η_max, the learning rate at which decay is what the optimizer was given; ``"auto"``: the group's
+            ``max_lr`` (one-cycle and cyclic schedules), else its ``initial_lr`` (all others).
+        include: Globs over clean parameter names; by default all weights and embeddings that are scale-invariant. A
+            glob that matches nothing, or a weight that is not scale-invariant, is an error.
+        exclude: Globs of parameters to leave out.
+        invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
+            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
+
+    Raises:
+        ValueError: For an argument out of its range, no scale-invariant weight, or an optimizer that is not known;
+            before the first step.
+
+    Examples:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[CorrectedDecay()], logger=False)
+
+    Reference:
+        Defazio 2025, https://arxiv.org/abs/2506.02285 (AdamC, and its form for SGD).
+    """
+
+    def __init__(
+        self,
+        peak_lr: PeakLR = "auto",
+        *,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        invariance: str | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(invariance)
+        check_selection("auto", include, exclude)
+        if peak_lr != "auto" and not (isinstance(peak_lr, (int, float)) and 0 < peak_lr < math.inf):
+            raise ValueError(f"`peak_lr` must be 'auto' or a positive number, got {peak_lr!r}.")
+        self.peak_lr = peak_lr
+        self.include = include
+        self.exclude = exclude
+        self._corrector: DecayCorrector | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the selection before anything is trained."""
+        super().on_fit_start(trainer, pl_module)
+        watch(pl_module, self.include, self.exclude)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        verdict = strong(verdict)
+        watched = watch(pl_module, self.include, self.exclude, "auto", verdict or None)
+        targets = choose_targets(watched, verdict, named=self.include is not None, otherwise="raise")
+        self._corrector = DecayCorrector(targets, self.peak_lr)
+        for optimizer in optimizers_of(trainer):
+            self._corrector.check(optimizer)
+        run_of(trainer).dispatcher.subscribe(self._corrector)
+        rank_zero_info(f"CorrectedDecay: the decay of {len(targets)} scale-invariant weights goes with lr/lr_max.")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the optimizers as they were."""
+        self._restore()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Also after a step that raised."""
+        self._restore()
+        super().on_exception(trainer, pl_module, exception)
+
+    def _restore(self) -> None:
+        if self._corrector is not None:
+            self._corrector.restore()
