@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg import _metrics
-from lightning_normreg._equilibrium import Equilibria
+from lightning_normreg._equilibrium import GRADIENT_AT_NORM_1, Equilibria
 from lightning_normreg._rotation_tracker import RotationTracker
 from lightning_normreg._tracker import Row
 from lightning_normreg._watched import UnitArgument, Watched
@@ -143,7 +143,7 @@ class EffectiveLRMonitor(Monitor):
             self._equilibria.update(row, optimizers_of(trainer), self._step)
         for values in row.values():  # what only the prediction needs
             values.pop(_metrics.UNIT_NORM_RMS, None)
-            values.pop(_metrics.GRADIENT_AT_NORM_1, None)
+            values.pop(GRADIENT_AT_NORM_1, None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which layers have come to equilibrium."""
