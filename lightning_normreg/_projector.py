@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
-from lightning_normreg._optimizers import update_rule
+from lightning_normreg._optimizers import group_of, update_rule
 from lightning_normreg._step_hooks import Phase
 from lightning_normreg._watched import Watched
-from lightning_normreg.functional._norms import accumulator, root_mean_square
+from lightning_normreg.functional._norms import root_mean_square
 from lightning_normreg.functional._projection import check_radius
 
 Radius = float | Literal["auto", "initial"]
@@ -87,11 +87,12 @@ class Projector:
     def announce(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
         """Say by what factor projecting changes the effective learning rates, per optimizer. Reads the device."""
         for optimizer in optimizers:
-            rule, mine = update_rule(optimizer), {t.name for t in self.optimized([optimizer])}
-            if rule is None or not rule.exponent:
-                continue
+            mine = {t.name for t in self.optimized([optimizer])}
+            rules = [(t, update_rule(optimizer, group_of(optimizer, t.parameter))) for t in targets if t.name in mine]
             ratios = [
-                float(root_mean_square(t.norms() / self._target(t))) ** rule.exponent for t in targets if t.name in mine
+                float(root_mean_square(target.norms() / self._target(target))) ** rule.exponent
+                for target, rule in rules
+                if rule is not None and rule.exponent
             ]
             ratios = [r for r in ratios if r > 0 and math.isfinite(r)]
             if ratios and max(abs(r - 1) for r in ratios) > 1e-3:
@@ -138,22 +139,27 @@ class Projector:
             return self._argument
         radius = self._radius.get(target.name)
         if radius is None:
-            radius = _initial(target) if self._argument == "initial" else _auto(target)
+            radius = _initial(target) if self._argument == "initial" else target.natural_norms()
         self._radius[target.name] = radius = radius.to(target.parameter.device)
         return radius
 
 
 def _follow(optimizer: Optimizer, target: Watched, factors: Tensor) -> None:
-    rule = update_rule(optimizer)
-    if rule is None:
+    rule = update_rule(optimizer, group_of(optimizer, target.parameter))
+    degrees = None if rule is None else rule.state_degrees
+    odd = [] if degrees is not None else ["state"]
+    for key, degree in (degrees or {}).items():
+        entries = [optimizer.state[p].get(key) for p in target.tensors()]
+        if all(isinstance(e, Tensor) and e.shape == p.shape for e, p in zip(entries, target.tensors(), strict=True)):
+            power = degree(target.parameter.ndim) if callable(degree) else degree
+            target.multiply(factors**power, _StateOf(optimizer, key))
+        elif any(entry is not None for entry in entries):
+            odd.append(key)
+    if odd:
         rank_zero_warn(
-            f"The state of {type(optimizer).__name__} could not follow the first projection of {target.name!r}, as its "
-            "update rule is not known: its first steps are off until the state is renewed."
+            f"The {odd[0]} of {type(optimizer).__name__} could not follow the first projection of {target.name!r}, as "
+            "its shape or its rule is not known: its first steps are off until the state is renewed."
         )
-        return
-    for key, degree in rule.state_degrees.items():
-        if all(isinstance(optimizer.state[p].get(key), Tensor) for p in target.tensors()):
-            target.multiply(factors**degree, _StateOf(optimizer, key))
 
 
 class _StateOf:
@@ -171,8 +177,3 @@ def _initial(target: Watched) -> Tensor:
     # A unit that is zero at the start has no radius to hold: infinity leaves it free.
     norms = target.norms()
     return torch.where((norms > 0) & norms.isfinite(), norms, float("inf"))
-
-
-def _auto(target: Watched) -> Tensor:
-    # A neuron goes onto the unit sphere; k of them in one unit to √k, so that each has norm 1 on average.
-    return torch.tensor(target.neurons(), dtype=accumulator(target.parameter.dtype)).sqrt()

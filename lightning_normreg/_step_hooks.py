@@ -55,6 +55,10 @@ class StepDispatcher:
         self._subscribers.append(subscriber)
         self._subscribers.sort(key=lambda s: s.phase)
 
+    def unsubscribe(self, subscriber: StepSubscriber) -> None:
+        """Tell a subscriber nothing any more."""
+        self._subscribers.remove(subscriber)
+
     def attach(self, optimizers: Sequence[object]) -> None:
         """Put hooks on these optimizers and take them off all others. Cheap where nothing has changed."""
         self._depth.clear()  # a closure that raised has left a pre-hook without its post-hook

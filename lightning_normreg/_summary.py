@@ -101,7 +101,7 @@ def summary_rows(
         known = verdict.get(name)
         norm, radius = held.get(name) or (float(root_mean_square(watched[name].norms())), None)
         label, group, optimizer = groups.get(parameter, ("", {}, None))
-        rule = None if optimizer is None else update_rule(optimizer)
+        rule = None if optimizer is None else update_rule(optimizer, group)
         lr = group.get("lr", 0.0) if rule is None else rule.lr(group)
         rows.append(
             SummaryRow(
@@ -115,7 +115,7 @@ def summary_rows(
                 radius=radius,
                 group=label,
                 weight_decay=float(group.get("weight_decay", 0.0)),
-                lr=float(lr),
+                lr=float(lr or 0.0),  # None where the optimizer sets its own
                 optimizer="" if optimizer is None else type(optimizer).__name__,
                 size=parameter.numel(),
             )

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
 from lightning_normreg._metrics import Curve
-from lightning_normreg._optimizers import UpdateRule, update_rule
+from lightning_normreg._optimizers import UpdateRule, update_rule, why_no_rule
 from lightning_normreg._step_hooks import Phase
 from lightning_normreg._watched import Watched
 from lightning_normreg.functional import effective_lr, weight_norm
@@ -81,11 +81,10 @@ class Tracker(ABC):
         """Measure the update and hold its values on the device."""
         if not self.due:
             return
-        rule = update_rule(optimizer)
         stepping = self.stepping(optimizer)
         if not stepping:
             return
-        measured = [self.measure(index, watched, group, rule) for watched, group in stepping]
+        measured = [self.measure(index, watched, group, update_rule(optimizer, group)) for watched, group in stepping]
         device = stepping[0][0].parameter.device
         flat = [v.to(device, self.dtype) for m in measured for v in m.values.values()]
         zeros = [m.zero_units.to(device) for m in measured]
@@ -227,7 +226,7 @@ class RotationTracker(Tracker):
         """The curves of one update."""
         step = watched.step_from(self._snapshots.__getitem__)
         values: dict[Curve, Tensor] = {}
-        if rule is not None and rule.exponent:
+        if rule is not None and rule.exponent and rule.lr_is_used:
             curve = _metrics.EFFECTIVE_LR_NOT_INVARIANT if watched.invariant is False else _metrics.EFFECTIVE_LR
             values[curve] = effective_lr(rule.lr(group), root_mean_square(step.norm), rule.exponent)
         values[_metrics.ANGULAR_UPDATE] = root_mean_square(step.angle())
@@ -238,20 +237,11 @@ class RotationTracker(Tracker):
     def explain_rules(self, optimizers: Iterable[Optimizer]) -> None:
         """Say once why an optimizer's weights have no curve of the effective learning rate."""
         for optimizer in optimizers:
-            rule, name = update_rule(optimizer), type(optimizer).__name__
-            if rule is None:
-                self.tell_once(
-                    f"rule {name}",
-                    f"`effective_lr` is left out for the weights of {name}: how its step depends on the weight's norm "
-                    f"is not known. Say it by register_update_rule({name}, exponent=…, decay=…); the rotation is "
-                    "measured all the same.",
-                )
-            elif rule.exponent == 0:
-                self.tell_once(
-                    f"rule {name}",
-                    f"`effective_lr` is left out for the weights of {name}: its step grows with the weight (p = 0), so "
-                    "the norm does not change the rotation per step.",
-                )
+            for group in optimizer.param_groups:
+                if any(p in self._by_parameter for p in group["params"]):
+                    said = _about_rule(optimizer, group)
+                    if said:
+                        self.tell_once(f"rule {said}", said)
 
 
 @dataclass(frozen=True)
@@ -267,3 +257,19 @@ def _all_stepping(tracker: Tracker, optimizer: Optimizer) -> list[Watched]:
     # Before the step gradients may not be there yet, so every watched weight of the optimizer counts.
     parameters = {p for group in optimizer.param_groups for p in group["params"]}
     return [w for w in tracker.watched if w.parameter in parameters]
+
+
+def _about_rule(optimizer: Optimizer, group: dict[str, Any]) -> str:
+    name, rule, why = type(optimizer).__name__, update_rule(optimizer, group), why_no_rule(optimizer, group)
+    left_out = f"`effective_lr` is left out for the weights of {name}: "
+    if why:
+        return f"{left_out}it {why}. The rotation is measured all the same."
+    if rule is None:
+        return (
+            f"{left_out}how its step depends on the weight's norm is not known. Say it by register_update_rule({name}, "
+            "exponent=…, decay=…); the rotation is measured all the same."
+        )
+    if rule.exponent:
+        return "" if rule.lr_is_used else f"{left_out}it {rule.note}."
+    note = f" It {rule.note}." if rule.note else ""
+    return f"{left_out}its step grows with the weight (p = 0), so the norm does not change the rotation per step.{note}"

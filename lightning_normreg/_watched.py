@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,12 @@ from torch.nn.parameter import Parameter
 from lightning_normreg._invariance import ScaleInvariance
 from lightning_normreg._roles import ParameterRole, named_roles
 from lightning_normreg._selection import check_globs, select
-from lightning_normreg.functional._norms import row_norms
+from lightning_normreg.functional._norms import accumulator, row_norms
 from lightning_normreg.functional._projection import dead_band, project_views_
-from lightning_normreg.functional._units import UNITS, Unit, View, count_units, over_units, split_units, unit_rows
+from lightning_normreg.functional._units import Unit, View, count_units, over_units, split_units, unit_rows
 from lightning_normreg.functional._updates import Step, align_rows, measure_rows
 
-UnitArgument = Literal["auto", "neuron", "layer"]
+UnitArgument = Literal["auto", "neuron", "column", "layer"]
 Verdict = Mapping[str, ScaleInvariance]
 
 
@@ -62,6 +62,7 @@ class Watched:
         parts: Its units; entries outside of them are left alone.
         bias: A bias whose entries belong to the units.
         invariant: Whether the units are scale-invariant; None where nobody knows.
+        standardized: Whether a normalization divides its rows by their own standard deviation.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Watched:
     parts: tuple[Part, ...]
     bias: Parameter | None = None
     invariant: bool | None = None
+    standardized: bool = False
 
     def tensors(self) -> list[Parameter]:
         """The parameter, and the bias that belongs to it."""
@@ -116,16 +118,19 @@ class Watched:
         longest = max((rows.shape[1] for rows in self._rows(_itself)), default=1)
         return dead_band(self.parameter.dtype, longest)
 
-    def neurons(self) -> list[int]:
-        """Neurons in each unit, or other slices where the units are made of those."""
-        counts: list[int] = []
+    def natural_norms(self) -> Tensor:
+        """Norm that each unit has when its neurons have norm 1 on average, or, standardized, its entries have.
+
+        The eps of a weight standardization is added to the mean square of a row's entries.
+        """
+        squares: list[int] = []
         for part in self.parts:
             units = count_units(*part.view(self.parameter))
             size = part.unit if isinstance(part.unit, int) else 1
-            if part.unit == "layer" and self.parameter.ndim > 1:
-                size = self.parameter.shape[self.role.dim] * self.role.groups
-            counts += [size] * units
-        return counts
+            slices = self.parameter.shape[self.role.dim] * self.role.groups if self.parameter.ndim > 1 else 1
+            size = slices if part.unit == "layer" else size
+            squares += [size * (self.parameter.numel() // slices if self.standardized else 1)] * units
+        return torch.tensor(squares, dtype=accumulator(self.parameter.dtype)).sqrt()
 
     def _rows(self, read: Callable[[Parameter], Tensor]) -> list[Tensor]:
         """For each part its units as rows, in the parameter's own order of entries."""
@@ -152,8 +157,8 @@ def _gradient(parameter: Parameter) -> Tensor:
 
 def check_selection(unit: str, include: Sequence[str] | None, exclude: Sequence[str]) -> None:
     """Raise for an unknown unit, or globs that are no list of strings."""
-    if unit != "auto" and unit not in UNITS:
-        raise ValueError(f"`unit` must be one of 'auto', {', '.join(map(repr, UNITS))}, got {unit!r}.")
+    if unit not in get_args(UnitArgument):
+        raise ValueError(f"`unit` must be one of {', '.join(map(repr, get_args(UnitArgument)))}, got {unit!r}.")
     if include is not None:
         check_globs("include", include)
     check_globs("exclude", exclude)
@@ -195,7 +200,8 @@ def watch(
         known = None if verdict is None else verdict.get(name)
         parts, bias, invariant = _units(role, unit, known)
         joined = found[bias][0] if bias in found else None
-        watched.append(Watched(name, _whole(name, parameter), role, parts, joined, invariant))
+        standardized = known is not None and known.standardized
+        watched.append(Watched(name, _whole(name, parameter), role, parts, joined, invariant, standardized))
     return watched
 
 
@@ -204,9 +210,9 @@ def _units(
 ) -> tuple[tuple[Part, ...], str | None, bool | None]:
     """Parts, bias and invariance of a parameter, from what the user asked for and what is known."""
     if known is None:
-        return (Part("neuron" if unit == "auto" else unit, role.dim, role.groups),), None, None
+        return (_asked_for(role, unit),), None, None
     if unit != "auto":
-        return (Part(unit, role.dim, role.groups),), None, _supports(known, role, unit)
+        return (_asked_for(role, unit),), None, _supports(known, role, unit)
     if not known.is_invariant or known.kind == "layer":
         return (Part("layer", role.dim, role.groups),), known.needs_bias, known.is_invariant
     dim, groups = known.dim or 0, known.groups
@@ -216,11 +222,19 @@ def _units(
     return tuple(parts), known.needs_bias, True
 
 
+def _asked_for(role: ParameterRole, unit: UnitArgument) -> Part:
+    if unit == "column":  # what one input feeds into all neurons
+        return Part("neuron", 1 - role.dim)
+    return Part("neuron" if unit == "auto" else unit, role.dim, role.groups)
+
+
 def _supports(known: ScaleInvariance, role: ParameterRole, unit: UnitArgument) -> bool:
     """Whether units of the user's choice are scale-invariant: what is so slice by slice is so as a whole."""
     if not known.is_invariant or known.needs_bias or known.slices:
         return False
-    return unit == "layer" or (known.kind == "neuron" and known.dim == role.dim)
+    if unit == "column":
+        return known.dim == 1 - role.dim and known.block_size == 1
+    return unit in ("layer", known.kind)
 
 
 def _whole(name: str, parameter: Parameter) -> Parameter:

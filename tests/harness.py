@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -129,3 +130,28 @@ def trainer(*callbacks: Any, **options: Any) -> Trainer:
 def sgd(**options: Any) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
     """Plain SGD with these options."""
     return lambda groups: torch.optim.SGD(groups, **options)
+
+
+class Snapshot(Callback):
+    """A copy of the module when the first batch starts, after the callbacks before this one."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keep it."""
+        if batch_idx == 0:
+            self.module = copy.deepcopy(pl_module)
+
+
+def around_the_first_projection(projection: Any, net: LightningModule, data: Any) -> tuple[nn.Module, nn.Module]:
+    """Copies of a module just before and just after a projection has put it at its radius; one step is trained."""
+    before, after = Snapshot(), Snapshot()
+    trainer(before, projection, after, limit_train_batches=1, limit_val_batches=0).fit(net, data)
+    return before.module, after.module
+
+
+def moved(before: nn.Module, after: nn.Module, inputs: Tensor) -> tuple[float, float]:
+    """Relative difference of the outputs of two modules, in training and in evaluation mode. They stay as they are."""
+    found = []
+    for mode in (True, False):
+        old, new = (copy.deepcopy(module).train(mode)(inputs).detach().double() for module in (before, after))
+        found.append(((new - old).norm() / old.norm()).item())
+    return found[0], found[1]

@@ -30,6 +30,7 @@ FLOORS = {
     "_summary": 3,
     "_statistics": 3,
     "_step_hooks": 3,
+    "_observer": 3,
     "_tracker": 3,
     "_projector": 3,
     "_decay_groups": 3,

@@ -13,8 +13,8 @@ Two backward passes, with c = ρ and with c = 1, give the mean ρ that each unit
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,25 @@ from lightning_normreg._invariance._euler import euler_sums
 from lightning_normreg._invariance._slices import Axis, unit_of_slice, unit_sums
 from lightning_normreg._invariance._verdict import ScaleInvariance
 from lightning_normreg._roles import ParameterRole
+from lightning_normreg.functional._units import split_units, unit_rows
 
-Shares = dict[str, tuple[float, float]]
+
+@dataclass(frozen=True)
+class EpsShare:
+    """What the normalizations behind one weight have of eps.
+
+    Attributes:
+        median: Median over the units; None where it could not be read, such as within reentrant checkpointing.
+        worst: The largest.
+        standardized: Whether one of them normalizes the rows of the weight themselves.
+    """
+
+    median: float | None = None
+    worst: float | None = None
+    standardized: bool = False
+
+
+Shares = dict[str, EpsShare]
 
 
 @dataclass(frozen=True)
@@ -128,8 +145,7 @@ def eps_shares(
         narrow: The user's type, whose eps is the default of RMSNorm.
 
     Returns:
-        Name → median and largest share over the units. Left out are weights for which it could not be read, such as
-        those within reentrant activation checkpointing.
+        Name → what was found. Left out are weights for which nothing could be read.
     """
     invariant = {name: verdict for name, verdict in verdicts.items() if verdict.is_invariant}
     if not invariant:
@@ -138,14 +154,35 @@ def eps_shares(
     roles = {name: role for name, role in roles.items() if name in wanted}
     point = {name: t.requires_grad_(name in roles) for name, t in call.own_point().items()}
     try:
-        kept = _read(call, point, lambda readings: [_share(r) for r in readings], 1.0, narrow)
-        return _attribute(call, point, invariant, roles, kept, shrink=shrink, narrow=narrow)
+        kept = _read(
+            call, point, lambda readings: [_Reading(r.variance.detach(), r.eps) for r in readings], 1.0, narrow
+        )
+        found = _attribute(call, point, invariant, roles, [_share(r) for r in kept], shrink=shrink, narrow=narrow)
     except ProbeError:
         return {}
+    for name, verdict in invariant.items():
+        if verdict.kind == "neuron" and _is_standardized(point[name], roles[name], kept):
+            found[name] = replace(found.get(name, EpsShare()), standardized=True)
+    return found
 
 
 def _share(reading: _Reading) -> Tensor:
-    return reading.eps / (reading.variance.detach() + reading.eps)
+    return reading.eps / (reading.variance + reading.eps)
+
+
+def _is_standardized(weight: Tensor, role: ParameterRole, readings: Sequence[_Reading]) -> bool:
+    """Whether a normalization divides by the variance of the weight's own rows, or adds its eps to their deviation."""
+    if weight.is_complex():
+        return False
+    rows = unit_rows(*split_units(weight, "neuron", role.dim, role.groups))
+    variances = [rows.var(1, correction=correction) for correction in (0, 1)]
+    close = 100 * torch.finfo(rows.dtype).eps  # no data has the variance of the rows to that many digits
+    return any(
+        torch.allclose(r.variance.flatten(), own, rtol=close, atol=0.0)
+        for r in readings
+        for own in (*variances, *(v.sqrt() for v in variances))
+        if r.variance.numel() == own.numel()
+    )
 
 
 def _read(call: PrivateCall, point: Mapping[str, Tensor], then: Any, shrink: float, narrow: torch.dtype) -> Any:
@@ -177,7 +214,7 @@ def _attribute(
         met, places = (_per_unit(verdict, name, degrees) for degrees in (shares, counts))
         share = _summary(met, places, complete)
         if share is not None:
-            found[name] = share
+            found[name] = EpsShare(*share)
     return found
 
 

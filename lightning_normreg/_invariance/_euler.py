@@ -58,8 +58,8 @@ def euler_sums(weight: Tensor, gradient: Tensor | None, role: ParameterRole) -> 
     Reference:
         Twan van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, arXiv:1706.05350, section 2.
     """
-    entries = _euler_entries(weight, gradient)
-    entries = entries.reshape(1) if entries.ndim == 0 else entries
+    wide = torch.float64 if weight.device.type != "mps" else torch.float32
+    entries = euler_entries(weight, gradient, wide)
     found = axes(entries.shape, role)
     return EulerSums(
         {axis: slice_sums(entries, axis).cpu() for axis in found},
@@ -69,16 +69,15 @@ def euler_sums(weight: Tensor, gradient: Tensor | None, role: ParameterRole) -> 
     )
 
 
-def _euler_entries(weight: Tensor, gradient: Tensor | None) -> Tensor:
-    wide = torch.float64 if weight.device.type != "mps" else torch.float32
+def euler_entries(weight: Tensor, gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``E = w·g`` in a real type; a single number has one dimension."""
     weight = weight.detach()
     if gradient is None:
-        return torch.zeros(weight.shape, dtype=wide, device=weight.device)
-    if gradient.is_sparse:
-        gradient = gradient.to_dense()
-    if weight.is_complex():
-        return (weight.conj() * gradient).real.to(wide)
-    return weight.to(wide) * gradient.to(wide)
+        entries = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    else:
+        gradient = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+        entries = (weight.conj() * gradient).real if weight.is_complex() else weight.to(dtype) * gradient.to(dtype)
+    return entries.to(dtype).reshape(1) if entries.ndim == 0 else entries.to(dtype)
 
 
 def euler_draw(
@@ -116,7 +115,7 @@ def _gradients(loss: Tensor, weights: list[Tensor]) -> Gradients:
     return torch.autograd.grad(loss, weights, allow_unused=True)
 
 
-def pooled_statistic(sums: Tensor, squares: Tensor) -> float:
+def pooled_statistic(sums: Tensor, squares: Tensor) -> Tensor:
     r"""How far a whole set of units is from scale-invariant, from gradients of training.
 
     .. math:: T = \frac{1}{K} \sum_k \frac{\sum_u S_{ku}^2}{\sum_u Q_{ku}}, \quad S = \sum E, \; Q = \sum E^2
@@ -128,11 +127,11 @@ def pooled_statistic(sums: Tensor, squares: Tensor) -> float:
         squares: Q, of the same shape.
 
     Returns:
-        T ``≥ 0``; 0 where nothing has a gradient.
+        T ``≥ 0``, shape ``()``; 0 where nothing has a gradient.
 
     Examples:
         >>> pooled_statistic(torch.tensor([[3.0, 0.0]]), torch.tensor([[9.0, 9.0]]))
-        0.5
+        tensor(0.5000)
     """
     ratios = sums.square().sum(1) / squares.sum(1).clamp_min(torch.finfo(squares.dtype).tiny)
-    return float(ratios.mean())
+    return ratios.mean()

@@ -8,14 +8,15 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lightning_normreg._invariance._biases import bias_candidates
 from lightning_normreg._invariance._call import Loss, PrivateCall, ProbeError, check_callable
 from lightning_normreg._invariance._certificate import Accepted, certify
 from lightning_normreg._invariance._classify import Candidate, classify, inert_parameters
-from lightning_normreg._invariance._eps_share import eps_shares
+from lightning_normreg._invariance._eps_share import EpsShare, eps_shares
 from lightning_normreg._invariance._euler import EulerSums, euler_draw
 from lightning_normreg._invariance._generic_point import AMOUNT, LADDER, magnitudes
 from lightning_normreg._invariance._reasons import demoted, explain, frozen, inert
@@ -26,6 +27,8 @@ from lightning_normreg._roles import ParameterRole, named_roles
 ProbeType = Literal["auto", "float64", "float32"]
 _TYPES: dict[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
 _ATTEMPTS = 4
+_MOMENT = 1.5
+"""Seconds after which progress is shown."""
 
 
 def find_scale_invariance(
@@ -102,19 +105,31 @@ def _check_arguments(dtype: str, seed: int, draws: int) -> None:
 def _probe(
     module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int
 ) -> dict[str, ScaleInvariance]:
-    """All steps, in one type."""
-    setup = _Setup(module, batch, forward, dtype, seed=seed, draws=draws)
-    verdicts = _confirmed(setup, _euler_verdicts(setup))
-    shares = eps_shares(setup.call, verdicts, setup.roles, shrink=setup.limits.shrink, narrow=setup.narrow)
+    """All steps, in one type; a bar shows them where that takes longer than a moment."""
+    with tqdm(desc="Scale invariance", total=draws + 2, delay=_MOMENT, leave=False, disable=_is_silent()) as bar:
+        setup = _Setup(module, batch, forward, dtype, seed=seed, draws=draws)
+        drawn = []
+        for index in range(draws):
+            drawn.append(_draw(setup, index))
+            bar.update()
+        verdicts = _confirmed(setup, _euler_verdicts(setup, drawn))
+        bar.update()
+        shares = eps_shares(setup.call, verdicts, setup.roles, shrink=setup.limits.shrink, narrow=setup.narrow)
+        bar.update()
     evidence: Evidence = "float64" if dtype == torch.float64 else "float32"
     result = {}
     for raw, (clean, _) in setup.names.items():
         verdict = replace(verdicts.get(raw) or frozen(), evidence=evidence)
-        median, worst = shares.get(raw, (None, None))
+        share = shares.get(raw, EpsShare())
         bias = setup.names[verdict.needs_bias][0] if verdict.needs_bias else None
-        verdict = replace(verdict, rho_median=median, rho_worst=worst, needs_bias=bias)
+        verdict = replace(verdict, rho_median=share.median, rho_worst=share.worst, needs_bias=bias)
+        verdict = replace(verdict, standardized=share.standardized)
         result[clean] = explain(verdict) if verdict.is_invariant else verdict
     return result
+
+
+def _is_silent() -> bool:
+    return getattr(rank_zero_only, "rank", 0) != 0
 
 
 class _Setup:
@@ -168,8 +183,7 @@ def _draw(setup: _Setup, index: int) -> dict[str, EulerSums]:
     )
 
 
-def _euler_verdicts(setup: _Setup) -> dict[str, ScaleInvariance]:
-    drawn = [_draw(setup, k) for k in range(setup.draws)]
+def _euler_verdicts(setup: _Setup, drawn: list[dict[str, EulerSums]]) -> dict[str, ScaleInvariance]:
     found = {name: EulerSums.stack([sums[name] for sums in drawn]) for name in setup.roles}
     dead = inert_parameters(found, setup.limits)
     verdicts = {}

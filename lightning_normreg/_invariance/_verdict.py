@@ -33,6 +33,8 @@ class ScaleInvariance:
         rho_median: Median over the units of the eps share eps/(var + eps) of the normalizations behind them, at the
             user's own weights: 0 is exactly scale-invariant, 1 not at all. None if it was not measured.
         rho_worst: The largest of them.
+        standardized: Whether each unit is divided by its own standard deviation (weight standardization), so that an
+            eps is small against the mean square of its entries, not against what it puts out.
         reason: Why, in one sentence.
     """
 
@@ -46,6 +48,7 @@ class ScaleInvariance:
     evidence: Evidence = "float64"
     rho_median: float | None = None
     rho_worst: float | None = None
+    standardized: bool = False
     reason: str = ""
 
     @property

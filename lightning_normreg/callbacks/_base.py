@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
 from lightning_normreg._compat import CallbackBase
-from lightning_normreg._invariance import load_verdict, verdict_to_dict
+from lightning_normreg._invariance import load_verdict, summarize, verdict_to_dict
+from lightning_normreg._observer import GradientObserver, InvarianceWatchdog
 from lightning_normreg._step_hooks import StepDispatcher, torch_optimizer
-from lightning_normreg.callbacks._verdict import Verdict, probe
+from lightning_normreg.callbacks._verdict import Verdict, observer_limits, probe, same_on_all_ranks, say_lost
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -26,6 +29,25 @@ class Run:
         self.claims: dict[Parameter, str] = {}
         self.layout_written = False
         self.verdict: Verdict | None = None
+        self.observer: GradientObserver | None = None
+        self.watchdog: InvarianceWatchdog | None = None
+
+    def observed(self, trainer: Trainer, pl_module: LightningModule) -> Verdict | None:
+        """What the gradients of the first steps show, where the probe failed; None until there are enough of them."""
+        if self.observer is None:
+            self.observer = GradientObserver(pl_module, observer_limits(trainer))
+            self.dispatcher.subscribe(self.observer)
+        if self.observer.is_done and not self.verdict:
+            self.verdict = same_on_all_ranks(trainer, self.observer.verdict())
+            self.dispatcher.unsubscribe(self.observer)
+            rank_zero_info(f"Scale invariance, from gradients of training: {summarize(self.verdict)}")
+        return self.verdict or None
+
+    def guard(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        """Keep an eye on the units that are scale-invariant, once for all callbacks."""
+        if self.watchdog is None and any(v.is_invariant for v in verdict.values()):
+            self.watchdog = InvarianceWatchdog(pl_module, verdict, observer_limits(trainer))
+            self.dispatcher.subscribe(self.watchdog)
 
 
 _RUNS: WeakKeyDictionary[object, Run] = WeakKeyDictionary()
@@ -58,8 +80,12 @@ def log_interval(trainer: Trainer) -> int:
 class StepCallback(CallbackBase):
     """A callback that acts on optimizer steps. Hooks are on while a fit runs, and only then.
 
-    What it does depends on which units are scale-invariant: that is known from the first batch on.
+    What it does depends on which units are scale-invariant: that is known from the first batch on, or, where the model
+    cannot be probed, when enough gradients have been seen.
     """
+
+    waits_for_observer = False
+    """Whether it does not begin before something is known."""
 
     def __init__(self, invariance: str | Mapping[str, Any] | None) -> None:
         super().__init__()
@@ -91,12 +117,38 @@ class StepCallback(CallbackBase):
         """Hook them again where they have been replaced; on the first batch find out what is scale-invariant."""
         run = run_of(trainer)
         run.dispatcher.attach(trainer.optimizers)
-        if not self._begun:
-            self._begun = True
-            if self._given is None and run.verdict is None:
-                run.verdict = probe(trainer, pl_module, batch)
-            self._verdict = self._given or run.verdict or {}
-            self._begin(trainer, pl_module, self._verdict)
+        if run.watchdog is not None:
+            say_lost(run.watchdog.lost())
+        if self._begun:
+            return
+        if self._given is None and run.verdict is None:
+            run.verdict = probe(trainer, pl_module, batch)
+        verdict = self._given or run.verdict or {}
+        if not verdict and self.waits_for_observer:
+            verdict = run.observed(trainer, pl_module) or {}
+            if not verdict:
+                return
+        self._begun, self._verdict = True, verdict
+        run.guard(trainer, pl_module, verdict)
+        self._begin(trainer, pl_module, verdict)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Show the gradients, which are complete now, to those who watch them; they look only once a step."""
+        run = run_of(trainer)
+        index = trainer.optimizers.index(optimizer)
+        for watch in (run.observer, run.watchdog):
+            if watch is not None:
+                watch.gradients_ready(index, optimizers_of(trainer)[index])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where the run was too short to begin."""
+        observer = run_of(trainer).observer
+        if observer is not None and not self._begun:
+            rank_zero_warn(
+                f"{type(self).__name__} logged nothing: the model could not be probed, and its {observer.steps} "
+                f"optimizer steps are fewer than the {observer.STEPS[-1] + 1} that the observer of gradients needs. "
+                "Train longer, or pass `invariance`."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The verdict, in plain types, so that a resumed run does not ask again."""

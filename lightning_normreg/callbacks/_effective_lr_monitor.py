@@ -46,9 +46,10 @@ class EffectiveLRMonitor(Monitor):
             nothing is an error.
         exclude: Globs of parameters to leave out.
         unit: ``"auto"``: the units that are scale-invariant, and the whole tensor where none is; ``"neuron"``: one
-            output row; ``"layer"``: the whole tensor.
+            output row; ``"column"``: what one input feeds into all neurons; ``"layer"``: the whole tensor.
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
-            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
+            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks. Where that
+            fails, the gradients of the first 33 optimizer steps are observed, and curves begin after them.
         gradient: Log the gradients' norm and alignment as well. Needs Lightning's own call of the optimizer: with
             ``self.optimizers(use_pl_optimizer=False)`` these two curves stay empty.
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
@@ -100,7 +101,8 @@ class EffectiveLRMonitor(Monitor):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients: complete, not clipped yet, and unscaled unless the optimizer does that itself."""
-        if self.gradient and self._rotations().due:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self.gradient and self._tracker is not None and self._tracker.due:
             index = trainer.optimizers.index(optimizer)
             self._rotations().record_gradients(index, optimizers_of(trainer)[index], _loss_scale(trainer, optimizer))
 

@@ -32,6 +32,7 @@ MANY_LAYERS, SHOWN_LAYERS = 32, 8
 class Monitor(StepCallback):
     """A callback that measures updates and logs them; the subclass says which curves."""
 
+    waits_for_observer = True
     summaries: tuple[Curve, ...] = ()
 
     def __init__(
@@ -132,7 +133,8 @@ class Monitor(StepCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Decide whether the updates of this batch are measured."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        assert self._tracker is not None
+        if self._tracker is None:
+            return
         self._step = batches_that_stepped(trainer)
         interval = log_interval(trainer) if self.every_n_steps is None else self.every_n_steps
         self._tracker.arm(interval > 0 and (not self._logged_once or (self._step + 1) % interval == 0))
@@ -141,7 +143,7 @@ class Monitor(StepCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Read the values of this batch's last updates, and log them."""
-        row = {} if self._tracker is None else self._tracker.collect()  # None: the loader's first batch was None
+        row = {} if self._tracker is None else self._tracker.collect()  # None: it has not begun yet
         if not row:
             return
         self._logged_once = True

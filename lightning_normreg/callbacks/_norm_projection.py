@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_normreg._invariance import ProbeError
 from lightning_normreg._projector import Projector, Radius, check_radius_argument
-from lightning_normreg._statistics import keep_running_statistics
+from lightning_normreg._statistics import keep_batch_norms
 from lightning_normreg._targets import OnNotInvariant, check_eps_shares, choose_targets
 from lightning_normreg._watched import UnitArgument, Watched, check_selection, watch
 from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, optimizers_of, run_of
@@ -31,23 +31,25 @@ class NormProjection(StepCallback):
     it is.
 
     The first projection keeps the function: a bias that belongs to the unit is scaled along, BatchNorm's running
-    statistics follow, and so does the state of an optimizer that is under way. It does not keep the recipe: by what
-    factor the effective learning rates change is said.
+    statistics follow, its gain makes good what its eps no longer takes, and the state of an optimizer that is under way
+    follows too. It does not keep the recipe: by what factor the effective learning rates change is said.
 
     What it logs: nothing; units that cannot be projected (zero, infinite, NaN) are reported once.
 
     What it costs: one read and one write of the projected weights per step, no transfer.
 
     Args:
-        radius: ``"auto"``: 1 for a neuron, √k for a layer of k neurons; ``"initial"``: the norm that each unit had at
-            the start (kept in checkpoints; a unit that was zero stays free); a number: that norm for every unit.
-        unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"layer"``: the whole
-            tensor.
+        radius: ``"auto"``: 1 for a neuron or column, √k for a layer of k neurons, √fan_in for a neuron under weight
+            standardization; ``"initial"``: the norm that each unit had at the start (kept in checkpoints; a unit that
+            was zero stays free); a number: that norm for every unit.
+        unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"column"``: what one
+            input feeds into all neurons; ``"layer"``: the whole tensor.
         include: Globs over clean parameter names; by default all weights and embeddings that are scale-invariant. A
             glob that matches nothing is an error.
         exclude: Globs of parameters to leave out.
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
-            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
+            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks. Gradients of
+            training alone are too weak as evidence.
         on_not_invariant: What to do with a weight that ``include`` names and that is not known to be scale-invariant:
             ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the projection changes what the network computes.
 
@@ -107,6 +109,7 @@ class NormProjection(StepCallback):
             _refuse_idle(trainer, named)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        verdict = {name: v for name, v in verdict.items() if v.evidence != "observer"}  # too weak to change weights by
         watched = watch(pl_module, self.include, self.exclude, self.unit, verdict or None)
         targets = choose_targets(watched, verdict, named=self.include is not None, otherwise=self.on_not_invariant)
         check_eps_shares(targets, verdict, self.radius)
@@ -133,7 +136,8 @@ class NormProjection(StepCallback):
             self._projected = len(optimized)
             moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
             projector.announce(moved, optimizers_of(trainer))
-            _keep_the_function(pl_module, batch, lambda: projector.start(moved, optimizers_of(trainer)))
+            if moved:
+                _keep_the_function(trainer, pl_module, batch, lambda: projector.start(moved, optimizers_of(trainer)))
             projector.report()
 
     def on_train_batch_end(
@@ -163,14 +167,14 @@ class NormProjection(StepCallback):
         self._restored = dict(state_dict["initial"])
 
 
-def _keep_the_function(pl_module: LightningModule, batch: Any, project: Callable[[], None]) -> None:
+def _keep_the_function(trainer: Trainer, pl_module: LightningModule, batch: Any, project: Callable[[], None]) -> None:
     try:
-        keep_running_statistics(pl_module, few_samples(batch), project)
+        keep_batch_norms(pl_module, [batch, few_samples(batch)], project, share=trainer.strategy.broadcast)
     except (ProbeError, ValueError) as error:
         project()  # again, where the error came after it: what is at its radius does not move
         rank_zero_warn(
-            f"BatchNorm's running statistics could not follow the first projection: {error} Until they have caught up "
-            "by themselves, evaluation is off."
+            f"BatchNorm could not follow the first projection: {error} Until its running statistics have caught up by "
+            "themselves, evaluation is off."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -17,6 +18,8 @@ from lightning_normreg._invariance import (
     summarize,
     verdict_to_dict,
 )
+from lightning_normreg._invariance._thresholds import NARROW_OBSERVER, WIDE_OBSERVER, ObserverThresholds
+from lightning_normreg._observer import GradientObserver
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -44,12 +47,35 @@ def probe(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Verdict:
     except Exception as error:  # whatever the user's code raises on a copy, or memory: training must go on
         verdict = {}
         rank_zero_warn(
-            f"Which weights are scale-invariant could not be found out: {error} Until then every weight is watched "
-            "neuron by neuron, and its effective learning rate holds only if a normalization follows it. The remedy: "
-            "invariance=, a verdict from find_scale_invariance(module, forward=…), saved by save_verdict."
+            f"Which weights are scale-invariant could not be found out on a private copy: {error} Monitors watch the "
+            f"gradients of the first {GradientObserver.STEPS[-1] + 1} optimizer steps instead, which is weaker "
+            "evidence and never enough to project; their curves begin after that. The remedy: invariance=, a verdict "
+            "from find_scale_invariance(module, forward=…) on this model or a small copy, saved by save_verdict."
         )
+    return same_on_all_ranks(trainer, verdict)
+
+
+def same_on_all_ranks(trainer: Trainer, verdict: Verdict) -> Verdict:
+    """The verdict of rank 0."""
     plain: dict[str, Any] = trainer.strategy.broadcast(verdict_to_dict(verdict))
     return load_verdict(plain)
+
+
+def observer_limits(trainer: Trainer) -> ObserverThresholds:
+    """How small is zero, in the precision that gradients are computed in."""
+    return WIDE_OBSERVER if trainer.precision in ("32-true", "64-true") else NARROW_OBSERVER
+
+
+def say_lost(lost: Mapping[str, float]) -> None:
+    """Warn of parameters that are no longer scale-invariant, with the statistic that says so."""
+    if lost:
+        names = ", ".join(f"{name!r} (T = {statistic:.2g})" for name, statistic in lost.items())
+        rank_zero_warn(
+            f"No longer scale-invariant: {names}. Their gradients have left the right angle: a normalization was "
+            "frozen, the loss has changed, or the weights are so small that eps takes over. Their effective learning "
+            "rates mean nothing from here on, and projecting them changes the function. Start a new fit, which asks "
+            "again, or leave them out by `exclude`."
+        )
 
 
 def few_samples(batch: Any) -> Any:

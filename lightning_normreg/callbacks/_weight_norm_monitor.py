@@ -33,9 +33,10 @@ class WeightNormMonitor(Monitor):
             nothing is an error.
         exclude: Globs of parameters to leave out.
         unit: ``"auto"``: the units that are scale-invariant, and the whole tensor where none is; ``"neuron"``: one
-            output row; ``"layer"``: the whole tensor.
+            output row; ``"column"``: what one input feeds into all neurons; ``"layer"``: the whole tensor.
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
-            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
+            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks. Where that
+            fails, the gradients of the first 33 optimizer steps are observed, and curves begin after them.
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
             above that the summaries and 8 layers spread over the depth.
         logging_interval: ``"step"``, or ``"epoch"`` for the mean over an epoch's logged steps.

@@ -1,8 +1,9 @@
-"""What the probe costs, in training steps and in memory: ``python tests/benchmarks/probe_cost.py``.
+"""What the probe and the observer cost, in training steps and in memory: ``python tests/benchmarks/probe_cost.py``.
 
 A training step here is forward, backward and an SGD step on 32 samples; the probe sees 4 of them. Memory is the growth
 of the peak resident size while it runs, in units of the parameters' float32 bytes, activations included. Each model has
 a process of its own, in which the allocator gives memory back: what glibc keeps for later would be counted twice.
+The observer's share is that of a step that it looks at, the fastest of several.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_normreg._invariance import find_scale_invariance
+from lightning_normreg._invariance._thresholds import WIDE_OBSERVER
+from lightning_normreg._observer import GradientObserver
 
 BATCH, PROBED = 32, 4
 
@@ -105,6 +108,21 @@ def step_time(module: nn.Module, batch: tuple[Tensor, Tensor], steps: int = 4) -
     return sorted(times)[1]
 
 
+def observed_time(module: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Seconds that the observer spends on the gradients of one step."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    optimizer.zero_grad()
+    loss_of(module, (x, y)).backward()
+    observer = GradientObserver(module, WIDE_OBSERVER)
+    times = []
+    for _ in GradientObserver.STEPS[:3]:
+        start = time.perf_counter()
+        observer.gradients_ready(0, optimizer)
+        times.append(time.perf_counter() - start)
+        observer.after_step(0, optimizer, None)
+    return min(times)
+
+
 def measure(name: str, dtype: str) -> None:
     """Print the cost for one model in one type."""
     torch.set_num_threads(1)
@@ -117,11 +135,12 @@ def measure(name: str, dtype: str) -> None:
     verdicts = find_scale_invariance(module, (x[:PROBED], y[:PROBED]), forward=loss_of, dtype=dtype)
     took, memory = time.perf_counter() - start, peak_memory() - resident
     step = step_time(module, (x, y))
+    observed = observed_time(module, x, y)
     count = sum(p.numel() for p in module.parameters())
     invariant = sum(v.is_invariant for v in verdicts.values())
     print(
         f"{name:12s} {dtype}: {count / 1e6:5.1f} M parameters, step {step:.2f} s, probe {took:5.1f} s = "
-        f"{took / step:4.1f} steps, memory {memory / count / 4:.1f} × the parameters, "
+        f"{took / step:4.1f} steps, memory {memory / count / 4:.1f} × the parameters, observer {observed / step:.1%}, "
         f"{invariant} of {len(verdicts)} invariant",
         flush=True,
     )

@@ -136,3 +136,32 @@ def test_checkpointed_norms_are_read_where_they_can_be(reentrant):
     expected = None if reentrant else pytest.approx(float(share(hidden, 1e-3).mean()), rel=CLOSE)
     assert verdict.kind == "layer"
     assert verdict.rho_worst == expected
+
+
+class Standardized(nn.Linear):
+    """Rows of mean 0 and variance 1, in one of the ways that people write."""
+
+    def __init__(self, how) -> None:
+        super().__init__(6, 5)
+        self.how = how
+
+    def forward(self, x):
+        """Linear layer with the standardized weight."""
+        w, eps = self.weight, 1e-5
+        if self.how == "batch_norm":  # as in timm
+            w = nn.functional.batch_norm(self.weight.T, None, None, training=True, eps=eps).T
+        elif self.how == "variance":
+            w = (w - w.mean(1, keepdim=True)) * torch.rsqrt(w.var(1, keepdim=True, correction=0) + eps)
+        elif self.how == "deviation":
+            w = (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + eps)
+        return nn.functional.linear(x, w, self.bias)
+
+
+@pytest.mark.parametrize("how", ["batch_norm", "variance", "deviation", "not"])
+def test_weight_standardization_is_noticed(how):
+    """However it is written; a BatchNorm behind the layer is none."""
+    net = nn.Sequential(Standardized(how), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    for dtype in ("float64", "float32"):
+        verdicts = find_scale_invariance(net, inputs(), forward=loss, dtype=dtype)
+        assert verdicts["0.weight"].standardized == (how != "not")
+        assert not verdicts["3.weight"].standardized

@@ -159,3 +159,12 @@ def test_training_step_of_a_lightning_module_is_asked(name):
     module._trainer = type("FakeTrainer", (), {"logger": None, "current_epoch": 0, "global_step": 0})()
     kinds = {"net.0.weight": "neuron", "net.0.bias": "inert", "net.1.weight": "none", "net.4.weight": "none"}
     assert find_scale_invariance(module, batch())[name].kind == kinds[name]
+
+
+@pytest.mark.parametrize("moment, is_shown", [(0.0, True), (60.0, False)])
+def test_progress_is_shown_where_it_takes_a_moment(moment, is_shown, monkeypatch, capsys):
+    """A bar on stderr, which a short probe never draws."""
+    monkeypatch.setattr("lightning_normreg._invariance._probe._MOMENT", moment)
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    find_scale_invariance(net, torch.randn(8, 6), forward=lambda module, x: module(x).exp().mean())
+    assert ("Scale invariance" in capsys.readouterr().err) == is_shown

@@ -21,7 +21,7 @@ from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMoni
 class Model(LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4))
+        self.net = nn.Sequential(nn.Linear(8, 16), getattr(nn, sys.argv[3])(16), nn.ReLU(), nn.Linear(16, 4))
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
     def configure_optimizers(self):
@@ -42,17 +42,19 @@ trainer = Trainer(accelerator="cpu", devices=world, strategy="ddp" if world > 1 
     callbacks=[WeightNormMonitor(), monitor, NormProjection()])
 trainer.fit(model, data)
 values = {k: v.item() for k, v in trainer.callback_metrics.items()}
+values["parameters"] = [p.tolist() for p in model.parameters()]
 values["joint_norm"] = torch.cat([p.flatten() for p in model.net[0].parameters()]).norm().item()
 with open(f"{sys.argv[2]}/{world}-{rank}.json", "w") as file:
     json.dump([values, monitor.history().to_dict("records")], file)
 """
 
 
-def run(world: int, folder: Path) -> list[Any]:
+def run(world: int, folder: Path, norm: str = "LayerNorm") -> list[Any]:
     """What each rank ends with."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    subprocess.run([sys.executable, str(script), str(world), str(folder)], check=True, timeout=240, capture_output=True)
+    command = [sys.executable, str(script), str(world), str(folder), norm]
+    subprocess.run(command, check=True, timeout=240, capture_output=True)
     return [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -66,9 +68,20 @@ def test_ddp_gives_the_numbers_of_one_process(tmp_path: Path) -> None:
     first, second = run(2, tmp_path)
     assert first == second
     values, rows = first
+    for found in (one, values):
+        del found["parameters"]
     assert values.keys() == one.keys()
     assert values == {key: pytest.approx(value, rel=1e-5) for key, value in one.items()}
     assert values["joint_norm"] == pytest.approx(4.0, rel=1e-6)  # √16 neurons, their bias included
     assert len(rows) == len(history) == 12
     for row, expected in zip(rows, history, strict=True):
         assert row == {key: pytest.approx(value, rel=1e-5) for key, value in expected.items()}
+
+
+@pytest.mark.slow
+def test_ranks_that_see_other_batches_stay_together(tmp_path: Path) -> None:
+    """Each rank has BatchNorm statistics of its own, but one set of gains follows the first projection."""
+    (first, _), (second, _) = run(2, tmp_path, "BatchNorm1d")
+    assert first["parameters"] == second["parameters"]
+    gains = first["parameters"][2]
+    assert all(gain != 1.0 for gain in gains)

@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import BaseFinetuning
 from torch import nn
 
 from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, register_update_rule
-from lightning_normreg._optimizers import _RULES
+from lightning_normreg._optimizers._lookup import _REGISTERED
 from tests.harness import Net, loader, sgd, trainer
 
 INCLUDE = ["conv1.weight"]
@@ -24,8 +24,11 @@ INCLUDE = ["conv1.weight"]
         (lambda: NormProjection(float("nan"), include=INCLUDE), "`radius` must be positive and finite, got nan"),
         (lambda: NormProjection("big", include=INCLUDE), "`radius` must be 'auto', 'initial' or a positive number"),
         (lambda: NormProjection(on_not_invariant="warn"), "`on_not_invariant` must be 'raise', 'skip' or 'allow'"),
-        (lambda: NormProjection(include=INCLUDE, unit="filter"), "`unit` must be one of 'auto', 'neuron', 'layer'"),
-        (lambda: WeightNormMonitor(unit="row"), "`unit` must be one of 'auto', 'neuron', 'layer', got 'row'"),
+        (
+            lambda: NormProjection(include=INCLUDE, unit="filter"),
+            "`unit` must be one of 'auto', 'neuron', 'column', 'layer'",
+        ),
+        (lambda: WeightNormMonitor(unit="row"), "`unit` must be one of 'auto', 'neuron', 'column', 'layer', got 'row'"),
         (lambda: WeightNormMonitor(0), "`every_n_steps` must be a positive integer or None, got 0"),
         (lambda: EffectiveLRMonitor(per_layer="all"), "`per_layer` must be True, False or 'auto', got 'all'"),
         (lambda: EffectiveLRMonitor(logging_interval="batch"), "`logging_interval` must be 'step' or 'epoch'"),
@@ -205,7 +208,7 @@ def test_an_optimizer_without_a_rule() -> None:
         run.fit(Net(Sign), loader())
         assert "effective_lr/conv1.weight" in run.callback_metrics
     finally:
-        del _RULES[Sign]
+        del _REGISTERED[Sign]
 
 
 def test_a_sharded_parameter_is_refused() -> None:

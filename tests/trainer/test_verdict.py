@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_normreg import (
@@ -20,7 +19,7 @@ from lightning_normreg import (
     save_verdict,
 )
 from lightning_normreg.callbacks import _base
-from tests.harness import Net, loader, sgd, trainer
+from tests.harness import Net, around_the_first_projection, loader, moved, sgd, trainer
 
 
 class Any2d(LightningModule):
@@ -58,12 +57,31 @@ def layer_norm(lr: float = 0.0) -> Any2d:
     return Any2d(nn.Flatten(), nn.Linear(72, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3), lr=lr)
 
 
-class Outputs(Callback):
-    """Outputs in both modes when the first batch starts, after the callbacks before this one."""
+class StandardizedConv2d(nn.Conv2d):
+    """Convolution with rows of mean 0 and variance 1."""
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """On copies, so that running statistics stay."""
-        self.outputs = [copy.deepcopy(pl_module).train(mode)(batch[0]).detach().double() for mode in (True, False)]
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve."""
+        variance, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True, correction=0)
+        return nn.functional.conv2d(x, (self.weight - mean) * torch.rsqrt(variance + 1e-5), self.bias)
+
+
+def test_weight_standardization_is_held_at_the_root_of_fan_in() -> None:
+    """There eps is added to the mean square of 18 entries: at norm 1 it would be 18 times as large a share."""
+    net = Any2d(StandardizedConv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(96, 3), lr=0.1)
+    trainer(NormProjection()).fit(net, loader())
+    norms = net.layers[0].weight.detach().flatten(1).norm(dim=1)
+    assert norms == pytest.approx(torch.full((6,), 18**0.5), rel=1e-6)
+
+
+def test_columns_on_the_sphere() -> None:
+    """The recipe of nGPT: every vector along the embedding dimension has norm 1, whichever dimension that is."""
+    net = Any2d(nn.Flatten(), nn.Linear(72, 8), nn.Tanh(), nn.Linear(8, 3), lr=0.1)
+    rows = NormProjection(1.0, unit="neuron", include=["layers.3.weight"], on_not_invariant="allow")
+    columns = NormProjection(1.0, unit="column", include=["layers.1.weight"], on_not_invariant="allow")
+    trainer(rows, columns).fit(net, loader())
+    assert net.layers[3].weight.detach().norm(dim=1) == pytest.approx(torch.ones(3), rel=1e-6)
+    assert net.layers[1].weight.detach().norm(dim=0) == pytest.approx(torch.ones(72), rel=1e-6)
 
 
 @pytest.mark.parametrize("make, pieces", [(batch_norm, 6), (group_norm, 2), (layer_norm, 1)])
@@ -75,12 +93,10 @@ def test_the_first_projection_keeps_the_function(make: Any, pieces: int) -> None
     with torch.no_grad():
         for p in net.layers[0 if make is not layer_norm else 1].parameters():
             p.mul_(1.0 if make is batch_norm else 3.0)
-    before, after = Outputs(), Outputs()
-    net.lr = 0.0
     projection = NormProjection()
-    trainer(before, projection, after, limit_train_batches=1).fit(net, loader())
-    for old, new, tolerance in zip(before.outputs, after.outputs, (1e-5, 1e-3), strict=True):
-        assert (new - old).norm() / old.norm() < tolerance
+    training, evaluation = moved(*around_the_first_projection(projection, net, loader()), next(iter(loader()))[0])
+    assert training < 1e-5
+    assert evaluation < 1e-3
     (target,) = projection._held().targets
     assert len(target.norms()) == pieces
     radius = {6: 1.0, 2: 3**0.5, 1: 8**0.5}[pieces]  # √ of the neurons in a unit
@@ -93,10 +109,7 @@ def test_without_following_evaluation_would_be_off(monkeypatch: pytest.MonkeyPat
     torch.manual_seed(0)
     net = batch_norm(0.05)
     trainer(max_epochs=3).fit(net, loader())
-    before, after = Outputs(), Outputs()
-    trainer(before, NormProjection(), after, limit_train_batches=1).fit(net, loader())
-    old, new = before.outputs[1], after.outputs[1]
-    assert (new - old).norm() / old.norm() > 0.1
+    assert moved(*around_the_first_projection(NormProjection(), net, loader()), next(iter(loader()))[0])[1] > 0.1
 
 
 def test_exactly_the_invariant_weights_are_projected() -> None:
@@ -258,7 +271,7 @@ def test_manual_optimization_is_never_called_for_its_statistics() -> None:
     net.layers(next(iter(loader()))[0])  # running statistics have seen a batch
     verdict = find_scale_invariance(net, next(iter(loader())), forward=_loss)
     run = trainer(NormProjection(invariance=verdict))
-    with pytest.warns(UserWarning, match="running statistics could not follow the first projection"):
+    with pytest.warns(UserWarning, match="BatchNorm could not follow the first projection"):
         run.fit(net, loader())
     assert net.steps == run.global_step == 6
     assert net.layers[0].weight.detach().flatten(1).norm(dim=1) == pytest.approx(torch.ones(6), rel=1e-6)
@@ -266,13 +279,6 @@ def test_manual_optimization_is_never_called_for_its_statistics() -> None:
 
 def _loss(net: Any, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(net(batch[0]), batch[1])
-
-
-def test_a_model_too_large_to_copy_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said, with the way around."""
-    monkeypatch.setattr("lightning_normreg.callbacks._verdict.LARGEST", 100)
-    with pytest.warns(UserWarning, match=r"too many to probe on a copy.*invariance=, a verdict"):
-        trainer(EffectiveLRMonitor()).fit(Net(sgd()), loader())
 
 
 def test_a_loader_whose_first_batch_is_none() -> None:
@@ -288,25 +294,3 @@ def test_a_loader_whose_first_batch_is_none() -> None:
     with pytest.warns(UserWarning, match="train_dataloader yielded None"):
         run.fit(Net(sgd(), schedule=False), torch.utils.data.DataLoader(Sparse(), batch_size=None))
     assert "effective_lr/up.weight" in run.callback_metrics
-
-
-def test_what_cannot_be_probed_is_said_and_refused() -> None:
-    """Monitors go on as without a verdict; a projection without names does not."""
-
-    class NeedsMore(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            if not self.trainer.optimizers or self.conv1.weight.dtype == torch.float64:
-                raise RuntimeError("only on the real thing")
-            if not isinstance(self.conv1.weight, nn.Parameter):
-                raise RuntimeError("only on the real thing")
-            return super().training_step(batch, batch_idx)
-
-    run = trainer(EffectiveLRMonitor())
-    with pytest.warns(UserWarning, match="could not be found out: .*only on the real thing"):
-        run.fit(NeedsMore(sgd()), loader())
-    assert "effective_lr/head.weight" in run.callback_metrics
-    with (
-        pytest.warns(UserWarning, match="could not be found out"),
-        pytest.raises(ValueError, match=r"must know which weights are scale-invariant.*find_scale_invariance"),
-    ):
-        trainer(NormProjection()).fit(NeedsMore(sgd()), loader())

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_normreg._optimizers import Decay, UpdateRule, update_rule
+from lightning_normreg._optimizers import UpdateRule, update_rule
+from lightning_normreg._optimizers._rule import Decay
 
 ALPHAS = [2.0, 4.0, 0.5]
 # Vanishes in the rounding beside the root of any gradient above 1e-84.
@@ -98,7 +99,7 @@ def without_gradient(
     for _ in range(steps):
         w.grad = torch.zeros_like(w)
         optimizer.step()
-    return before, w.detach(), rule_of(make, options).decay_of(optimizer.param_groups[0])
+    return before, w.detach(), rule_of(make, options).decay
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "sgd"])

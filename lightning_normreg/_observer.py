@@ -1,0 +1,161 @@
+"""Watches the gradients of real steps: to find scale-invariant units where no probe can, and to notice lost ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+from torch.optim import Optimizer
+
+from lightning_normreg._invariance import ScaleInvariance
+from lightning_normreg._invariance._biases import bias_candidates
+from lightning_normreg._invariance._observed import Observed, observed_axes, observed_verdict, unit_statistic
+from lightning_normreg._invariance._slices import Axis
+from lightning_normreg._invariance._thresholds import ObserverThresholds
+from lightning_normreg._roles import named_roles
+from lightning_normreg._step_hooks import Phase
+
+Verdict = Mapping[str, ScaleInvariance]
+
+
+class GradientWatch(ABC):
+    """Sums ``w·g`` of some parameters in the steps that are due, at the weights that the gradients are of.
+
+    Gradients are complete only after an optimizer's closure and before its step, so whoever knows that moment calls
+    :meth:`gradients_ready`. Where nobody does (an optimizer stepped by hand), the pre-hook has them.
+    """
+
+    phase = Phase.MEASURE
+
+    def __init__(self, looked_at: Mapping[Parameter, tuple[str, list[Axis]]]) -> None:
+        self._looked_at = dict(looked_at)
+        self._seen: dict[str, list[Observed]] = {}
+        self._steps: dict[int, int] = {}
+        self._ready: set[int] = set()
+        self._by_hand: set[int] = set()
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimizer that made the most."""
+        return max(self._steps.values(), default=0)
+
+    @abstractmethod
+    def is_due(self, step: int) -> bool:
+        """Whether a step, counted from 0, is looked at."""
+
+    @torch.no_grad()
+    def gradients_ready(self, index: int, optimizer: Optimizer) -> None:
+        """Look at the gradients, once a step; does nothing in steps that are not due, and never reads the device."""
+        if index in self._ready:
+            return  # a closure that is evaluated again, or another callback that says so
+        self._ready.add(index)
+        if not self.is_due(self._steps.get(index, 0)):
+            return
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter in self._looked_at and parameter.grad is not None:
+                name, axes = self._looked_at[parameter]
+                self._seen.setdefault(name, []).append(Observed.of(parameter, parameter.grad, axes))
+
+    def before_step(self, index: int, optimizer: Optimizer) -> None:
+        """Look now where nobody else says when."""
+        if index in self._by_hand:
+            self.gradients_ready(index, optimizer)
+
+    def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
+        """Count the step."""
+        if index not in self._ready:
+            self._by_hand.add(index)
+        self._ready.discard(index)
+        self._steps[index] = self._steps.get(index, 0) + 1
+
+    def _stacked(self, name: str) -> Observed:
+        return Observed.stack(self._seen.get(name, []))
+
+
+class GradientObserver(GradientWatch):
+    """Finds scale-invariant units from the gradients of the first steps: weaker evidence, without a private copy.
+
+    The steps lie further and further apart, because at the first ones many weights look scale-invariant that are not:
+    those in front of a gain or behind a bias that starts at zero.
+    """
+
+    STEPS: ClassVar[tuple[int, ...]] = (0, 1, 2, 4, 8, 16, 24, 32)
+
+    def __init__(self, module: nn.Module, limits: ObserverThresholds) -> None:
+        named = named_roles(module)
+        raw = [name for name, _ in module.named_parameters()]
+        self._clean = {name: clean for name, (clean, _, _) in zip(raw, named, strict=True)}
+        trained = {n: role for n, (_, p, role) in zip(raw, named, strict=True) if p.requires_grad}
+        self._biases = bias_candidates(trained, module)
+        self._limits = limits
+        parameters = dict(module.named_parameters())
+        super().__init__({parameters[n]: (n, observed_axes(parameters[n].shape, r)) for n, r in trained.items()})
+        self._matrices = [n for n in trained if parameters[n].ndim > 1]
+
+    def is_due(self, step: int) -> bool:
+        """The first steps."""
+        return step in self.STEPS
+
+    @property
+    def is_done(self) -> bool:
+        """Whether an optimizer has made all of the steps."""
+        return self.steps > self.STEPS[-1]
+
+    def verdict(self) -> dict[str, ScaleInvariance]:
+        """What was seen, for every parameter; reads the device."""
+        seen = {name: self._stacked(name) for name in self._clean}
+        found = {}
+        for name, clean in self._clean.items():
+            if name not in self._matrices:
+                reason = "It is no matrix, or frozen: the observer of gradients does not look at these."
+                found[clean] = ScaleInvariance("none", evidence="observer", reason=reason)
+                continue
+            biases = {self._clean[bias]: seen[bias] for bias in self._biases[name]}
+            found[clean] = observed_verdict(seen[name], biases, self._limits)
+        return found
+
+
+class InvarianceWatchdog(GradientWatch):
+    """Notices units that have been found scale-invariant and are so no longer, a few steps every few hundred."""
+
+    EVERY, TOGETHER = 200, 4
+
+    def __init__(self, module: nn.Module, verdict: Verdict, limits: ObserverThresholds) -> None:
+        self._verdict = {name: v for name, v in verdict.items() if v.is_invariant}
+        self._limits = limits
+        wanted = self._verdict.keys() | {v.needs_bias for v in self._verdict.values()}
+        looked_at = {}
+        for name, parameter, role in named_roles(module):
+            if name in wanted:
+                known = self._verdict.get(name)
+                axis = None if known is None or known.dim is None else Axis(known.dim, known.groups)
+                looked_at[parameter] = (name, [axis or observed_axes(parameter.shape, role)[0]])
+        super().__init__(looked_at)
+        self._told: set[str] = set()
+
+    def is_due(self, step: int) -> bool:
+        """Some neighbouring steps of every few hundred; the first ones are the probe's."""
+        return step >= self.EVERY and step % self.EVERY < self.TOGETHER
+
+    def lost(self) -> dict[str, float]:
+        """Parameters whose units are no longer scale-invariant, with their T, each of them once; reads the device.
+
+        Empty until a check is complete.
+        """
+        if not self._seen or any(self.is_due(step) for step in self._steps.values()):
+            return {}
+        statistics = {}
+        for name, verdict in self._verdict.items():
+            weight, bias = self._stacked(name), self._stacked(verdict.needs_bias or name)
+            if name not in self._told and len(weight.gradient) and bias.gradient.shape == weight.gradient.shape:
+                statistics[name] = unit_statistic(verdict, weight, bias if verdict.needs_bias else None)
+        self._seen.clear()
+        values = torch.stack(list(statistics.values())).tolist() if statistics else []
+        found = dict(zip(statistics, values, strict=True))
+        lost = {name: statistic for name, statistic in found.items() if statistic > self._limits.lost}
+        self._told |= lost.keys()
+        return lost

@@ -1,0 +1,115 @@
+"""From an optimizer to its rule."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normreg._optimizers._packages import RULES
+from lightning_normreg._optimizers._rule import Decay, Group, NoRule, UpdateRule
+
+_REGISTERED: dict[type[Optimizer], UpdateRule] = {}
+
+
+def update_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule | None:
+    """Rule of an optimizer, or None for one that nobody has described.
+
+    A subclass shares the rule of its parent only while it shares its ``step``: one that computes its own step may
+    scale differently, and no number is better than a wrong one.
+
+    Args:
+        optimizer: The optimizer.
+        group: One of its parameter groups, on whose settings the rule may depend; by default the first.
+    """
+    rule = find_rule(optimizer, group)
+    return rule if isinstance(rule, UpdateRule) else None
+
+
+def why_no_rule(optimizer: Optimizer, group: Group | None = None) -> str:
+    """What is known of an optimizer that has no rule, as a sentence that follows its name; "" for nothing."""
+    rule = find_rule(optimizer, group)
+    return rule.why if isinstance(rule, NoRule) else ""
+
+
+def group_of(optimizer: Optimizer, parameter: Tensor) -> Group | None:
+    """The parameter group that a parameter is in."""
+    return next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
+
+
+def find_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule | NoRule | None:
+    """Rule of an optimizer, or what is known instead."""
+    for parent in type(optimizer).__mro__:
+        rule = _REGISTERED.get(parent) or _listed(parent)
+        if rule is not None:
+            group = optimizer.param_groups[0] if group is None else group
+            return _in_group(rule, optimizer, group) if _same_step(type(optimizer), parent) else None
+    return None
+
+
+def _listed(cls: type) -> UpdateRule | NoRule | None:
+    package, _, module = cls.__module__.partition(".")
+    names = RULES.get(package, {})
+    parts = [*module.split("."), cls.__qualname__]
+    return next((names[key] for start in range(len(parts)) if (key := ".".join(parts[start:])) in names), None)
+
+
+def _in_group(rule: UpdateRule | NoRule, optimizer: Optimizer, group: Group) -> UpdateRule | NoRule:
+    if isinstance(rule, UpdateRule):
+        for key, variant in rule.variants:
+            if group.get(key, getattr(optimizer, key, False)):
+                return _in_group(variant, optimizer, group)
+    return rule
+
+
+def _same_step(cls: type[Optimizer], parent: type[Optimizer]) -> bool:
+    # torch wraps `step` in a profiler hook once per class, hence the unwrapping.
+    return inspect.unwrap(cls.step) is inspect.unwrap(parent.step)
+
+
+def register_update_rule(
+    optimizer_class: type[Optimizer],
+    *,
+    exponent: int,
+    decay: Decay,
+    lr_key: str = "lr",
+    state_degrees: Mapping[str, int] | None = None,
+    group_degrees: Mapping[str, int] | None = None,
+) -> None:
+    """Describe an optimizer, so that monitors can give its effective learning rate lr/‖w‖^p.
+
+    Args:
+        optimizer_class: The class of the optimizer; a rule that was there is replaced.
+        exponent: p, how many powers of ‖w‖ the rotation per step loses: 2 where the update is linear in the gradient
+            (SGD family), 1 where it does not depend on the gradient's size (Adam, Lion, Muon), 0 where it already
+            scales with the weight (LARS, LAMB).
+        decay: ``"coupled"`` (added to the gradient), ``"decoupled"`` or ``"none"``.
+        lr_key: Key of the parameter group that holds the learning rate.
+        state_degrees: For each entry of the optimizer's state that depends on the weight's scale, the power of c by
+            which it goes when the weight is multiplied by c: −1 for averages of gradients, −2 of their squares. Needed
+            only where a weight is rescaled while it trains.
+        group_degrees: The same for absolute constants in the parameter group, such as −1 for Adam's eps.
+
+    Raises:
+        TypeError: If ``optimizer_class`` is no subclass of ``torch.optim.Optimizer``.
+        ValueError: If ``exponent`` is not 0, 1 or 2, or ``decay`` is unknown.
+
+    Examples:
+        >>> class SignSGD(Optimizer):
+        ...     '''Steps by lr times the sign of the gradient.'''
+        >>> register_update_rule(SignSGD, exponent=1, decay="none")
+
+    Reference:
+        van Laarhoven 2017, https://arxiv.org/abs/1706.05350, for the exponents 2 and 1.
+    """
+    if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
+        raise TypeError(f"`optimizer_class` must be a subclass of torch.optim.Optimizer, got {optimizer_class!r}.")
+    if exponent not in (0, 1, 2):
+        raise ValueError(f"`exponent` must be 0, 1 or 2, got {exponent!r}.")
+    if decay not in ("coupled", "decoupled", "none"):
+        raise ValueError(f'`decay` must be "coupled", "decoupled" or "none", got {decay!r}.')
+    _REGISTERED[optimizer_class] = UpdateRule(
+        exponent, decay, lr_key=lr_key, state_degrees=state_degrees, group_degrees=group_degrees or {}
+    )

@@ -1,0 +1,113 @@
+"""What is written down of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+Decay = Literal["coupled", "decoupled", "none"]
+Group = dict[str, Any]
+Degree = int | tuple[int, ...] | Callable[[Group], float]
+StateDegree = int | Callable[[int], float]
+Local = Literal["exact", "adam", "radam", "nadam", "rmsprop", "adagrad", "adadelta", "adafactor", "unknown"]
+Family = Literal[
+    "",
+    "sgd",
+    "nesterov",
+    "adam_l2",
+    "adam_decoupled",
+    "nadam_decoupled",
+    "rmsprop_l2",
+    "lion",
+    "muon",
+    "sgdp",
+    "adamp",
+    "adafactor",
+    "lamb",
+]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How one optimizer steps, in one parameter group.
+
+    A degree is the power of c by which something goes when a scale-invariant weight is multiplied by c and nothing
+    else about its run is to change: gradients have degree −1.
+
+    Attributes:
+        exponent: p: the update of a scale-invariant weight goes with ‖w‖^(1−p), so its rotation with lr/‖w‖^p.
+        decay: ``"coupled"``: added to the gradient; ``"decoupled"``: shrinks the weight itself; ``"none"``.
+        family: Formula by which its equilibrium with decay is computed, "" for none.
+        lr_key: Key of the parameter group under which the learning rate is set.
+        used_lr_key: Key under which the optimizer keeps the learning rate of its last step, where that differs.
+        lr_factor_keys: Keys of further factors of the learning rate.
+        lr_is_used: Whether steps go with the learning rate at all.
+        momentum_key: Key of the β of a momentum that sums gradients up; "" where it averages them, or where there is
+            none.
+        local: How the exponent of single steps differs from p; see :func:`scale_exponent`.
+        state_degrees: Degrees of entries of the state, where need be as a function of the weight's number of
+            dimensions; None where the state cannot be rescaled.
+        rate_degrees: Degrees of entries of the state that are learning rates, or go with these.
+        lr_degree: Degree of the learning rate, None for p.
+        decay_degree: Degree of the weight decay, None for −2 (coupled) and −p (decoupled).
+        group_degrees: Degrees of other entries of the parameter group; of each element where these are tuples.
+        variants: Other rules, each under the condition that an entry of the parameter group, or else an attribute of
+            the optimizer, is true. The first that is met counts.
+        note: What else there is to say, as a sentence without its subject.
+    """
+
+    exponent: int
+    decay: Decay
+    family: Family = ""
+    lr_key: str = "lr"
+    used_lr_key: str = ""
+    lr_factor_keys: tuple[str, ...] = ()
+    lr_is_used: bool = True
+    momentum_key: str = ""
+    local: Local = "unknown"
+    state_degrees: Mapping[str, StateDegree] | None = field(default_factory=dict)
+    rate_degrees: Mapping[str, int] = field(default_factory=dict)
+    lr_degree: int | None = None
+    decay_degree: int | None = None
+    group_degrees: Mapping[str, Degree] = field(default_factory=dict)
+    variants: tuple[tuple[str, UpdateRule | NoRule], ...] = ()
+    note: str = ""
+
+    def given(self, **variants: UpdateRule | NoRule) -> UpdateRule:
+        """The same rule with variants that come before those it has."""
+        return replace(self, variants=(*variants.items(), *self.variants))
+
+    def lr(self, group: Group) -> float | Tensor:
+        """Learning rate of a parameter group as it stands now."""
+        used = group.get(self.used_lr_key, 0.0)  # 0 before the first step
+        value: float | Tensor = used if isinstance(used, Tensor) or used > 0 else group[self.lr_key]
+        for key in self.lr_factor_keys:
+            value = value * group[key]
+        return value
+
+    def momentum_gain(self, group: Group) -> float:
+        """By how much more than one step's the gradients move the weight in the end, as momentum repeats them.
+
+        (1 − τ)/(1 − β) with momentum β and dampening τ, 1/(1 − β) with Nesterov's, 1 where momentum is an average.
+        """
+        beta = float(group.get(self.momentum_key, 0.0))
+        if not beta:
+            return 1.0
+        gain = (1 - float(group.get("dampening", 0.0))) / (1 - beta)
+        return 1 + beta * gain if group.get("nesterov") else gain
+
+
+@dataclass(frozen=True)
+class NoRule:
+    """An optimizer that is known to have no exponent.
+
+    Attributes:
+        why: Why, as a sentence that follows the optimizer's name.
+        rescaled_as: A rule whose degrees hold nevertheless.
+    """
+
+    why: str
+    rescaled_as: UpdateRule | None = None
