@@ -10,6 +10,7 @@ from lightning_normreg._invariance import save_verdict as save_verdict
 from lightning_normreg._optimizers import register_update_rule as register_update_rule
 from lightning_normreg._roles import ParameterRole as ParameterRole
 from lightning_normreg._roles import parameter_roles as parameter_roles
+from lightning_normreg._schedules import DecayFreeLR as DecayFreeLR
 from lightning_normreg.callbacks._effective_lr_monitor import EffectiveLRMonitor as EffectiveLRMonitor
 from lightning_normreg.callbacks._norm_projection import NormProjection as NormProjection
 from lightning_normreg.callbacks._norm_summary import NormSummary as NormSummary

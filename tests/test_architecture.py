@@ -22,6 +22,7 @@ FLOORS = {
     "_metrics": 0,
     "_history": 0,
     "_optimizers": 1,
+    "_schedules": 1,
     "_selection": 2,
     "_roles": 2,
     "_invariance": 2,
@@ -42,6 +43,7 @@ FLOORS = {
 }
 
 PUBLIC = {
+    "DecayFreeLR",
     "DecayGroupsMixin",
     "EffectiveLRMonitor",
     "NormProjection",
@@ -60,12 +62,21 @@ PUBLIC = {
 PUBLIC_FUNCTIONAL = {
     "angular_update",
     "effective_lr",
+    "equilibrium_half_life",
+    "equilibrium_norm",
+    "equilibrium_rotation",
     "gradient_alignment",
+    "matched_lr",
+    "predicted_norm",
+    "predicted_rotation",
     "project_",
     "project_all_",
     "relative_update",
+    "suggest_projection",
     "unit_norms",
     "weight_norm",
+    "with_decay",
+    "without_decay",
 }
 
 

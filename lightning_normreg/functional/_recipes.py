@@ -110,7 +110,7 @@ def without_decay(
     Examples:
         >>> recipe = without_decay("sgd", [0.1, 0.1, 0.1], 0.5)
         >>> [round(lr, 6) for lr in recipe.lrs], [round(s, 6) for s in recipe.scales]
-        ([0.105263, 0.116635, 0.129235], [1.0, 0.95, 0.9025, 0.857375])
+        ([0.105263, 0.116635, 0.129236], [1.0, 0.95, 0.9025, 0.857375])
 
     Reference:
         Li and Arora 2020, https://arxiv.org/abs/1910.07454, theorem 2.7, for a constant learning rate; Hoffer et al.
@@ -142,8 +142,8 @@ def with_decay(
     r"""Schedule with weight decay that turns a scale-invariant weight exactly as a schedule without decay does.
 
     The inverse of :func:`without_decay`: with p = 2 for SGD and 1 for the others, and b the momentum of the decay,
-    :math:`\eta_t=\tilde\eta_ts_t^p/(1+\tilde\eta_ts_t^{p-1}b_t)`, where :math:`b_t=\lambda s_t` if it has none. State and
-    eps are divided where that multiplies them.
+    :math:`\eta_t=\tilde\eta_ts_t^p/(1+\tilde\eta_ts_t^{p-1}b_t)`, where :math:`b_t=\lambda s_t` if it has none. State
+    and eps are divided where that multiplies them.
 
     Args:
         family: Which optimizer, see :func:`without_decay`.
@@ -161,7 +161,7 @@ def with_decay(
     Examples:
         >>> recipe = with_decay("sgd", [0.1, 0.1, 0.1], 0.5)
         >>> [round(lr, 6) for lr in recipe.lrs]
-        [0.095238, 0.086772, 0.07937]
+        [0.095238, 0.086768, 0.079696]
 
     Reference:
         See :func:`without_decay`.
@@ -229,7 +229,7 @@ def matched_lr(lr: float, weight_decay: float, *, norm: float, decayed_norm: flo
 
 
 def _exponent(family: str, weight_decay: float, *momenta: float) -> int:
-    """p of a family that has an exact conversion, with the common arguments checked."""
+    """Exponent p of a family that has an exact conversion, with the common arguments checked."""
     if family in _REFUSED:
         raise ValueError(f"`family` {family!r} has no exact conversion: {_REFUSED[family]}.")
     if family not in EXPONENTS:

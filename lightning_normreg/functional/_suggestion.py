@@ -24,8 +24,8 @@ class Projection(NamedTuple):
 def suggest_projection(family: Family, *, radius: float | None = None, **settings: Any) -> Projection:
     r"""Radius, or learning rate, at which projection turns a unit per step as far as decay does at equilibrium.
 
-    Without ``radius``: the equilibrium norm at the same learning rate. With it: :math:`\eta(R/N_*)^p`, p = 2 for the SGD
-    family and 1 for the others. To first order in κS, see :func:`equilibrium_half_life`.
+    Without ``radius``: the equilibrium norm at the same learning rate. With it: :math:`\eta(R/N_*)^p`, p = 2 for the
+    SGD family and 1 for the others. To first order in κS, see :func:`equilibrium_half_life`.
 
     Under projection the rotation goes with the learning rate, under slow decay with its square root; so under a
     schedule call this for each learning rate with one radius, which takes the root for you.
