@@ -99,7 +99,7 @@ CASES: dict[str, Case] = {
     ),
     "SGDP": Case("sgdp", twins.SGDP, 1.0, 1e-3, MOMENTUM),
     "AdamP": Case("adamp", twins.AdamP, 1e-2, 1.0),
-    "LAMB": Case("lamb", twins.LAMB, 1e-2, 1e-1, {"betas": (0.9, 0.99)}, slack=0.01),
+    "LAMB": Case("lamb", twins.LAMB, 5e-3, 1e-1, {"betas": (0.9, 0.99)}, slack=0.01),
 }
 
 

@@ -145,13 +145,20 @@ class EffectiveLRMonitor(Monitor):
             values.pop(_metrics.UNIT_NORM_RMS, None)
             values.pop(GRADIENT_AT_NORM_1, None)
 
+    def equilibrium_status(self) -> list[str]:
+        """Which layers are at equilibrium and since when, which are not, and for which the run is too short."""
+        words = {} if self._equilibria is None else self._equilibria.words()
+        found = []
+        for said, names in words.items():
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            found.append(f"{', '.join(names[:4])}{more}: {said}.")
+        return found
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which layers have come to equilibrium."""
         super().on_train_end(trainer, pl_module)
-        words = {} if self._equilibria is None else self._equilibria.words()
-        for said, names in words.items():
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            rank_zero_info(f"{', '.join(names[:4])}{more}: {said}.")
+        for said in self.equilibrium_status():
+            rank_zero_info(said)
 
     def state_dict(self) -> dict[str, Any]:
         """What the predictions go on from as well, in plain types."""
