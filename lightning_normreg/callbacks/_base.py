@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_normreg._compat import CallbackBase
 from lightning_normreg._invariance import load_verdict, summarize, verdict_to_dict
 from lightning_normreg._observer import GradientObserver, InvarianceWatchdog
+from lightning_normreg._roles import ParameterRole, named_roles
 from lightning_normreg._step_hooks import StepDispatcher, torch_optimizer
 from lightning_normreg.callbacks._verdict import Verdict, observer_limits, probe, same_on_all_ranks, say_lost
 
@@ -27,6 +28,7 @@ class Run:
     def __init__(self) -> None:
         self.dispatcher = StepDispatcher()
         self.claims: dict[Parameter, str] = {}
+        self.named: list[tuple[str, Parameter, ParameterRole]] = []
         self.layout_written = False
         self.verdict: Verdict | None = None
         self.observer: GradientObserver | None = None
@@ -107,6 +109,8 @@ class StepCallback(CallbackBase):
         """Check the arguments against the model; what one callback has restored all others share."""
         optimizers_of(trainer)
         run = run_of(trainer)
+        # Later, after validation, FSDP shows other objects under these names than those that the optimizer has.
+        run.named = run.named or named_roles(pl_module)
         run.verdict = run.verdict or self._verdict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,7 +11,8 @@ from lightning_normreg import _metrics
 from lightning_normreg._equilibrium import GRADIENT_AT_NORM_1, Equilibria
 from lightning_normreg._rotation_tracker import RotationTracker
 from lightning_normreg._tracker import Row
-from lightning_normreg._watched import UnitArgument, Watched
+from lightning_normreg._watch import UnitArgument
+from lightning_normreg._watched import Watched
 from lightning_normreg.callbacks._base import optimizers_of, run_of
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
 from lightning_normreg.callbacks._verdict import Verdict

@@ -1,0 +1,132 @@
+"""Sums over parameters that are spread over processes: local parts, and one all-reduce for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a tensor that this process holds: some slices of each dimension.
+
+    Attributes:
+        shape: Of the whole tensor.
+        index: For each dimension the places of the local slices in the whole tensor.
+        groups: Process groups over which the tensor is spread; a sum is complete when it has gone through each.
+        split_dims: Dimensions along which it is.
+    """
+
+    shape: torch.Size
+    index: tuple[Tensor, ...]
+    groups: tuple[dist.ProcessGroup, ...]
+    split_dims: frozenset[int]
+
+
+def is_sharded(parameter: Tensor | None) -> bool:
+    """Whether a process holds a part of the tensor only, or may do so."""
+    return parameter is not None and (hasattr(parameter, "placements") or _is_flat(parameter))
+
+
+def _is_flat(parameter: Tensor) -> bool:
+    return hasattr(parameter, "_is_flat_param") or hasattr(parameter, "_fsdp_flattened")
+
+
+def local(tensor: Any) -> Tensor:
+    """What this process holds of a tensor, or the tensor itself."""
+    detached = tensor.detach()
+    entries: Tensor = detached.to_local() if hasattr(detached, "placements") else detached
+    return entries
+
+
+def shard_of(parameter: Any, name: str) -> Shard | None:
+    """How a parameter is spread, None for one that is not.
+
+    Raises:
+        NotImplementedError: If it is spread in a way that is not understood.
+    """
+    if _is_flat(parameter):
+        raise NotImplementedError(
+            f"{name!r} is a shard of FSDP's first version ({type(parameter).__name__}), which is not supported. Use "
+            "ModelParallelStrategy with fully_shard (FSDP2), 'ddp' or a single device."
+        )
+    if not hasattr(parameter, "placements"):
+        return None
+    mesh, placements = parameter.device_mesh, parameter.placements
+    split = {d: p.dim for d, p in enumerate(placements) if hasattr(p, "dim")}
+    if any(p.is_partial() for p in placements):
+        raise NotImplementedError(f"{name!r} must not be a partial sum, got placements {placements}.")
+    return Shard(
+        shape=parameter.shape,
+        index=_places(parameter),
+        groups=tuple(mesh.get_group(d) for d in split),
+        split_dims=frozenset(split.values()),
+    )
+
+
+def _places(parameter: Any) -> tuple[Tensor, ...]:
+    """Global index of the local slices of each dimension."""
+    mesh = parameter.device_mesh
+    # A strided shard splits what later dimensions of the mesh have split already (FSDP over tensor parallel).
+    order = sorted(range(mesh.ndim), key=lambda d: hasattr(parameter.placements[d], "split_factor"))
+    found = []
+    for dim, size in enumerate(parameter.shape):
+        numbers = torch.arange(size, device=local(parameter).device)
+        for d in order:
+            if getattr(parameter.placements[d], "dim", None) == dim:
+                chunks = torch.chunk(numbers, mesh.size(d))
+                place = mesh.get_local_rank(d)
+                numbers = chunks[place] if place < len(chunks) else numbers[:0]
+        found.append(numbers)
+    return tuple(found)
+
+
+S = TypeVar("S")
+T = TypeVar("T")
+Later = Callable[[], T]
+"""A value that is there once the sums that it depends on have been reduced."""
+
+
+def at_once(ask: Callable[[S, SumOverShards], Later[T]], things: Sequence[S]) -> list[T]:
+    """What ``ask`` gives for each of some things, with one reduction for all of them."""
+    total = SumOverShards()
+    values = [ask(thing, total) for thing in things]
+    total.reduce()
+    return [value() for value in values]
+
+
+class SumOverShards:
+    """Adds up partial sums of all processes, in one all-reduce for each set of process groups.
+
+    Every process must add the same pieces in the same order: what is added never depends on local values.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[Tensor, tuple[dist.ProcessGroup, ...]]] = []
+
+    def add(self, partial: Tensor, shard: Shard | None) -> Later[Tensor]:
+        """Take a partial sum, or a whole one; what is returned gives the whole one, after :meth:`reduce`."""
+        if shard is None or not shard.groups:
+            return lambda: partial
+        place = len(self._pieces)
+        self._pieces.append((partial, shard.groups))
+        return lambda: self._pieces[place][0]
+
+    def reduce(self) -> None:
+        """Let all processes add their parts."""
+        together: dict[tuple[Any, ...], list[int]] = {}
+        for place, (partial, groups) in enumerate(self._pieces):
+            together.setdefault((*groups, partial.dtype, partial.device), []).append(place)
+        for places in together.values():
+            flat = torch.cat([self._pieces[place][0].flatten() for place in places])
+            groups = self._pieces[places[0]][1]
+            for group in groups:
+                dist.all_reduce(flat, group=group)
+            sizes = [self._pieces[place][0].numel() for place in places]
+            for place, whole in zip(places, torch.split(flat, sizes), strict=True):
+                self._pieces[place] = (whole.reshape(self._pieces[place][0].shape), groups)
