@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Shard:
     split_dims: frozenset[int]
 
 
-def is_sharded(parameter: Tensor | None) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
     """Whether a process holds a part of the tensor only, or may do so."""
-    return parameter is not None and (hasattr(parameter, "placements") or _is_flat(parameter))
+    return hasattr(parameter, "placements") or _is_flat(parameter)
 
 
 def _is_flat(parameter: Tensor) -> bool:
@@ -42,6 +42,13 @@ def local(tensor: Any) -> Tensor:
     detached = tensor.detach()
     entries: Tensor = detached.to_local() if hasattr(detached, "placements") else detached
     return entries
+
+
+def reshard(module: nn.Module) -> None:
+    """Let FSDP forget the whole weights that it keeps after a validation: they would hide what is written to shards."""
+    for part in module.modules():
+        if "FSDPModule" in [cls.__name__ for cls in type(part).__mro__]:
+            part.reshard()  # type: ignore[operator]
 
 
 def shard_of(parameter: Any, name: str) -> Shard | None:
@@ -101,7 +108,7 @@ def at_once(ask: Callable[[S, SumOverShards], Later[T]], things: Sequence[S]) ->
 
 
 class SumOverShards:
-    """Adds up partial sums of all processes, in one all-reduce for each set of process groups.
+    """Adds up partial sums of all processes, in one all-reduce for each process group, that is dimension of the mesh.
 
     Every process must add the same pieces in the same order: what is added never depends on local values.
     """
@@ -119,14 +126,16 @@ class SumOverShards:
 
     def reduce(self) -> None:
         """Let all processes add their parts."""
-        together: dict[tuple[Any, ...], list[int]] = {}
-        for place, (partial, groups) in enumerate(self._pieces):
-            together.setdefault((*groups, partial.dtype, partial.device), []).append(place)
-        for places in together.values():
-            flat = torch.cat([self._pieces[place][0].flatten() for place in places])
-            groups = self._pieces[places[0]][1]
-            for group in groups:
-                dist.all_reduce(flat, group=group)
-            sizes = [self._pieces[place][0].numel() for place in places]
-            for place, whole in zip(places, torch.split(flat, sizes), strict=True):
-                self._pieces[place] = (whole.reshape(self._pieces[place][0].shape), groups)
+        for group in dict.fromkeys(group for _, groups in self._pieces for group in groups):
+            mine = [place for place, (_, groups) in enumerate(self._pieces) if group in groups]
+            kinds = {(self._pieces[place][0].dtype, self._pieces[place][0].device): None for place in mine}
+            for kind in kinds:  # one, but for models of several types
+                self._reduce([p for p in mine if (self._pieces[p][0].dtype, self._pieces[p][0].device) == kind], group)
+
+    def _reduce(self, places: list[int], group: dist.ProcessGroup) -> None:
+        parts = [self._pieces[place][0] for place in places]
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(flat, group=group)
+        wholes = torch.split(flat, [part.numel() for part in parts])
+        for place, part, whole in zip(places, parts, wholes, strict=True):
+            self._pieces[place] = (whole.reshape(part.shape), self._pieces[place][1])

@@ -11,7 +11,7 @@ from lightning_normreg._invariance import ScaleInvariance
 from lightning_normreg._roles import ParameterRole
 from lightning_normreg._selection import check_globs, select
 from lightning_normreg._sharded import ShardedWatched
-from lightning_normreg._sharding import is_sharded
+from lightning_normreg._sharding import is_sharded, shard_of
 from lightning_normreg._watched import Part, Watched
 
 UnitArgument = Literal["auto", "neuron", "column", "layer"]
@@ -64,7 +64,8 @@ def watch(
         parts, bias, invariant = _units(role, unit, known)
         joined = found[bias][0] if bias in found else None
         standardized = known is not None and known.standardized
-        kind = ShardedWatched if is_sharded(parameter) or is_sharded(joined) else Watched
+        shards = [shard_of(p, name) for p in (parameter, joined) if p is not None and is_sharded(p)]
+        kind = ShardedWatched if shards else Watched
         watched.append(kind(name, parameter, role, parts, joined, invariant, standardized))
     return watched
 

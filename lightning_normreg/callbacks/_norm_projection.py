@@ -9,6 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_normreg._invariance import ProbeError, strong
 from lightning_normreg._projector import Projector, Radius, check_radius_argument
+from lightning_normreg._sharding import reshard
 from lightning_normreg._statistics import keep_batch_norms
 from lightning_normreg._targets import OnNotInvariant, check_eps_shares, choose_targets
 from lightning_normreg._watch import UnitArgument, check_selection, watch
@@ -135,6 +136,7 @@ class NormProjection(StepCallback):
         optimized = projector.optimized(optimizers_of(trainer))
         if len(optimized) != self._projected:
             self._projected = len(optimized)
+            reshard(pl_module)
             moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
             projector.announce(moved, optimizers_of(trainer))
             if moved:
