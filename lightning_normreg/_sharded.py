@@ -41,11 +41,6 @@ class ShardedWatched(Watched):
     decay takes off is left out of the sums where it is known.
     """
 
-    @cached_property
-    def shape(self) -> torch.Size:
-        """Of the whole tensor."""
-        return self.parameter.shape
-
     def units(self) -> int:
         """Number of units."""
         return self._unit_of_slice[1]
@@ -139,19 +134,38 @@ class ShardedWatched(Watched):
     def _pieces(self) -> Iterator[Piece]:
         unit_of_slice, _ = self._unit_of_slice
         shard = shard_of(self.parameter, self.name)
-        index = _all_of(self.parameter) if shard is None else shard.index
-        if self.parameter.ndim < 2:
-            yield Piece(self.parameter, shard, (0,), unit_of_slice[index[0] * 0] if index else unit_of_slice)
+        if len(self.shape) < 2:
+            yield Piece(self.parameter, shard, (0,), unit_of_slice.expand(local(self.parameter).numel()))
+        elif shard is not None and shard.entries is not None:
+            yield Piece(self.parameter, shard, (0,), unit_of_slice[self._slice_of_entries(shard.entries)])
         elif self._part.groups > 1:
-            inside, per_group = self.shape[1], self.shape[0] // self._part.groups
-            slices = (index[0] // per_group * inside)[:, None] + index[1][None, :]
-            yield Piece(self.parameter, shard, (0, 1), unit_of_slice[slices.flatten()])
+            index = _all_of(self.parameter) if shard is None else shard.index
+            yield Piece(self.parameter, shard, (0, 1), unit_of_slice[self._slice_in_groups(*index[:2]).flatten()])
         else:
+            index = _all_of(self.parameter) if shard is None else shard.index
             yield Piece(self.parameter, shard, (self._part.dim,), unit_of_slice[index[self._part.dim]])
         if self.bias is not None:
             shard = shard_of(self.bias, self.name)
-            (places,) = _all_of(self.bias) if shard is None else shard.index
+            if shard is not None and shard.entries is not None:
+                (places,) = (torch.arange(*shard.entries, device=local(self.bias).device),)
+            else:
+                (places,) = _all_of(self.bias) if shard is None else shard.index
             yield Piece(self.bias, shard, (0,), unit_of_slice[places])
+
+    def _slice_in_groups(self, first: Tensor, second: Tensor) -> Tensor:
+        """Number of the neuron of a transposed convolution, from its places along the first two dimensions."""
+        inside, per_group = self.shape[1], self.shape[0] // self._part.groups
+        return first[:, None] // per_group * inside + second[None, :]
+
+    def _slice_of_entries(self, entries: tuple[int, int]) -> Tensor:
+        """Number of the slice of each entry of a flat piece."""
+        places = torch.arange(*entries, device=local(self.parameter).device)
+        dim, strides = self._part.dim, [math.prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
+        along = places // strides[dim] % self.shape[dim]
+        if self._part.groups == 1:
+            return along
+        per_group = self.shape[0] // self._part.groups
+        return places // strides[0] // per_group * self.shape[1] + along
 
     @property
     def _part(self) -> Part:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_normreg._flat_shards import flat_piece, is_flat
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -20,21 +22,20 @@ class Shard:
         index: For each dimension the places of the local slices in the whole tensor.
         groups: Process groups over which the tensor is spread; a sum is complete when it has gone through each.
         split_dims: Dimensions along which it is.
+        entries: Instead of ``index``, for the pieces of FSDP's first version: first local entry and the one after the
+            last, counted in the tensor's own order.
     """
 
     shape: torch.Size
     index: tuple[Tensor, ...]
     groups: tuple[dist.ProcessGroup, ...]
     split_dims: frozenset[int]
+    entries: tuple[int, int] | None = None
 
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a process holds a part of the tensor only, or may do so."""
-    return hasattr(parameter, "placements") or _is_flat(parameter)
-
-
-def _is_flat(parameter: Tensor) -> bool:
-    return hasattr(parameter, "_is_flat_param") or hasattr(parameter, "_fsdp_flattened")
+    return hasattr(parameter, "placements") or is_flat(parameter)
 
 
 def local(tensor: Any) -> Tensor:
@@ -44,11 +45,15 @@ def local(tensor: Any) -> Tensor:
     return entries
 
 
-def reshard(module: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Let FSDP forget the whole weights that it keeps after a validation: they would hide what is written to shards."""
-    for part in module.modules():
-        if "FSDPModule" in [cls.__name__ for cls in type(part).__mro__]:
+    for part in model.modules():
+        names = [cls.__name__ for cls in type(part).__mro__]
+        handle = getattr(part, "_handle", None)
+        if "FSDPModule" in names:
             part.reshard()  # type: ignore[operator]
+        elif "FullyShardedDataParallel" in names and handle is not None:
+            handle.reshard(True)
 
 
 def shard_of(parameter: Any, name: str) -> Shard | None:
@@ -57,11 +62,15 @@ def shard_of(parameter: Any, name: str) -> Shard | None:
     Raises:
         NotImplementedError: If it is spread in a way that is not understood.
     """
-    if _is_flat(parameter):
-        raise NotImplementedError(
-            f"{name!r} is a shard of FSDP's first version ({type(parameter).__name__}), which is not supported. Use "
-            "ModelParallelStrategy with fully_shard (FSDP2), 'ddp' or a single device."
-        )
+    if is_flat(parameter):
+        piece = flat_piece(parameter)
+        if piece is None:
+            raise NotImplementedError(
+                f"{name!r} is a piece of FSDP's first version that belongs to no wrapper of the Trainer's model. Use "
+                "FSDPStrategy, or ModelParallelStrategy with fully_shard (FSDP2)."
+            )
+        dims = frozenset(range(len(piece.shape)))
+        return Shard(piece.shape, (), piece.groups, dims, (piece.start, piece.stop))
     if not hasattr(parameter, "placements"):
         return None
     mesh, placements = parameter.device_mesh, parameter.placements

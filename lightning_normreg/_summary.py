@@ -9,6 +9,7 @@ from rich.table import Table
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
+from lightning_normreg._flat_shards import whole_shape
 from lightning_normreg._invariance import ScaleInvariance, summarize
 from lightning_normreg._optimizers import update_rule
 from lightning_normreg._roles import ParameterRole
@@ -111,7 +112,7 @@ def summary_rows(
         rows.append(
             SummaryRow(
                 parameter=name,
-                shape=tuple(parameter.shape),
+                shape=tuple(whole_shape(parameter)),
                 role=role.role,
                 units=units_in_words(known),
                 evidence="" if known is None else known.evidence,
@@ -122,7 +123,7 @@ def summary_rows(
                 weight_decay=float(group.get("weight_decay", 0.0)),
                 lr=float(lr or 0.0),  # None where the optimizer sets its own
                 optimizer="" if optimizer is None else type(optimizer).__name__,
-                size=parameter.numel(),
+                size=whole_shape(parameter).numel(),
             )
         )
     return rows

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_normreg import _metrics
 from lightning_normreg._metrics import Curve
 from lightning_normreg._sharding import Later, at_once
-from lightning_normreg._step_hooks import Phase
+from lightning_normreg._step_hooks import Phase, has_gradient
 from lightning_normreg._watched import Watched
 from lightning_normreg.functional._norms import accumulator, root_mean_square
 
@@ -67,7 +67,7 @@ class Tracker(ABC):
             (self._by_parameter[p], group)
             for group in optimizer.param_groups
             for p in group["params"]
-            if p in self._by_parameter and p.grad is not None
+            if p in self._by_parameter and has_gradient(p)
         ]
 
     def optimized(self, optimizer: Optimizer) -> list[Watched]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from lightning_normreg._flat_shards import whole_shape
 from lightning_normreg._roles import ParameterRole
 from lightning_normreg._sharding import Later, SumOverShards, at_once
 from lightning_normreg.functional._norms import accumulator, row_norms, weight_norm
@@ -84,6 +85,11 @@ class Watched:
     invariant: bool | None = None
     standardized: bool = False
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole parameter."""
+        return whole_shape(self.parameter)
+
     def tensors(self) -> list[Parameter]:
         """The parameter, and the bias that belongs to it."""
         return [self.parameter] if self.bias is None else [self.parameter, self.bias]
@@ -94,7 +100,7 @@ class Watched:
 
     def units(self) -> int:
         """Number of units."""
-        return sum(part.units(self.parameter.shape) for part in self.parts)
+        return sum(part.units(self.shape) for part in self.parts)
 
     def norms_later(self, total: SumOverShards, read: Callable[[Parameter], Tensor] = itself) -> Later[Tensor]:
         """Norm of every unit of what ``read`` gives, such as the gradient."""
@@ -161,10 +167,10 @@ class Watched:
         """
         squares: list[int] = []
         for part in self.parts:
-            slices = self.parameter.shape[self.role.dim] * self.role.groups if self.parameter.ndim > 1 else 1
+            slices = self.shape[self.role.dim] * self.role.groups if len(self.shape) > 1 else 1
             size = slices if part.unit == "layer" else 1 if isinstance(part.unit, str) else part.unit
-            units = part.units(self.parameter.shape)
-            squares += [size * (self.parameter.numel() // slices if self.standardized else 1)] * units
+            units = part.units(self.shape)
+            squares += [size * (self.shape.numel() // slices if self.standardized else 1)] * units
         return torch.tensor(squares, dtype=accumulator(self.parameter.dtype)).sqrt()
 
     def _rows(self, read: Callable[[Parameter], Tensor]) -> list[Tensor]:

@@ -27,6 +27,7 @@ FLOORS = {
     "_selection": 2,
     "_roles": 2,
     "_invariance": 2,
+    "_flat_shards": 1,
     "_sharding": 1,
     "_watched": 3,
     "_sharded": 3,

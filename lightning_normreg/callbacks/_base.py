@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import CallbackBase
+from lightning_normreg._flat_shards import find_flat_pieces
 from lightning_normreg._invariance import load_verdict, summarize, verdict_to_dict
 from lightning_normreg._observer import GradientObserver, InvarianceWatchdog
 from lightning_normreg._roles import ParameterRole, named_roles
@@ -109,6 +110,8 @@ class StepCallback(CallbackBase):
         """Check the arguments against the model; what one callback has restored all others share."""
         optimizers_of(trainer)
         run = run_of(trainer)
+        if trainer.model is not None:
+            find_flat_pieces(trainer.model)
         # Later, after validation, FSDP shows other objects under these names than those that the optimizer has.
         run.named = run.named or named_roles(pl_module)
         run.verdict = run.verdict or self._verdict

@@ -136,7 +136,7 @@ class NormProjection(StepCallback):
         optimized = projector.optimized(optimizers_of(trainer))
         if len(optimized) != self._projected:
             self._projected = len(optimized)
-            reshard(pl_module)
+            reshard(trainer.model or pl_module)
             moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
             projector.announce(moved, optimizers_of(trainer))
             if moved:

@@ -15,14 +15,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.strategies import ModelParallelStrategy
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, find_scale_invariance
 
 STEPS_PER_EPOCH, BATCH = 6, 8
+
+
+class FSDP1(FSDPStrategy):
+    """Lightning wants a GPU for this strategy, by its very type; torch does not."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
 
 
 class Model(LightningModule):
@@ -43,7 +51,7 @@ class Model(LightningModule):
 
     def configure_model(self) -> None:
         """Spread it, once."""
-        if self.strategy in ("single", "ddp") or isinstance(self.head.weight, DTensor):
+        if self.strategy in ("single", "ddp", "fsdp1") or isinstance(self.head.weight, DTensor):
             return
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -112,7 +120,9 @@ def main() -> None:
     strategy, optimizer, unit, project, folder, *rest = sys.argv[1:]
     dtype = torch.float64 if "64" in rest else torch.float32
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    parts = {"single": (1, 1), "ddp": (2, 1), "fsdp": (2, 1), "tp": (1, 2), "fsdp+tp": (2, 2)}[strategy]
+    parts = {"single": (1, 1), "ddp": (2, 1), "fsdp": (2, 1), "fsdp1": (2, 1), "tp": (1, 2), "fsdp+tp": (2, 2)}[
+        strategy
+    ]
     torch.manual_seed(0)
     torch.set_num_threads(1)
     counts = count_collectives()
@@ -122,7 +132,8 @@ def main() -> None:
     replicas = 1 if strategy == "tp" else parts[0]
     loader = data(rank // parts[1] if strategy == "fsdp+tp" else rank % replicas, replicas, dtype)
     verdict = find_scale_invariance(copy, next(iter(loader)))
-    chosen: Any = {"single": "auto", "ddp": "ddp"}.get(strategy) or ModelParallelStrategy(*parts)
+    chosen: Any = {"single": "auto", "ddp": "ddp"}.get(strategy)
+    chosen = chosen or (FSDP1() if strategy == "fsdp1" else ModelParallelStrategy(*parts))
     callbacks: list[Any] = [
         WeightNormMonitor(invariance=verdict, unit=unit),
         EffectiveLRMonitor(invariance=verdict, unit=unit, gradient=True, equilibrium=unit == "auto"),
@@ -146,10 +157,17 @@ def main() -> None:
         callbacks=callbacks,
     )
     trainer.fit(model, loader, loader)
-    weights = {name: _whole(p) for name, p in model.named_parameters()}
+    weights = _weights(trainer, model)
     history = callbacks[1].history().to_dict("records") + callbacks[0].history().to_dict("records")
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump({"history": history, "weights": weights, "collectives": counts["all_reduce"]}, file)
+
+
+def _weights(trainer: Trainer, model: LightningModule) -> dict[str, Any]:
+    if not isinstance(trainer.strategy, FSDP1):
+        return {name: _whole(p) for name, p in model.named_parameters()}
+    with FullyShardedDataParallel.summon_full_params(trainer.model):
+        return {name: p.detach().tolist() for name, p in model.named_parameters()}
 
 
 def _whole(parameter: Any) -> Any:

@@ -214,5 +214,5 @@ def test_a_flat_shard_is_refused() -> None:
     """The norm of a local piece of FSDP's first version would be a wrong number."""
     net = Untouched(sgd())
     net.conv1.weight._fsdp_flattened = True
-    with pytest.raises(NotImplementedError, match=r"'conv1\.weight' is a shard of FSDP's first version"):
+    with pytest.raises(NotImplementedError, match=r"'conv1\.weight' is a piece of FSDP's first version"):
         trainer(EffectiveLRMonitor()).fit(net, loader())
