@@ -36,6 +36,7 @@ FLOORS = {
     "_rotation_tracker": 3,
     "_equilibrium": 3,
     "_projector": 3,
+    "_regroup": 3,
     "_decay_groups": 3,
     "_corrected_decay": 3,
     "_compat": 4,
