@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
 from lightning_normreg._equilibrium import needs_gradient
+from lightning_normreg._health import Health, signs
 from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import scale_exponent, update_rule, why_no_rule
 from lightning_normreg._tracker import Measured, Tracker
@@ -32,6 +34,7 @@ class RotationTracker(Tracker):
         momentum_gain: Include the gain of the optimizer's momentum in the effective learning rate.
         exponents: Measure the exponent of each step as well.
         equilibrium: Measure what the equilibrium of decay depends on as well.
+        health: Judges what is measured.
     """
 
     def __init__(
@@ -41,8 +44,9 @@ class RotationTracker(Tracker):
         momentum_gain: bool = False,
         exponents: bool = False,
         equilibrium: bool = False,
+        health: Health | None = None,
     ) -> None:
-        super().__init__(watched)
+        super().__init__(watched, health)
         self._momentum_gain = momentum_gain
         self._exponents = exponents
         self._equilibrium = equilibrium
@@ -63,11 +67,19 @@ class RotationTracker(Tracker):
         self._inside.add(index)
         if self._gradients.get(index, _NO_GRADIENTS).inside:
             del self._gradients[index]  # of an update that never came
+        self.allocate(optimizer)
         for watched in self.optimized(optimizer):
             for parameter in watched.tensors():
-                if parameter not in self._snapshots:
-                    self._snapshots[parameter] = torch.empty_like(parameter)
                 self._snapshots[parameter].copy_(parameter, non_blocking=True)
+
+    def allocate(self, optimizer: Optimizer) -> int:
+        """Make the buffers for an optimizer's weights, so that memory runs out at the start or never; their bytes."""
+        size = 0
+        for parameter in (p for watched in self.optimized(optimizer) for p in watched.tensors()):
+            if parameter not in self._snapshots:
+                self._snapshots[parameter] = torch.empty_like(parameter)
+                size += parameter.numel() * parameter.element_size()
+        return size
 
     def record_gradients(self, index: int, optimizer: Optimizer, scale: float = 1.0) -> None:
         """Measure the gradients as they are before clipping, at the weights that the update starts from.
@@ -99,7 +111,7 @@ class RotationTracker(Tracker):
     def measure(self, index: int, optimizer: Optimizer, watched: Watched, group: dict[str, Any]) -> Measured:
         """The curves of one update."""
         step = watched.step_from(self._snapshots.__getitem__)
-        rule, norm = update_rule(optimizer, group), root_mean_square(step.norm)
+        rule, norm, gradients = update_rule(optimizer, group), root_mean_square(step.norm), watched.gradient_norms()
         values: dict[Curve, Tensor] = {}
         if rule is not None and rule.exponent and rule.lr_is_used:
             curve = _metrics.EFFECTIVE_LR_NOT_INVARIANT if watched.invariant is False else _metrics.EFFECTIVE_LR
@@ -114,16 +126,22 @@ class RotationTracker(Tracker):
         if self._equilibrium and watched.invariant:
             values[_metrics.UNIT_NORM_RMS] = norm
             if needs_gradient(rule):
-                values[_metrics.GRADIENT_AT_NORM_1] = self._gradient_at_norm_1(watched, step.norm)
-        return Measured(values, (step.norm == 0).sum())
+                values[_metrics.GRADIENT_AT_NORM_1] = self._gradient_at_norm_1(watched, gradients * step.norm)
+        health = signs(
+            step.norm,
+            wild=~(step.norm.isfinite() & step.update.isfinite()),
+            lost=step.update == 0,
+            steered=(gradients > 0) & (group.get("lr") != 0),
+        )
+        return Measured(values, health)
 
-    def _gradient_at_norm_1(self, watched: Watched, norms: Tensor) -> Tensor:
+    def _gradient_at_norm_1(self, watched: Watched, powers: Tensor) -> Tensor:
         """Mean over units of the gradient's norm times the unit's, each smoothed as a root mean square over steps.
 
         The gradient is that which the optimizer has used, clipped or not. At equilibrium the square of a unit's norm
         goes with this product, so its mean over units is what the mean square norm goes with.
         """
-        new = (watched.gradient_norms() * norms).square()
+        new = powers.square()
         old, weight = self.powers.get(watched.name, (torch.zeros_like(new), 0.0))
         old = old.to(new.device)
         smoothed = torch.where(new.isfinite(), _MEMORY * old + (1 - _MEMORY) * new, old)
@@ -133,12 +151,15 @@ class RotationTracker(Tracker):
 
     def explain_rules(self, optimizers: Iterable[Optimizer]) -> None:
         """Say once why an optimizer's weights have no curve of the effective learning rate."""
+        rules: dict[str, None] = {}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 if any(p in self._by_parameter for p in group["params"]):
                     said = _about_rule(optimizer, group)
                     if said:
-                        self.tell_once(f"rule {said}", said)
+                        rules.setdefault(said)
+        for said in rules:
+            rank_zero_warn(said)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ FLOORS = {
     "_statistics": 3,
     "_step_hooks": 3,
     "_observer": 3,
+    "_health": 3,
     "_tracker": 3,
     "_rotation_tracker": 3,
     "_equilibrium": 3,
