@@ -22,6 +22,9 @@ from lightning_normreg.functional._projection import check_radius
 
 Radius = float | Literal["auto", "initial"]
 
+_ASTRAY = 1e-4
+"""Relative distance from the radius that is worth a warning, beyond what rounding explains."""
+
 
 def check_radius_argument(radius: Radius) -> None:
     """Raise a ``ValueError`` unless ``radius`` is ``"auto"``, ``"initial"`` or a positive number."""
@@ -46,7 +49,11 @@ class Projector:
         self._by_parameter = {t.parameter: t for t in self.targets}
         self._radius = dict(initial or {})
         self._norms: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+        self._starts: dict[str, Tensor] = {}
         self._told: set[str] = set()
+        self.looking = False
+        """Whether the next report shall also say which weights were off their radius before the step."""
 
     @property
     def initial(self) -> dict[str, Tensor]:
@@ -62,8 +69,14 @@ class Projector:
     def project(self, targets: Iterable[Watched]) -> None:
         """Put targets at their radius."""
         targets = list(targets)
+        self._prepare(targets)
         norms = at_once(lambda target, total: target.project_later(total, self._target(target)), targets)
         self._norms.update({target.name: found for target, found in zip(targets, norms, strict=True)})
+
+    @torch.no_grad()
+    def place(self, copies: Iterable[Watched]) -> None:
+        """Put copies of targets at the radius of their originals."""
+        at_once(lambda copy, total: copy.project_later(total, self._target(copy)), list(copies))
 
     @torch.no_grad()
     def start(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
@@ -72,7 +85,6 @@ class Projector:
         The state was measured at the old norms: gradients of a scale-invariant weight that is multiplied by c go with
         1/c. After every later step the last gradient was measured at the radius, and so will be the next.
         """
-        self._prepare(targets)
         before = norms_of(targets)
         self.project(targets)
         self._norms.update({t.name: norms for t, norms in zip(targets, before, strict=True)})
@@ -123,31 +135,40 @@ class Projector:
         return found
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Nothing: the weights are at their radius."""
+        """See whether the weights are where the last projection has put them."""
+        self._before = {t.name: t.norms() for t in self.optimized([optimizer])} if self.looking else {}
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Project what the optimizer has updated. A skipped update left the weights where projecting changes no bit."""
+        self._starts.update(self._before)
         self.project(self.optimized([optimizer]))
 
     def report(self) -> None:
-        """Warn once of units that cannot be projected. Reads the device once."""
-        found = [(name, n) for name, n in self._norms.items() if name not in self._told]
+        """Warn once of units that cannot be projected, or do not stay where they were put. Reads the device once."""
+        found = [(t, self._norms[t.name]) for t in self.targets if t.name in self._norms and t.name not in self._told]
         if not found:
             return
         device = found[0][1].device
-        bad = [torch.stack([(n == 0).sum(), (~n.isfinite()).sum()]).to(device) for _, n in found]
-        for (name, norms), (zero, wild) in zip(found, torch.stack(bad).tolist(), strict=True):
-            if zero or wild:
-                self._told.add(name)
-                what = " and ".join(
-                    [f"{zero} zero units"] * bool(zero) + [f"{wild} units with infinite or NaN entries"] * bool(wild)
-                )
-                rank_zero_warn(f"{name!r} has {what} of {len(norms)}: they have no direction and are left as they are.")
+        counts = [torch.stack([(n == 0).sum(), (~n.isfinite()).sum(), self._astray(t)]).to(device) for t, n in found]
+        for (target, norms), (zero, wild, astray) in zip(found, torch.stack(counts).tolist(), strict=True):
+            said = _why_off(target.name, len(norms), zero, wild, astray)
+            if said:
+                self._told.add(target.name)
+                rank_zero_warn(said)
+
+    def _astray(self, target: Watched) -> Tensor:
+        """Number of units that were not at their radius before the last step that was looked at."""
+        norms = self._starts.get(target.name)
+        if norms is None:
+            return self._norms[target.name].new_zeros((), dtype=torch.long)
+        radius = torch.ones_like(norms) * self._target(target)
+        possible = norms.isfinite() & (norms > 0) & radius.isfinite()
+        return (possible & ((norms / radius - 1).abs() > target.dead_band() + _ASTRAY)).sum()
 
     def _target(self, target: Watched) -> float | Tensor:
         if isinstance(self._argument, (int, float)):
             return self._argument
-        return self._radius[target.name]
+        return self._radius[target.name].to(target.parameter.device)
 
     def _prepare(self, targets: Sequence[Watched]) -> None:
         """Fix the radii of targets that have none yet; every process must ask for the same ones."""
@@ -159,8 +180,22 @@ class Projector:
             # A unit that is zero at the start has no radius to hold: infinity leaves it free.
             radius = norm if self._argument == "auto" else torch.where((norm > 0) & norm.isfinite(), norm, float("inf"))
             self._radius[target.name] = radius
-        for target in targets:
-            self._radius[target.name] = self._radius[target.name].to(target.parameter.device)
+
+
+def _why_off(name: str, units: int, zero: int, wild: int, astray: int) -> str:
+    if zero or wild:
+        what = " and ".join(
+            [f"{zero} zero units"] * bool(zero) + [f"{wild} units with infinite or NaN entries"] * bool(wild)
+        )
+        return f"{name!r} has {what} of {units}: they have no direction and are left as they are."
+    if astray:
+        return (
+            f"{name!r} does not stay at its radius: before the last step {astray} of {units} units were off it by more "
+            "than rounding. Something else writes these weights after the optimizer's step (clipping, averaging, a "
+            "copy that is loaded), or their type cannot hold the radius. Do that before the step, or leave them out by "
+            "`exclude`."
+        )
+    return ""
 
 
 def _follow(optimizer: Optimizer, target: Watched, factors: Tensor) -> None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
 from lightning_normreg._equilibrium import GRADIENT_AT_NORM_1, needs_gradient
+from lightning_normreg._health import Health, signs
 from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, UpdateRule, scale_exponent, update_rule, why_no_rule
 from lightning_normreg._sharding import Later, SumOverShards, at_once, local
@@ -34,6 +36,7 @@ class RotationTracker(Tracker):
         momentum_gain: Include the gain of the optimizer's momentum in the effective learning rate.
         exponents: Measure the exponent of each step as well.
         equilibrium: Measure what the equilibrium of decay depends on as well.
+        health: Judges what is measured.
     """
 
     def __init__(
@@ -43,8 +46,9 @@ class RotationTracker(Tracker):
         momentum_gain: bool = False,
         exponents: bool = False,
         equilibrium: bool = False,
+        health: Health | None = None,
     ) -> None:
-        super().__init__(watched)
+        super().__init__(watched, health)
         self._momentum_gain = momentum_gain
         self._exponents = exponents
         self._equilibrium = equilibrium
@@ -65,11 +69,19 @@ class RotationTracker(Tracker):
         self._inside.add(index)
         if self._gradients.get(index, _NO_GRADIENTS).inside:
             del self._gradients[index]  # of an update that never came
+        self.allocate(optimizer)
         for watched in self.optimized(optimizer):
             for parameter in watched.tensors():
-                if parameter not in self._snapshots:
-                    self._snapshots[parameter] = torch.empty_like(local(parameter))
                 self._snapshots[parameter].copy_(local(parameter), non_blocking=True)
+
+    def allocate(self, optimizer: Optimizer) -> int:
+        """Make the buffers for an optimizer's weights, so that memory runs out at the start or never; their bytes."""
+        size = 0
+        for parameter in (p for watched in self.optimized(optimizer) for p in watched.tensors()):
+            if parameter not in self._snapshots:
+                self._snapshots[parameter] = torch.empty_like(local(parameter))
+                size += self._snapshots[parameter].numel() * parameter.element_size()
+        return size
 
     def record_gradients(self, index: int, optimizer: Optimizer, scale: float = 1.0) -> None:
         """Measure the gradients as they are before clipping, at the weights that the update starts from.
@@ -99,24 +111,24 @@ class RotationTracker(Tracker):
     def measure(self, index: int, optimizer: Optimizer, stepping: Stepping) -> list[Measured]:
         """The curves of one update."""
 
-        def ask(pair: tuple[Watched, Group], total: SumOverShards) -> Later[tuple[Step, Tensor | None]]:
+        def ask(pair: tuple[Watched, Group], total: SumOverShards) -> Later[tuple[Step, Tensor]]:
             watched, group = pair
-            rule = update_rule(optimizer, group)
-            step = watched.step_later(total, self._snapshots.__getitem__, _shrink(rule, group))
-            wanted = self._equilibrium and watched.invariant and needs_gradient(rule)
-            gradients = watched.norms_later(total, gradient_of) if wanted else None
-            return lambda: (step(), None if gradients is None else gradients())
+            shrink = _shrink(update_rule(optimizer, group), group)
+            step = watched.step_later(total, self._snapshots.__getitem__, shrink)
+            gradients = watched.norms_later(total, gradient_of)
+            return lambda: (step(), gradients())
 
         found = []
         for (watched, group), (step, gradients) in zip(stepping, at_once(ask, stepping), strict=True):
-            values = self._rates(watched, update_rule(optimizer, group), group, step)
+            rule = update_rule(optimizer, group)
+            values = self._rates(watched, rule, group, step)
             values.update(self._gradients.get(index, _NO_GRADIENTS).values.get(watched.parameter, {}))
             exponent = scale_exponent(optimizer, watched.parameter) if self._exponents else None
             if exponent is not None:
                 values[_metrics.SCALE_EXPONENT] = exponent
-            if gradients is not None:
+            if self._equilibrium and watched.invariant and needs_gradient(rule):
                 values[GRADIENT_AT_NORM_1] = self._gradient_at_norm_1(watched.name, gradients * step.norm)
-            found.append(Measured(values, (step.norm == 0).sum()))
+            found.append(Measured(values, _signs(step, gradients, group)))
         return found
 
     def _rates(self, watched: Watched, rule: UpdateRule | None, group: Group, step: Step) -> dict[Curve, Tensor]:
@@ -148,12 +160,15 @@ class RotationTracker(Tracker):
 
     def explain_rules(self, optimizers: Iterable[Optimizer]) -> None:
         """Say once why an optimizer's weights have no curve of the effective learning rate."""
+        rules: dict[str, None] = {}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 if any(p in self._by_parameter for p in group["params"]):
                     said = _about_rule(optimizer, group)
                     if said:
-                        self.tell_once(f"rule {said}", said)
+                        rules.setdefault(said)
+        for said in rules:
+            rank_zero_warn(said)
 
 
 @dataclass(frozen=True)
@@ -168,6 +183,15 @@ _NO_GRADIENTS = _Gradients({}, inside=False)
 def _norm_and_alignment(watched: Watched, total: SumOverShards) -> Later[tuple[Tensor, Tensor]]:
     norm, cosines = watched.whole_norm_later(total, gradient_of), watched.alignment_later(total)
     return lambda: (norm(), root_mean_square(cosines()))
+
+
+def _signs(step: Step, gradients: Tensor, group: Group) -> Tensor:
+    return signs(
+        step.norm,
+        wild=~(step.norm.isfinite() & step.update.isfinite()),
+        lost=step.update == 0,
+        steered=(gradients > 0) & (group.get("lr") != 0),
+    )
 
 
 def _shrink(rule: UpdateRule | None, group: Group) -> float | Tensor:

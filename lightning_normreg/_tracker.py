@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
+from lightning_normreg._health import SIGNS, Health, signs
 from lightning_normreg._metrics import Curve
 from lightning_normreg._sharding import Later, at_once
 from lightning_normreg._step_hooks import Phase, has_gradient
@@ -32,7 +32,7 @@ class _Pending:
     names: list[str]
     curves: list[list[Curve]]
     values: Tensor  # all values of the row, flat, on the device
-    zero_units: Tensor  # per name
+    signs: Tensor  # likewise, len(SIGNS) per name
     skipped: Tensor | None
 
 
@@ -44,12 +44,13 @@ class Tracker(ABC):
 
     phase = Phase.MEASURE
 
-    def __init__(self, watched: Sequence[Watched]) -> None:
+    def __init__(self, watched: Sequence[Watched], health: Health | None = None) -> None:
         self.due = False
         self.watched = list(watched)
+        self.health = health or Health()
         self._by_parameter = {w.parameter: w for w in self.watched}
+        self._by_name = {w.name: w for w in self.watched}
         self._pending: dict[int, _Pending] = {}
-        self._told: set[str] = set()
 
     def arm(self, due: bool) -> None:
         """Start a batch: measure the updates in it, or do nothing at all."""
@@ -93,12 +94,12 @@ class Tracker(ABC):
         measured = self.measure(index, optimizer, stepping)
         device = stepping[0][0].parameter.device
         flat = [v.to(device, self.dtype) for m in measured for v in m.values.values()]
-        zeros = [m.zero_units.to(device) for m in measured]
+        signs = [m.signs.to(device, self.dtype) for m in measured]
         self._pending[index] = _Pending(
             [watched.name for watched, _ in stepping],
             [list(m.values) for m in measured],
             torch.stack(flat),
-            torch.stack(zeros),
+            torch.cat(signs),
             skipped,
         )
 
@@ -108,50 +109,39 @@ class Tracker(ABC):
         for pending in self._pending.values():
             skipped = [] if pending.skipped is None else [pending.skipped.to(pending.values)]
             flags = [s.reshape(1) for s in skipped]
-            numbers = torch.cat([pending.values, pending.zero_units.to(pending.values), *flags]).tolist()
+            numbers = torch.cat([pending.values, pending.signs, *flags]).tolist()
             if skipped and numbers.pop():
                 continue
-            zeros = numbers[len(pending.values) :]
             values = iter(numbers)
-            for name, curves, zero in zip(pending.names, pending.curves, zeros, strict=True):
+            for name, curves in zip(pending.names, pending.curves, strict=True):
                 row[name] = {curve: next(values) for curve in curves}
-                self._explain(name, row[name], int(zero))
+            for name in pending.names:
+                self.health.judge(name, {sign: next(values) for sign in SIGNS}, self._by_name[name].parameter.dtype)
+                self._explain(name, row[name])
         self._pending.clear()
         return row
 
-    def _explain(self, name: str, values: dict[Curve, float], zero_units: int) -> None:
-        if zero_units:
-            self.tell_once(
-                f"zero {name}",
-                f"{zero_units} units of {name!r} are zero: they have no direction, so their rotation and relative "
-                "update count as 0.",
-            )
+    def _explain(self, name: str, values: dict[Curve, float]) -> None:
         for curve in (_metrics.EFFECTIVE_LR, _metrics.EFFECTIVE_LR_NOT_INVARIANT):
             if values.get(curve) == math.inf:
                 del values[curve]  # every unit is zero, which was just said
-        if not all(map(math.isfinite, values.values())):
-            self.tell_once(f"finite {name}", f"{name!r} has infinite or NaN entries, and so have its curves.")
-
-    def tell_once(self, topic: str, message: str) -> None:
-        """Warn, unless the topic was warned about before."""
-        if topic not in self._told:
-            self._told.add(topic)
-            rank_zero_warn(message)
+        if not all(map(math.isfinite, values.values())) and name not in self.health.alarms:
+            self.health.tell(f"finite {name}", f"Curves of {name!r} are infinite or NaN, because its gradient is.")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Values of one weight, and how many of its units are zero."""
+    """Values of one weight, and the signs of its health."""
 
     values: dict[Curve, Tensor]
-    zero_units: Tensor
+    signs: Tensor
 
 
 class NormTracker(Tracker):
     """Norms of the watched weights before each update."""
 
-    def __init__(self, watched: Sequence[Watched]) -> None:
-        super().__init__(watched)
+    def __init__(self, watched: Sequence[Watched], health: Health | None = None) -> None:
+        super().__init__(watched, health)
         self._norms: dict[Parameter, tuple[Tensor, Tensor]] = {}
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
@@ -172,7 +162,7 @@ class NormTracker(Tracker):
                 _metrics.UNIT_NORM_MIN: norms.min() if norms.numel() else norms.new_zeros(()),
                 _metrics.UNIT_NORM_MAX: norms.max() if norms.numel() else norms.new_zeros(()),
             }
-            found.append(Measured(values, (norms == 0).sum()))
+            found.append(Measured(values, signs(norms)))
         return found
 
 

@@ -137,8 +137,11 @@ class Monitor(StepCallback):
         if self._tracker is None:
             return
         self._step = batches_that_stepped(trainer)
-        interval = log_interval(trainer) if self.every_n_steps is None else self.every_n_steps
+        interval = self._interval(trainer)
         self._tracker.arm(interval > 0 and (not self._logged_once or (self._step + 1) % interval == 0))
+
+    def _interval(self, trainer: Trainer) -> int:
+        return log_interval(trainer) if self.every_n_steps is None else self.every_n_steps
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

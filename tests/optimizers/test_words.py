@@ -32,7 +32,7 @@ def test_why_a_curve_is_missing(name: str, options: dict[str, Any], said: str) -
     optimizer = getattr(torch.optim, name)(net.parameters(), **options)
     with pytest.warns(UserWarning, match=f"`effective_lr` is left out for the weights of {said}"):
         tracker.explain_rules([optimizer])
-    assert len(tracker._told) == 1
+    assert len(tracker.health._told) == 1
 
 
 def test_nothing_is_said_of_a_curve_that_is_there() -> None:
