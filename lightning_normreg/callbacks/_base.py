@@ -42,7 +42,7 @@ class Run:
     def observed(self, trainer: Trainer, pl_module: LightningModule) -> Verdict | None:
         """What the gradients of the first steps show, where the probe failed; None until there are enough of them."""
         if self.observer is None:
-            self.observer = GradientObserver(pl_module, observer_limits(trainer))
+            self.observer = GradientObserver(self.named, observer_limits(trainer))
             self.dispatcher.subscribe(self.observer)
         if self.observer.is_done and not self.verdict:
             self.verdict = same_on_all_ranks(trainer, self.observer.verdict())
@@ -53,7 +53,7 @@ class Run:
     def guard(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         """Keep an eye on the units that are scale-invariant, once for all callbacks."""
         if self.watchdog is None and any(v.is_invariant for v in verdict.values()):
-            self.watchdog = InvarianceWatchdog(pl_module, verdict, observer_limits(trainer))
+            self.watchdog = InvarianceWatchdog(self.named, verdict, observer_limits(trainer))
             self.dispatcher.subscribe(self.watchdog)
 
 
