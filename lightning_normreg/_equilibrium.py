@@ -16,6 +16,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
+from lightning_normreg._flat_shards import whole_shape
 from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, UpdateRule, group_of, update_rule
 from lightning_normreg._step_hooks import Phase
@@ -32,6 +33,9 @@ from lightning_normreg.functional._families import FAMILIES
 Step = tuple[float, float]
 """Learning rate and weight decay of one step."""
 _Written = tuple[float | Tensor, float]
+
+GRADIENT_AT_NORM_1 = Curve("gradient_at_norm_1", "G", "loss", "mean_u √⟨(‖g_u‖ ‖w_u‖)²⟩, smoothed over logged steps")
+"""What is measured for the predictions alone, and not logged."""
 
 SETTLED = 3.0
 """Relaxation times after which a twentieth is left of the initial norm."""
@@ -54,8 +58,8 @@ class Formulas:
 
     def __init__(self, rule: UpdateRule, group: Group, watched: Watched, gradient: float | None) -> None:
         units = watched.units()
-        entries = sum(p.numel() for p in watched.tensors()) / units
-        shape = (len(watched.parameter), watched.parameter.numel() // len(watched.parameter))
+        entries = sum(whole_shape(p).numel() for p in watched.tensors()) / units
+        shape = (watched.shape[0], watched.shape.numel() // watched.shape[0])
         given = {"gradient_norm": gradient, "entries": entries, "shape": shape}
         known = inspect.signature(FAMILIES[rule.family]).parameters if rule.family else {}
         values = {name: given.get(name, group.get(name)) for name in known if name not in ("lr", "weight_decay")}
@@ -177,7 +181,7 @@ class Equilibria:
                 rule = None if group is None else update_rule(optimizer, group)
                 if group is None or rule is None or self._is_held(parameter) or not self._steps[name][-1][1]:
                     continue
-                gradient = row[name].get(_metrics.GRADIENT_AT_NORM_1)
+                gradient = row[name].get(GRADIENT_AT_NORM_1)
                 if gradient is not None and not gradient > 0:
                     continue  # none has reached it yet
                 try:

@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 from lightning_normreg import _metrics
 from lightning_normreg._health import SIGNS, Health, signs
 from lightning_normreg._metrics import Curve
-from lightning_normreg._step_hooks import Phase
+from lightning_normreg._sharding import Later, at_once
+from lightning_normreg._step_hooks import Phase, has_gradient
 from lightning_normreg._watched import Watched
-from lightning_normreg.functional import weight_norm
 from lightning_normreg.functional._norms import accumulator, root_mean_square
 
+Stepping = list[tuple[Watched, dict[str, Any]]]
+"""Weights that an optimizer updates, each with its group."""
 Row = dict[str, dict[Curve, float]]
 """Parameter name → curve → value."""
 
@@ -60,13 +62,13 @@ class Tracker(ABC):
         wide = any(accumulator(w.parameter.dtype) == torch.float64 for w in self.watched)
         return torch.float64 if wide else torch.float32
 
-    def stepping(self, optimizer: Optimizer) -> list[tuple[Watched, dict[str, Any]]]:
+    def stepping(self, optimizer: Optimizer) -> Stepping:
         """Watched weights that an optimizer updates, with their groups, as its group list stands now."""
         return [
             (self._by_parameter[p], group)
             for group in optimizer.param_groups
             for p in group["params"]
-            if p in self._by_parameter and p.grad is not None
+            if p in self._by_parameter and has_gradient(p)
         ]
 
     def optimized(self, optimizer: Optimizer) -> list[Watched]:
@@ -79,8 +81,8 @@ class Tracker(ABC):
         """Keep what must be known of the weights before the step."""
 
     @abstractmethod
-    def measure(self, index: int, optimizer: Optimizer, watched: Watched, group: dict[str, Any]) -> Measured:
-        """Values of one weight after the step, as 0-dimensional tensors."""
+    def measure(self, index: int, optimizer: Optimizer, stepping: Stepping) -> list[Measured]:
+        """Values of each weight after the step, as 0-dimensional tensors."""
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Measure the update and hold its values on the device."""
@@ -89,7 +91,7 @@ class Tracker(ABC):
         stepping = self.stepping(optimizer)
         if not stepping:
             return
-        measured = [self.measure(index, optimizer, watched, group) for watched, group in stepping]
+        measured = self.measure(index, optimizer, stepping)
         device = stepping[0][0].parameter.device
         flat = [v.to(device, self.dtype) for m in measured for v in m.values.values()]
         signs = [m.signs.to(device, self.dtype) for m in measured]
@@ -140,25 +142,29 @@ class NormTracker(Tracker):
 
     def __init__(self, watched: Sequence[Watched], health: Health | None = None) -> None:
         super().__init__(watched, health)
-        self._norms: dict[Parameter, Tensor] = {}
-        self._whole: dict[Parameter, Tensor] = {}
+        self._norms: dict[Parameter, tuple[Tensor, Tensor]] = {}
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Take the norms: after the step they would describe the next one."""
         if self.due:
-            for watched in self.optimized(optimizer):
-                self._norms[watched.parameter] = watched.norms()
-                self._whole[watched.parameter] = weight_norm(watched.parameter)
+            mine = self.optimized(optimizer)
+            norms = at_once(lambda w, total: _both(w.norms_later(total), w.whole_norm_later(total)), mine)
+            self._norms.update({w.parameter: pair for w, pair in zip(mine, norms, strict=True)})
 
-    def measure(self, index: int, optimizer: Optimizer, watched: Watched, group: dict[str, Any]) -> Measured:
+    def measure(self, index: int, optimizer: Optimizer, stepping: Stepping) -> list[Measured]:
         """The four curves of the norms taken before."""
-        norms = self._norms[watched.parameter]
-        return Measured(
-            {
-                _metrics.WEIGHT_NORM: self._whole[watched.parameter],
+        found = []
+        for watched, _ in stepping:
+            norms, whole = self._norms[watched.parameter]
+            values = {
+                _metrics.WEIGHT_NORM: whole,
                 _metrics.UNIT_NORM_RMS: root_mean_square(norms),
                 _metrics.UNIT_NORM_MIN: norms.min() if norms.numel() else norms.new_zeros(()),
                 _metrics.UNIT_NORM_MAX: norms.max() if norms.numel() else norms.new_zeros(()),
-            },
-            signs(norms),
-        )
+            }
+            found.append(Measured(values, signs(norms)))
+        return found
+
+
+def _both(first: Later[Tensor], second: Later[Tensor]) -> Later[tuple[Tensor, Tensor]]:
+    return lambda: (first(), second())

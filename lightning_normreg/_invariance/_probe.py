@@ -143,7 +143,7 @@ class _Setup:
         self.names = {name: (clean, role) for name, (clean, _, role) in zip(raw, named, strict=True)}
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.roles = {name: self.names[name][1] for name in trainable}
-        self.biases = bias_candidates(self.roles, module)
+        self.biases = bias_candidates(self.roles, {name: p.shape for name, p in trainable.items()})
         self.narrow = next((p.dtype for p in trainable.values()), torch.float32).to_real()
         self.call = PrivateCall(module, forward, batch, dtype)
         self.limits = THRESHOLDS[dtype]

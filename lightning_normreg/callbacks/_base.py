@@ -11,9 +11,11 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import CallbackBase
+from lightning_normreg._flat_shards import find_flat_pieces
 from lightning_normreg._invariance import load_verdict, summarize, verdict_to_dict
 from lightning_normreg._observer import GradientObserver, InvarianceWatchdog
 from lightning_normreg._regroup import load_by_name
+from lightning_normreg._roles import ParameterRole, named_roles
 from lightning_normreg._step_hooks import StepDispatcher, torch_optimizer
 from lightning_normreg.callbacks._verdict import Verdict, observer_limits, probe, same_on_all_ranks, say_lost
 
@@ -30,6 +32,7 @@ class Run:
     def __init__(self) -> None:
         self.dispatcher = StepDispatcher()
         self.claims: dict[Parameter, str] = {}
+        self.named: list[tuple[str, Parameter, ParameterRole]] = []
         self.layout_written = False
         self.verdict: Verdict | None = None
         self.observer: GradientObserver | None = None
@@ -40,7 +43,7 @@ class Run:
     def observed(self, trainer: Trainer, pl_module: LightningModule) -> Verdict | None:
         """What the gradients of the first steps show, where the probe failed; None until there are enough of them."""
         if self.observer is None:
-            self.observer = GradientObserver(pl_module, observer_limits(trainer))
+            self.observer = GradientObserver(self.named, observer_limits(trainer))
             self.dispatcher.subscribe(self.observer)
         if self.observer.is_done and not self.verdict:
             self.verdict = same_on_all_ranks(trainer, self.observer.verdict())
@@ -51,7 +54,7 @@ class Run:
     def guard(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         """Keep an eye on the units that are scale-invariant, once for all callbacks."""
         if self.watchdog is None and any(v.is_invariant for v in verdict.values()):
-            self.watchdog = InvarianceWatchdog(pl_module, verdict, observer_limits(trainer))
+            self.watchdog = InvarianceWatchdog(self.named, verdict, observer_limits(trainer))
             self.dispatcher.subscribe(self.watchdog)
 
 
@@ -116,6 +119,10 @@ class StepCallback(CallbackBase):
         """Check the arguments against the model; what one callback has restored all others share."""
         optimizers = optimizers_of(trainer)
         run = run_of(trainer)
+        if trainer.model is not None:
+            find_flat_pieces(trainer.model)
+        # Later, after validation, FSDP shows other objects under these names than those that the optimizer has.
+        run.named = run.named or named_roles(pl_module)
         run.verdict = run.verdict or self._verdict
         if run.restored_schedulers is not None:
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]

@@ -9,11 +9,12 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg import _metrics
-from lightning_normreg._equilibrium import Equilibria
+from lightning_normreg._equilibrium import GRADIENT_AT_NORM_1, Equilibria
 from lightning_normreg._health import Health, OnUnhealthy
 from lightning_normreg._rotation_tracker import RotationTracker
 from lightning_normreg._tracker import Row
-from lightning_normreg._watched import UnitArgument, Watched
+from lightning_normreg._watch import UnitArgument
+from lightning_normreg._watched import Watched
 from lightning_normreg.callbacks._base import optimizers_of, run_of
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
 from lightning_normreg.callbacks._verdict import Verdict
@@ -156,20 +157,27 @@ class EffectiveLRMonitor(Monitor):
             self._equilibria.update(row, optimizers_of(trainer), self._step)
         for values in row.values():  # what only the prediction needs
             values.pop(_metrics.UNIT_NORM_RMS, None)
-            values.pop(_metrics.GRADIENT_AT_NORM_1, None)
+            values.pop(GRADIENT_AT_NORM_1, None)
         alarms = self._rotations().health.alarms
         if alarms and self.on_unhealthy == "stop" and not trainer.should_stop:
             trainer.should_stop = True
             found = "; ".join(f"{name!r}: {what}" for name, what in alarms.items())
             rank_zero_info(f"EffectiveLRMonitor(on_unhealthy='stop') stops the training. {found}.")
 
+    def equilibrium_status(self) -> list[str]:
+        """Which layers are at equilibrium and since when, which are not, and for which the run is too short."""
+        words = {} if self._equilibria is None else self._equilibria.words()
+        found = []
+        for said, names in words.items():
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            found.append(f"{', '.join(names[:4])}{more}: {said}.")
+        return found
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which layers have come to equilibrium."""
         super().on_train_end(trainer, pl_module)
-        words = {} if self._equilibria is None else self._equilibria.words()
-        for said, names in words.items():
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            rank_zero_info(f"{', '.join(names[:4])}{more}: {said}.")
+        for said in self.equilibrium_status():
+            rank_zero_info(said)
 
     def state_dict(self) -> dict[str, Any]:
         """What the predictions go on from as well, in plain types."""

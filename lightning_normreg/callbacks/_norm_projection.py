@@ -10,9 +10,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._invariance import ProbeError, strong
 from lightning_normreg._projector import Projector, Radius, check_radius_argument
+from lightning_normreg._sharding import reshard
 from lightning_normreg._statistics import keep_batch_norms
 from lightning_normreg._targets import OnNotInvariant, check_eps_shares, choose_targets
-from lightning_normreg._watched import UnitArgument, Watched, check_selection, watch
+from lightning_normreg._watch import UnitArgument, check_selection, watch
+from lightning_normreg._watched import Watched
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
 from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, optimizers_of, run_of
 from lightning_normreg.callbacks._verdict import Verdict, few_samples
@@ -118,14 +120,14 @@ class NormProjection(StepCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)
-        named = watch(pl_module, self.include, self.exclude, self.unit)
+        named = watch(run_of(trainer).named, self.include, self.exclude, self.unit)
         if self.include is not None:
             _refuse_idle(trainer, named)
         self._averaging = find_averaging(trainer, self, self.project_averaged)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         verdict = strong(verdict)
-        watched = watch(pl_module, self.include, self.exclude, self.unit, verdict or None)
+        watched = watch(run_of(trainer).named, self.include, self.exclude, self.unit, verdict or None)
         targets = choose_targets(watched, verdict, named=self.include is not None, otherwise=self.on_not_invariant)
         check_eps_shares(targets, verdict, self.radius)
         self._projector = Projector(targets, self.radius, self._restored)
@@ -155,6 +157,7 @@ class NormProjection(StepCallback):
         optimized = projector.optimized(optimizers_of(trainer))
         if len(optimized) != self._projected:
             self._projected = len(optimized)
+            reshard(trainer.model or pl_module)
             moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
             projector.announce(moved, optimizers_of(trainer))
             if moved:
