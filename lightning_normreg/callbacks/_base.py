@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import CallbackBase
@@ -154,6 +155,7 @@ class StepCallback(CallbackBase):
         run.guard(trainer, pl_module, verdict)
         self._begin(trainer, pl_module, verdict)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Show the gradients, which are complete now, to those who watch them; they look only once a step."""
         run = run_of(trainer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg import _metrics
@@ -191,6 +192,7 @@ class EffectiveLRMonitor(Monitor):
         super().load_state_dict(state_dict)
         self._restored = state_dict
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients: complete, not clipped yet, and unscaled unless the optimizer does that itself."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)

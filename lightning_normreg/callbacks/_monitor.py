@@ -87,6 +87,12 @@ class Monitor(StepCallback):
         Raises:
             ModuleNotFoundError: If pandas is not installed.
         """
+        if not self._history.rows:
+            rank_zero_warn(
+                f"This {type(self).__name__} has logged nothing in this process. If a fit did log, it ran in processes "
+                "that the strategy started (ddp_spawn, ddp_fork, ddp_notebook) and that took their histories with "
+                "them: read the logger, or use strategy='ddp'."
+            )
         return self._history.to_frame()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
