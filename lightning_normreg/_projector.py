@@ -136,7 +136,8 @@ class Projector:
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """See whether the weights are where the last projection has put them."""
-        self._before = {t.name: t.norms() for t in self.optimized([optimizer])} if self.looking else {}
+        mine = self.optimized([optimizer]) if self.looking else []
+        self._before = {t.name: norms for t, norms in zip(mine, norms_of(mine), strict=True)}
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Project what the optimizer has updated. A skipped update left the weights where projecting changes no bit."""
