@@ -156,6 +156,7 @@ class Equilibria:
         self._names = {w.parameter: w.name for w in self._watched.values()}
         self._is_held = is_held
         self._steps: dict[str, list[_Written]] = {}
+        self._given_up: list[str] = []
         self.courses: dict[str, Course] = {}
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
@@ -180,6 +181,8 @@ class Equilibria:
                 group = group_of(optimizer, parameter)
                 rule = None if group is None else update_rule(optimizer, group)
                 if group is None or rule is None or self._is_held(parameter) or not self._steps[name][-1][1]:
+                    if name not in self.courses:
+                        del self._steps[name][:-1]  # nothing is followed that they would count for
                     continue
                 gradient = row[name].get(GRADIENT_AT_NORM_1)
                 if gradient is not None and not gradient > 0:
@@ -223,17 +226,25 @@ class Equilibria:
         return {
             "courses": {name: asdict(course) for name, course in self.courses.items()},
             "steps": {name: _read(steps) for name, steps in self._steps.items()},
+            "given_up": list(self._given_up),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state` was taken."""
         self.courses = {name: Course(**course) for name, course in state["courses"].items()}
         self._steps = {name: list(steps) for name, steps in state["steps"].items()}
+        for name in state["given_up"]:
+            self._drop(name)
 
     def _give_up(self, name: str, why: str) -> None:
         rank_zero_warn(f"From here on no equilibrium is predicted for {name!r}. {why}")
-        del self._names[self._watched.pop(name).parameter]
-        self._steps.pop(name)
+        self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._given_up.append(name)
+        if name in self._watched:
+            del self._names[self._watched.pop(name).parameter]
+        self._steps.pop(name, None)
         self.courses.pop(name, None)
 
 

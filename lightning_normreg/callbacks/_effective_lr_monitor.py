@@ -145,7 +145,7 @@ class EffectiveLRMonitor(Monitor):
         if self._interval(trainer):
             size = sum(tracker.allocate(optimizer) for optimizer in optimizers_of(trainer))
             rank_zero_info(f"EffectiveLRMonitor keeps a copy of the watched weights: {size / 1e6:.3g} MB.")
-        if self.equilibrium:
+        if self.equilibrium and self._interval(trainer):
             self._equilibria = Equilibria(tracker.watched, run_of(trainer).claims.__contains__)
             run_of(trainer).dispatcher.subscribe(self._equilibria)
             if "equilibria" in self._restored:

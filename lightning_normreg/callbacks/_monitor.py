@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torchmetrics import MeanMetric
 
 from lightning_normreg import _metrics
 from lightning_normreg._history import History
@@ -67,7 +66,7 @@ class Monitor(StepCallback):
     def _reset(self) -> None:
         self._tracker: Tracker | None = None
         self._history = History()
-        self._means: dict[str, MeanMetric] = {}
+        self._sums: dict[str, tuple[float, int]] = {}
         self._first: dict[str, float] = {}
         self._logged_once = False
         self._step = 0
@@ -163,23 +162,18 @@ class Monitor(StepCallback):
             self._log(trainer, values)
             return
         for tag, value in values.items():
-            self._mean(tag).update(value)
+            total, count = self._sums.get(tag, (0.0, 0))
+            self._sums[tag] = (total + value, count + 1)
 
     def _complete(self, trainer: Trainer, row: Row) -> None:
         """Add what follows from the measured values."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's means."""
-        if self._means:
+        if self._sums:
             self._step = batches_that_stepped(trainer) - 1  # where `self.log` puts what it has over an epoch
-            self._log(trainer, {tag: mean.compute().item() for tag, mean in self._means.items()})
-            self._means.clear()
-
-    def _mean(self, tag: str) -> MeanMetric:
-        if tag not in self._means:
-            self._means[tag] = MeanMetric()
-            self._means[tag].set_dtype(torch.float64)
-        return self._means[tag]
+            self._log(trainer, {tag: total / count for tag, (total, count) in self._sums.items()})
+            self._sums.clear()
 
     def _layer_values(self, row: Row) -> dict[str, float]:
         shown = {name: values for name, values in row.items() if name in self._shown}
@@ -220,7 +214,7 @@ class Monitor(StepCallback):
         return super().state_dict() | {
             "logged_once": self._logged_once,
             "first": dict(self._first),
-            "means": {tag: [float(m.mean_value), float(m.weight)] for tag, m in self._means.items()},
+            "sums": dict(self._sums),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -228,5 +222,4 @@ class Monitor(StepCallback):
         super().load_state_dict(state_dict)
         self._logged_once = state_dict["logged_once"]
         self._first = dict(state_dict["first"])
-        for tag, (mean, weight) in state_dict["means"].items():
-            self._mean(tag).update(mean, weight)
+        self._sums = dict(state_dict["sums"])

@@ -95,6 +95,18 @@ def test_one_transfer_per_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reads == [(3 + 5) * 3 + 2 * 2] * 3
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_notes_of_steps_do_not_pile_up(held: bool) -> None:
+    """Learning rates are noted between logged steps only, also where nothing is predicted: of held weights."""
+    monitor = EffectiveLRMonitor()
+    projection = [NormProjection()] if held else []
+    trainer(monitor, *projection, log_every_n_steps=2, max_epochs=4).fit(Net(sgd(weight_decay=0.1)), loader())
+    notes = monitor.state_dict()["equilibria"]["steps"]
+    assert {name: len(steps) for name, steps in notes.items()} == {"conv1.weight": 1, "up.weight": 1}
+    trainer(monitor, log_every_n_steps=0).fit(Net(sgd(weight_decay=0.1)), loader())
+    assert "equilibria" not in monitor.state_dict()
+
+
 def test_hooks_are_gone_after_the_run() -> None:
     """After fit, and after an exception, the optimizer has no hook of ours."""
 
