@@ -6,20 +6,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pytorch_lightning as pl
     from pytorch_lightning import Callback as CallbackBase
 else:
 
-    def _callbacks() -> tuple[type, ...]:
+    def _installed():
         found = []
         for namespace in ("pytorch_lightning", "lightning.pytorch"):
             try:
-                found.append(import_module(f"{namespace}.callbacks").Callback)
+                found.append(import_module(namespace))
             except ModuleNotFoundError as error:
                 if error.name is None or not namespace.startswith(error.name):
                     raise
-        return tuple(dict.fromkeys(found))
+        if not found:
+            raise ModuleNotFoundError("Lightning is not installed. Install it by: pip install pytorch-lightning")
+        return found
 
+    # The first that is there; for what must be of one of the two.
+    pl, *_others = _installed()
     # A callback that derives from both classes is accepted by both Trainers and both command lines.
-    CallbackBase = type("CallbackBase", _callbacks(), {"__module__": __name__})
+    _callbacks = tuple(dict.fromkeys(module.Callback for module in (pl, *_others)))
+    CallbackBase = type("CallbackBase", _callbacks, {"__module__": __name__})
 
-__all__ = ["CallbackBase"]
+__all__ = ["CallbackBase", "pl"]

@@ -5,17 +5,23 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pytorch_lightning import Trainer
-from pytorch_lightning.cli import LightningCLI
 from rich.console import Console
 
 from lightning_normreg import EffectiveLRMonitor, WeightNormMonitor
+from lightning_normreg._compat import pl
 from lightning_normreg._history import optional_import
 from lightning_normreg.demos import DemoConvNet, DigitsDataModule
 from lightning_normreg.demos._report import save_picture, summary_table
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+    from pytorch_lightning.cli import LightningCLI
+else:
+    LightningCLI = import_module(f"{pl.__name__}.cli").LightningCLI
 
 PROGRAM = "lightning-normreg"
 DESCRIPTION = (

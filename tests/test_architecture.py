@@ -45,6 +45,7 @@ FLOORS = {
     "_regroup": 3,
     "_decay_groups": 3,
     "_corrected_decay": 3,
+    "steps": 3,
     "_compat": 4,
     "callbacks": 4,
     "demos": 5,
@@ -91,6 +92,7 @@ PUBLIC_FUNCTIONAL = {
     "with_decay",
     "without_decay",
 }
+PUBLIC_STEPS = {"NormTracker", "Projector", "RotationTracker", "StepDispatcher", "tags", "watch"}
 
 
 def top(path: Path) -> str:
@@ -173,6 +175,7 @@ def test_every_public_name_is_documented() -> None:
     docs = Path(__file__).parent.parent / "docs"
     pages = "\n".join(page.read_text() for page in docs.glob("*.md"))
     missing = [n for n in PUBLIC - {"functional"} if f"::: lightning_normreg.{n}\n" not in pages]
+    missing += [n for n in PUBLIC_STEPS if f"::: lightning_normreg.steps.{n}\n" not in pages]
     missing += [n for n in PUBLIC_FUNCTIONAL if f"- {n}\n" not in pages]
     assert missing == []
 

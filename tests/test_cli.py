@@ -105,10 +105,23 @@ def test_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "lightning-normreg demo" in " ".join(out.split())
 
 
+EXAMPLES = {
+    "add_to_trainer.py": "angular_update/net.0.weight",
+    "adamw_decay_groups.py": "gamma      decay 0",
+    "bare_loop.py": "norms of the first layer: 1.000000 to 1.000000",
+    "fabric_loop.py": "  14  rotation of the first layer 0.",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["add_to_trainer.py", "adamw_decay_groups.py"])
+@pytest.mark.parametrize("script", list(EXAMPLES))
 def test_example_scripts_run(script: str, tmp_path: Path) -> None:
     """As they stand in the repository."""
     done = run(program=(str(ROOT / "examples" / script),), folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert ("angular_update/net.0.weight" if script == "add_to_trainer.py" else "gamma      decay 0") in done.stdout
+    assert EXAMPLES[script] in done.stdout
+
+
+def test_every_example_is_run() -> None:
+    """None is left out."""
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_normreg._compat import pl
 from lightning_normreg._history import optional_import
 
 TRAINING_IMAGES = 1000
 
 
-class DigitsDataModule(LightningDataModule):
+class DigitsDataModule(pl.LightningDataModule):
     """1797 grey images of 8×8 pixels in 10 classes, embedded in scikit-learn: 1000 to train on, 797 to validate on.
 
     Args:

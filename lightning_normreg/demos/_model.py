@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_normreg._compat import pl
 from lightning_normreg._decay_groups import DecayGroupsMixin
 
 
-class DemoConvNet(DecayGroupsMixin, LightningModule):
+class DemoConvNet(DecayGroupsMixin, pl.LightningModule):
     """Convolutions of 16, 16, 32 and 32 filters with BatchNorm and ReLU, average pooling, a linear head.
 
     Trained by SGD with Nesterov momentum at a constant learning rate, so that whatever the effective learning rate does

@@ -1,0 +1,60 @@
+"""`pytorch_lightning` and `lightning.pytorch`: one package for both, and for machines that have only one of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SNIPPET = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "trainer.fit" in block)
+NAMESPACES = {"pytorch_lightning": "lightning", "lightning.pytorch": "pytorch_lightning"}
+"""The two names, each with the package of the other."""
+
+CHECK = """
+import sys
+tags = set(trainer.callback_metrics)
+assert "effective_lr/net.0.weight" in tags, tags
+assert "weight_norm/net.3.weight" in tags, tags
+print("loaded", *sorted({name.partition(".")[0] for name, module in sys.modules.items() if module is not None}))
+"""
+
+
+def run(code: str, folder: Path) -> str:
+    """What a process of its own prints."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.pitfall(22)
+@pytest.mark.parametrize("blocked", [False, True], ids=["both", "the-other-blocked"])
+@pytest.mark.parametrize("namespace", list(NAMESPACES))
+def test_the_snippet_of_the_readme(namespace: str, blocked: bool, tmp_path: Path) -> None:
+    """As it stands, and with the other name in the import; also where the other package cannot be imported at all."""
+    assert "from pytorch_lightning import" in SNIPPET
+    code = SNIPPET.replace("from pytorch_lightning import", f"from {namespace} import")
+    block = f"import sys\nsys.modules[{NAMESPACES[namespace]!r}] = None\n" if blocked else ""
+    loaded = run(block + code + CHECK, tmp_path).rpartition("loaded ")[2].split()
+    assert (NAMESPACES[namespace] in loaded) is not blocked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", ["pytorch_lightning", "lightning"])
+def test_everything_imports_without_the_other(missing: str, tmp_path: Path) -> None:
+    """Every module of the package."""
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+import pkgutil, importlib, lightning_normreg
+for module in pkgutil.walk_packages(lightning_normreg.__path__, "lightning_normreg."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+        print(module.name)
+"""
+    assert "lightning_normreg.cli" in run(code, tmp_path).split()
