@@ -12,6 +12,7 @@ from lightning_normreg._rescale import accept_rescaled as accept_rescaled
 from lightning_normreg._rescale import rescale_ as rescale_
 from lightning_normreg._roles import ParameterRole as ParameterRole
 from lightning_normreg._roles import parameter_roles as parameter_roles
+from lightning_normreg._schedules import DecayFreeLR as DecayFreeLR
 from lightning_normreg.callbacks._corrected_decay import CorrectedDecay as CorrectedDecay
 from lightning_normreg.callbacks._effective_lr_monitor import EffectiveLRMonitor as EffectiveLRMonitor
 from lightning_normreg.callbacks._norm_projection import NormProjection as NormProjection

@@ -33,6 +33,9 @@ Step = tuple[float, float]
 """Learning rate and weight decay of one step."""
 _Written = tuple[float | Tensor, float]
 
+GRADIENT_AT_NORM_1 = Curve("gradient_at_norm_1", "G", "loss", "mean_u √⟨(‖g_u‖ ‖w_u‖)²⟩, smoothed over logged steps")
+"""What is measured for the predictions alone, and not logged."""
+
 SETTLED = 3.0
 """Relaxation times after which a twentieth is left of the initial norm."""
 _SAME = 0.01
@@ -177,7 +180,7 @@ class Equilibria:
                 rule = None if group is None else update_rule(optimizer, group)
                 if group is None or rule is None or self._is_held(parameter) or not self._steps[name][-1][1]:
                     continue
-                gradient = row[name].get(_metrics.GRADIENT_AT_NORM_1)
+                gradient = row[name].get(GRADIENT_AT_NORM_1)
                 if gradient is not None and not gradient > 0:
                     continue  # none has reached it yet
                 try:

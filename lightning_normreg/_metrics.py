@@ -59,8 +59,6 @@ EQUILIBRIUM_RATIO = Curve(
     "run so far",
     summary="equilibrium_ratio",
 )
-GRADIENT_AT_NORM_1 = Curve("gradient_at_norm_1", "G", "loss", "mean_u of √⟨(‖g_u‖ ‖w_u‖)²⟩, smoothed over logged steps")
-"""Not logged."""
 
 CURVES = (
     WEIGHT_NORM,

@@ -12,7 +12,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
-from lightning_normreg._equilibrium import needs_gradient
+from lightning_normreg._equilibrium import GRADIENT_AT_NORM_1, needs_gradient
 from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import scale_exponent, update_rule, why_no_rule
 from lightning_normreg._tracker import Measured, Tracker
@@ -114,7 +114,7 @@ class RotationTracker(Tracker):
         if self._equilibrium and watched.invariant:
             values[_metrics.UNIT_NORM_RMS] = norm
             if needs_gradient(rule):
-                values[_metrics.GRADIENT_AT_NORM_1] = self._gradient_at_norm_1(watched, step.norm)
+                values[GRADIENT_AT_NORM_1] = self._gradient_at_norm_1(watched, step.norm)
         return Measured(values, (step.norm == 0).sum())
 
     def _gradient_at_norm_1(self, watched: Watched, norms: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ FLOORS = {
     "_history": 0,
     "_optimizers": 1,
     "_rescale": 1,
+    "_schedules": 1,
     "_selection": 2,
     "_roles": 2,
     "_invariance": 2,
@@ -47,6 +48,7 @@ FLOORS = {
 
 PUBLIC = {
     "CorrectedDecay",
+    "DecayFreeLR",
     "DecayGroupsMixin",
     "EffectiveLRMonitor",
     "NormProjection",
@@ -67,12 +69,21 @@ PUBLIC = {
 PUBLIC_FUNCTIONAL = {
     "angular_update",
     "effective_lr",
+    "equilibrium_half_life",
+    "equilibrium_norm",
+    "equilibrium_rotation",
     "gradient_alignment",
+    "matched_lr",
+    "predicted_norm",
+    "predicted_rotation",
     "project_",
     "project_all_",
     "relative_update",
+    "suggest_projection",
     "unit_norms",
     "weight_norm",
+    "with_decay",
+    "without_decay",
 }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg import _metrics
-from lightning_normreg._equilibrium import Equilibria
+from lightning_normreg._equilibrium import GRADIENT_AT_NORM_1, Equilibria
 from lightning_normreg._rotation_tracker import RotationTracker
 from lightning_normreg._tracker import Row
 from lightning_normreg._watched import UnitArgument, Watched
@@ -143,15 +143,22 @@ class EffectiveLRMonitor(Monitor):
             self._equilibria.update(row, optimizers_of(trainer), self._step)
         for values in row.values():  # what only the prediction needs
             values.pop(_metrics.UNIT_NORM_RMS, None)
-            values.pop(_metrics.GRADIENT_AT_NORM_1, None)
+            values.pop(GRADIENT_AT_NORM_1, None)
+
+    def equilibrium_status(self) -> list[str]:
+        """Which layers are at equilibrium and since when, which are not, and for which the run is too short."""
+        words = {} if self._equilibria is None else self._equilibria.words()
+        found = []
+        for said, names in words.items():
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            found.append(f"{', '.join(names[:4])}{more}: {said}.")
+        return found
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which layers have come to equilibrium."""
         super().on_train_end(trainer, pl_module)
-        words = {} if self._equilibria is None else self._equilibria.words()
-        for said, names in words.items():
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            rank_zero_info(f"{', '.join(names[:4])}{more}: {said}.")
+        for said in self.equilibrium_status():
+            rank_zero_info(said)
 
     def state_dict(self) -> dict[str, Any]:
         """What the predictions go on from as well, in plain types."""

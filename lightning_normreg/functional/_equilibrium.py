@@ -140,8 +140,8 @@ def equilibrium_half_life(family: Family, *, initial_norm: float | None = None, 
         family: Which optimizer, see :func:`equilibrium_norm`.
         initial_norm: Norm at the start; by default one near the equilibrium. Without effect where κ does not depend on
             the norm.
-        **settings: See :func:`equilibrium_norm`; ``gradient_norm`` and ``entries`` are needed for ``"adam_l2"``,
-            ``"rmsprop_l2"`` and, with ``initial_norm``, ``"lamb"``.
+        **settings: See :func:`equilibrium_norm`; ``gradient_norm`` and ``entries`` are needed for ``"adam_l2"`` and
+            ``"rmsprop_l2"``, ``entries`` for ``"lamb"``.
 
     Returns:
         Steps, as a float.

@@ -80,8 +80,8 @@ def test_pure_noise_settles_where_predicted(name: str) -> None:
     assert turned.mean() == pytest.approx(1.0, abs=CLOSE)
     norm = net.layer.weight.detach().norm(dim=1).square().mean().sqrt().item()
     assert norm == pytest.approx(late["equilibrium_norm/layer.weight"].iloc[-1], rel=2 * CLOSE)
-    (words,) = monitor._equilibria.words()
-    since = int(words.removeprefix("consistent with equilibrium since step ").replace(" ", ""))
+    (said,) = monitor.equilibrium_status()
+    since = int(said.removeprefix("layer.weight: consistent with equilibrium since step ").rstrip(".").replace(" ", ""))
     assert since >= 3 * late["equilibrium_half_life/layer.weight"].iloc[-1] / np.log(2) * 0.9
 
 
