@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -71,6 +72,8 @@ class EffectiveLRMonitor(Monitor):
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
             above that the summaries and 8 layers spread over the depth.
         logging_interval: ``"step"``, or ``"epoch"`` for the mean over an epoch's logged steps.
+        progress_bar: Show the median effective learning rate over the scale-invariant layers in the progress bar, as
+            ``effective_lr``, on logged steps anew.
 
     Raises:
         ValueError: For an argument out of its range, before training starts.
@@ -99,6 +102,7 @@ class EffectiveLRMonitor(Monitor):
         scale_exponent: bool = False,
         per_layer: PerLayer = "auto",
         logging_interval: Literal["step", "epoch"] = "step",
+        progress_bar: bool = False,
     ) -> None:
         super().__init__(
             every_n_steps=every_n_steps,
@@ -113,6 +117,7 @@ class EffectiveLRMonitor(Monitor):
         self.equilibrium = equilibrium
         self.momentum_gain = momentum_gain
         self.scale_exponent = scale_exponent
+        self.progress_bar = progress_bar
 
     def _reset(self) -> None:
         super()._reset()

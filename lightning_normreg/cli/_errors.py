@@ -10,6 +10,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from lightning_normreg.cli._groups import GROUP_OF_CALLBACK
+
 DEBUG_HINT = "(JSONARGPARSE_DEBUG=1 shows where.)"
 
 
@@ -27,11 +29,13 @@ class ArgumentRefused(ValueError):
 
 @contextmanager
 def blamed_on(key: str) -> Iterator[None]:
-    """Name the key of errors that arguments cause."""
+    """Name the key of what is made from its arguments alone, so that they are to blame for its errors."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        raise ArgumentRefused(key, error) from error
+    except ArgumentRefused:
+        raise
+    except Exception as error:
+        raise ArgumentRefused(key, f"{error} {DEBUG_HINT}") from error
 
 
 def explain(error: BaseException, config: Mapping[str, Any], constructing: bool) -> str | None:
@@ -68,6 +72,7 @@ def _keys(frames: list[FrameType], config: Mapping[str, Any]) -> list[str]:
     for frame in frames:
         owner = type(frame.f_locals.get("self")).__name__
         keys = [key for key, path in named.items() if path.rpartition(".")[2] == owner]
+        keys = keys or [GROUP_OF_CALLBACK[owner]] if owner in GROUP_OF_CALLBACK else keys
         if keys:
             return [" or ".join(keys)]
     return []

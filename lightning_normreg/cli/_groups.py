@@ -59,3 +59,4 @@ CALLBACK_GROUPS: dict[str, type[MonitorGroup] | type[ProjectionGroup]] = {
     "monitor": MonitorGroup,
     "projection": ProjectionGroup,
 }
+GROUP_OF_CALLBACK = {"EffectiveLRMonitor": "monitor", "WeightNormMonitor": "monitor", "NormProjection": "projection"}

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
+from jsonargparse import ArgumentParser
 from lightning_utilities.core.rank_zero import rank_zero_info
 from pytorch_lightning.cli import LightningCLI
+from torch.optim import Optimizer
 
-from lightning_normreg.cli._errors import ArgumentRefused, blamed_on, explain
+from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, explain
 from lightning_normreg.cli._examples import SUMMARIES, epilog
 from lightning_normreg.cli._groups import CALLBACK_GROUPS, DecayGroup, MonitorGroup, ProjectionGroup
 from lightning_normreg.cli._namespace import DEFAULT, namespace_of
 from lightning_normreg.cli._optimizers import configure_optimizers
 from lightning_normreg.cli._parser import Parser
+from lightning_normreg.cli._schedulers import MakeScheduler
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     Base = LightningCLI
 else:
     Base = object
+
+MakeOptimizer = Optional[Callable[[Iterable[Any]], Optimizer]]
 
 
 class Commands(Base):
@@ -86,29 +91,28 @@ class Commands(Base):
             parser.title("data", "data")
 
     def _add_optimizer_arguments(self, parser: LightningArgumentParser) -> None:
-        types = import_module(f"{self.namespace}.cli")
         group = parser.add_argument_group("optimizer", "In place of the model's own configure_optimizers.")
         group.add_argument(
-            "--decay",
-            type=Union[bool, DecayGroup],
-            default=True,
-            help="Split the parameters for --optimizer by role (weight, embedding, gamma, beta, bias, other), with "
-            "--optimizer.weight_decay for weights and embeddings and 0 for the rest: true, false (one group), or with "
-            "arguments such as --decay.bias 0.01; null means the decay of weights.",
-        )
-        group.add_argument(
             "--optimizer",
-            type=Optional[types.OptimizerCallable],
+            type=MakeOptimizer,
             default=None,
             help="Class name or path, such as AdamW, then its arguments, such as --optimizer.lr 1e-3.",
         )
         group.add_argument(
-            "--lr_scheduler",
-            type=Optional[types.LRSchedulerCallable],
-            default=None,
-            help="Likewise. SchedulerSequence and SchedulerChain take a list of schedulers, in YAML.",
+            "--decay",
+            type=Union[bool, DecayGroup],
+            default=True,
+            help="Split the parameters for --optimizer by role: weights and embeddings have --optimizer.weight_decay; "
+            "gains, shifts and biases have 0, or what is given, such as --decay.bias 0.01. false makes one group.",
         )
-        group.add_argument(
+        schedule = parser.add_argument_group("learning-rate schedule", "For --optimizer.")
+        schedule.add_argument(
+            "--lr_scheduler",
+            type=_scheduler_type(self.namespace),
+            default=None,
+            help="Class name or path, then its arguments. SchedulerSequence and SchedulerChain take a list, in YAML.",
+        )
+        schedule.add_argument(
             "--lr_interval",
             type=Optional[Literal["step", "epoch"]],
             default=None,
@@ -124,7 +128,8 @@ class Commands(Base):
             super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         path = self.config[subcommand].get("ckpt_path") if subcommand else None
-        if path and "/" in str(path) and "://" not in str(path) and not Path(path).exists():
+        elsewhere = str(path).startswith("registry") or str(path) in ("best", "last", "hpc") or "://" in str(path)
+        if path and not elsewhere and not Path(path).exists():
             self._parser(subcommand).error(f"ckpt_path: there is no file {str(path)!r}.")
 
     def _parse_ckpt_path(self) -> None:
@@ -132,8 +137,9 @@ class Commands(Base):
             super()._parse_ckpt_path()
         except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
             subcommand = self.config["subcommand"]
-            reason = f"{self.config[subcommand].ckpt_path!r} cannot be read as a checkpoint: {error}"
-            self._parser(subcommand).error(f"ckpt_path: {reason}", error)
+            path = str(self.config[subcommand].ckpt_path)
+            message = f"ckpt_path: {path!r} is no checkpoint that can be loaded with weights_only=True. {DEBUG_HINT}"
+            self._parser(subcommand).error(message, error)
 
     def instantiate_classes(self) -> None:
         """Make the objects, and give the model its optimizer."""
@@ -157,14 +163,19 @@ class Commands(Base):
             return
         if not inherits:
             rank_zero_info(f"--optimizer takes the place of {type(self.model).__name__}.configure_optimizers.")
-        given = parsed["optimizer"]
-        arguments = {**given.get("init_args", {}), **given.get("dict_kwargs", {})}
+        # Made by a parser of their own, for those of this one hold on to it, and the model is copied and pickled.
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--optimizer", type=MakeOptimizer)
+        parser.add_argument("--lr_scheduler", type=_scheduler_type(self.namespace))
+        chosen = {key: parsed[key] for key in ("optimizer", "lr_scheduler")}
+        make = parser.instantiate_classes(parser.parse_object(chosen))
+        arguments = {**parsed["optimizer"].get("init_args", {}), **parsed["optimizer"].get("dict_kwargs", {})}
         decay = made["decay"]
         self.model.configure_optimizers = partial(  # type: ignore[method-assign]
             configure_optimizers,
             self.model,
-            make_optimizer=made["optimizer"],
-            make_scheduler=made["lr_scheduler"],
+            make_optimizer=make.optimizer,
+            make_scheduler=make.lr_scheduler,
             decay=DecayGroup() if decay is True else decay or None,
             weight_decay=arguments.get("weight_decay"),
             interval=made["lr_interval"],
@@ -186,7 +197,8 @@ class Commands(Base):
                 rank_zero_info(f"The {type(callback).__name__} of trainer.callbacks takes the place of the default one.")
             else:
                 named.append(callback)
-        return super().instantiate_trainer(**{"callbacks": named} | kwargs)
+        with blamed_on("trainer"):
+            return super().instantiate_trainer(**{"callbacks": named} | kwargs)
 
 
 class NormRegCLI(Commands, LightningCLI):
@@ -238,6 +250,13 @@ class NormRegCLI(Commands, LightningCLI):
             return NormRegCLI
         base = import_module(f"{namespace}.cli").LightningCLI
         return type("NormRegCLI", (Commands, base), {"namespace": namespace, "__doc__": NormRegCLI.__doc__})
+
+
+@cache
+def _scheduler_type(namespace: str) -> Any:
+    """What makes a scheduler. Lightning's plateau, with its ``monitor``, comes first: torch's has the same name."""
+    plateau = import_module(f"{namespace}.cli").ReduceLROnPlateau
+    return Union[Callable[[Optimizer], plateau], MakeScheduler, None]
 
 
 @cache

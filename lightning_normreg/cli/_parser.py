@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -16,14 +17,17 @@ else:
 PLAIN_WORDS = (
     (r"\n *(Subtypes: .*|Given value type: .*|Errors:|- Expected a <class 'NoneType'>)", ""),
     (r"\n *(- )?Does not validate against any of the Union subtypes", ""),
-    (r"Type typing\.Callable\S* expects a function or a callable class: ", ""),
+    (r"\n *- Expected '.*' to be a subclass of ReduceLROnPlateau\.", ""),
+    (r"Type \S*Callable.* expects a function or a callable class: ", ""),
     (r"NestedArg\(key='(.*?)', val='?(.*?)'?\)", r"\1=\2"),
+    (r"(\n *Given|\. Got) value: Namespace\(.*\)", ""),
     (r"Expected a dot import path string: (\S+)", r"No class of this name is known: \1"),
     (r"<class '([\w.]+)'>", r"\1"),
 )
 REMEDIES = {
     "SequentialLR": "In YAML, a SchedulerSequence takes the place of SequentialLR.",
     "ChainedScheduler": "In YAML, a SchedulerChain takes the place of ChainedScheduler.",
+    "_dataloader` must be implemented": "A data module is given by --data.",
 }
 
 
@@ -47,11 +51,15 @@ class Parser(ParserBase):
         """Say it in plain words, with a remedy, and exit with 2."""
         for pattern, words in PLAIN_WORDS:
             message = re.sub(pattern, words, message)
+        message = "\n".join(dict.fromkeys(message.rstrip().split("\n")))
         remedies = [remedy for word, remedy in REMEDIES.items() if word in message]
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown and (near := get_close_matches(unknown[1], self._option_string_actions, n=1)):
+            remedies.append(f"Did you mean {near[0]}?")
         key = re.match(r'Parser key "(\w+)', message)
         if key and f"--{key[1]}.help" in self._option_string_actions:
             remedies.append(f"What it takes is shown by --{key[1]}.help.")
-        super().error("\n  ".join([message.rstrip(), *remedies]), ex)
+        super().error("\n  ".join([message, *remedies]), ex)
 
     def title(self, key: str, title: str, description: str | None = None) -> None:
         """Put words for people above a group."""
@@ -68,7 +76,7 @@ class Parser(ParserBase):
         for action in actions:
             action.help = argparse.SUPPRESS
         group.description = textwrap.fill(f"{group.description} {shown}.", 90)
-        self.add_argument(f"--{key}.help", action=_Unfold, group=group, helps=helps)
+        group.add_argument(f"--{key}.help", action=_Unfold, group=group, helps=helps)
 
 
 class _Unfold(argparse.Action):
