@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 
 from lightning_normreg.cli._groups import GROUP_OF_CALLBACK
 
-DEBUG_HINT = "(JSONARGPARSE_DEBUG=1 shows where.)"
+DEBUG_HINT = "(JSONARGPARSE_DEBUG=true shows where.)"
 
 
 class ArgumentRefused(ValueError):

@@ -55,7 +55,7 @@ class Commands(Base):
             yield
         except Exception as error:
             said = explain(error, self._settings("config"), constructing=not hasattr(self, "trainer"))
-            if said is None:
+            if said is None or not hasattr(self, "parser"):
                 raise
             self._parser(getattr(self, "subcommand", None)).error(said, error)
 

@@ -17,6 +17,7 @@ else:
 PLAIN_WORDS = (
     (r"\n *(Subtypes: .*|Given value type: .*|Errors:|- Expected a <class 'NoneType'>)", ""),
     (r"\n *(- )?Does not validate against any of the Union subtypes", ""),
+    (r"\n\n *- Expected a path but \S+(?<!yaml)(?<!json) either not accessible or invalid", ""),
     (r"\n *- Expected '.*' to be a subclass of ReduceLROnPlateau\.", ""),
     (r"Type \S*Callable.* expects a function or a callable class: ", ""),
     (r"NestedArg\(key='(.*?)', val='?(.*?)'?\)", r"\1=\2"),
@@ -60,6 +61,12 @@ class Parser(ParserBase):
         if key and f"--{key[1]}.help" in self._option_string_actions:
             remedies.append(f"What it takes is shown by --{key[1]}.help.")
         super().error("\n  ".join([message, *remedies]), ex)
+
+    def add_method_arguments(self, theclass: Any, themethod: str, *args: Any, **options: Any) -> Any:
+        """Put the method's name above its arguments, in place of its docstring."""
+        added = super().add_method_arguments(theclass, themethod, *args, **options)
+        self._action_groups[-1].title = themethod
+        return added
 
     def title(self, key: str, title: str, description: str | None = None) -> None:
         """Put words for people above a group."""
