@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normreg._optimizers import Group, update_rule
+from lightning_normreg._optimizers import Group, acting, update_rule
 from lightning_normreg._step_hooks import Phase
 from lightning_normreg._watched import Watched
 
@@ -37,7 +37,7 @@ class DecayCorrector:
             ValueError: If its rule is not known, or it keeps or reads numbers across its groups.
         """
         for group in optimizer.param_groups:
-            rule = update_rule(optimizer, group)
+            rule = None if acting(optimizer) is not optimizer else update_rule(optimizer, group)
             if self._split(group)[0] and (rule is None or rule.lr_factor_keys or rule.used_lr_key):
                 raise ValueError(
                     f"CorrectedDecay must know how the optimizer decays, but {type(optimizer).__name__} is not known, "

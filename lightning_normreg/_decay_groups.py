@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.nn.parameter import Parameter
 
+from lightning_normreg._regroup import load_by_name
 from lightning_normreg._roles import ROLES, ParameterRole, named_roles
 from lightning_normreg._selection import clean_name, match
 
@@ -94,6 +95,10 @@ def decay_groups(
 class DecayGroupsMixin:
     """Gives a module the method :meth:`decay_groups`, for use in ``configure_optimizers``.
 
+    A LightningModule with it can also resume a checkpoint that was written before it had these groups: the optimizer's
+    state is mapped by name, and each group decays as configured now. (Where ``on_load_checkpoint`` or ``on_fit_start``
+    is overridden, call ``super()``.)
+
     Examples:
         >>> class Model(DecayGroupsMixin, nn.Module):
         ...     def __init__(self):
@@ -143,6 +148,26 @@ class DecayGroupsMixin:
             other=other,
             overrides=overrides,
         )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the states of schedulers, which are restored after the optimizers'."""
+        vars(self)["_resumed_schedulers"] = checkpoint.get("lr_schedulers", ())
+        _call_next(super(), "on_load_checkpoint", checkpoint)
+
+    def on_fit_start(self) -> None:
+        """Let the optimizers load the state of other groups."""
+        states = vars(self).pop("_resumed_schedulers", None)
+        if states is not None and isinstance(self, nn.Module):
+            trainer: Any = self.trainer
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            load_by_name(trainer.optimizers, self, list(zip(schedulers, states, strict=False)))
+        _call_next(super(), "on_fit_start")
+
+
+def _call_next(parents: Any, hook: str, *arguments: Any) -> None:
+    method = getattr(parents, hook, None)  # Lightning has these hooks, a plain nn.Module has not
+    if method is not None:
+        method(*arguments)
 
 
 def _check_decay(argument: str, decay: object) -> None:

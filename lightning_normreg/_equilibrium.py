@@ -16,6 +16,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
+from lightning_normreg._flat_shards import whole_shape
 from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, UpdateRule, group_of, update_rule
 from lightning_normreg._step_hooks import Phase
@@ -57,8 +58,8 @@ class Formulas:
 
     def __init__(self, rule: UpdateRule, group: Group, watched: Watched, gradient: float | None) -> None:
         units = watched.units()
-        entries = sum(p.numel() for p in watched.tensors()) / units
-        shape = (len(watched.parameter), watched.parameter.numel() // len(watched.parameter))
+        entries = sum(whole_shape(p).numel() for p in watched.tensors()) / units
+        shape = (watched.shape[0], watched.shape.numel() // watched.shape[0])
         given = {"gradient_norm": gradient, "entries": entries, "shape": shape}
         known = inspect.signature(FAMILIES[rule.family]).parameters if rule.family else {}
         values = {name: given.get(name, group.get(name)) for name in known if name not in ("lr", "weight_decay")}

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
+from lightning_normreg._flat_shards import whole_shape
 from lightning_normreg._invariance import ScaleInvariance
 from lightning_normreg._invariance._biases import bias_candidates
 from lightning_normreg._invariance._observed import Observed, observed_axes, observed_verdict, unit_statistic
 from lightning_normreg._invariance._slices import Axis
 from lightning_normreg._invariance._thresholds import ObserverThresholds
-from lightning_normreg._roles import named_roles
+from lightning_normreg._roles import ParameterRole
+from lightning_normreg._sharding import at_once, is_sharded, local, shard_of
 from lightning_normreg._step_hooks import Phase
 
 Verdict = Mapping[str, ScaleInvariance]
+Named = Sequence[tuple[str, Parameter, ParameterRole]]
+"""All parameters, as :func:`named_roles` gives them."""
 
 
 class GradientWatch(ABC):
@@ -32,7 +36,15 @@ class GradientWatch(ABC):
     phase = Phase.MEASURE
 
     def __init__(self, looked_at: Mapping[Parameter, tuple[str, list[Axis]]]) -> None:
-        self._looked_at = dict(looked_at)
+        shards = {name: shard_of(p, name) for p, (name, _) in looked_at.items() if is_sharded(p)}
+        self._shards = {name: shard for name, shard in shards.items() if shard is not None}
+        # Flat pieces, and neurons that are spread over two dimensions, are not looked at.
+        left_out = {
+            name
+            for name, axes in looked_at.values()
+            if name in self._shards and (self._shards[name].entries or any(axis.groups > 1 for axis in axes))
+        }
+        self._looked_at = {p: (name, axes) for p, (name, axes) in looked_at.items() if name not in left_out}
         self._seen: dict[str, list[Observed]] = {}
         self._steps: dict[int, int] = {}
         self._ready: set[int] = set()
@@ -58,7 +70,9 @@ class GradientWatch(ABC):
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             if parameter in self._looked_at and parameter.grad is not None:
                 name, axes = self._looked_at[parameter]
-                self._seen.setdefault(name, []).append(Observed.of(parameter, parameter.grad, axes))
+                seen = Observed.of(local(parameter), local(parameter.grad), axes)
+                seen = seen.spread(self._shards[name]) if name in self._shards else seen
+                self._seen.setdefault(name, []).append(seen)
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Look now where nobody else says when."""
@@ -72,8 +86,12 @@ class GradientWatch(ABC):
         self._ready.discard(index)
         self._steps[index] = self._steps.get(index, 0) + 1
 
-    def _stacked(self, name: str) -> Observed:
-        return Observed.stack(self._seen.get(name, []))
+    def _all_seen(self) -> dict[str, Observed]:
+        """The steps of each parameter, in one; every process must ask."""
+        stacked = {name: Observed.stack(steps) for name, steps in self._seen.items()}
+        names = [name for name in stacked if name in self._shards]
+        sums = at_once(lambda name, total: stacked[name].sum_later(self._shards[name], total), names)
+        return stacked | dict(zip(names, sums, strict=True))
 
 
 class GradientObserver(GradientWatch):
@@ -85,16 +103,14 @@ class GradientObserver(GradientWatch):
 
     STEPS: ClassVar[tuple[int, ...]] = (0, 1, 2, 4, 8, 16, 24, 32)
 
-    def __init__(self, module: nn.Module, limits: ObserverThresholds) -> None:
-        named = named_roles(module)
-        raw = [name for name, _ in module.named_parameters()]
-        self._clean = {name: clean for name, (clean, _, _) in zip(raw, named, strict=True)}
-        trained = {n: role for n, (_, p, role) in zip(raw, named, strict=True) if p.requires_grad}
-        self._biases = bias_candidates(trained, module)
+    def __init__(self, named: Named, limits: ObserverThresholds) -> None:
+        trained = {name: (p, role) for name, p, role in named if p.requires_grad}
+        shapes = {name: whole_shape(p) for name, (p, _) in trained.items()}
+        self._names = [name for name, _, _ in named]
+        self._biases = bias_candidates({name: role for name, (_, role) in trained.items()}, shapes)
         self._limits = limits
-        parameters = dict(module.named_parameters())
-        super().__init__({parameters[n]: (n, observed_axes(parameters[n].shape, r)) for n, r in trained.items()})
-        self._matrices = [n for n in trained if parameters[n].ndim > 1]
+        self._matrices = [name for name, shape in shapes.items() if len(shape) > 1]
+        super().__init__({p: (name, observed_axes(shapes[name], role)) for name, (p, role) in trained.items()})
 
     def is_due(self, step: int) -> bool:
         """The first steps."""
@@ -107,15 +123,15 @@ class GradientObserver(GradientWatch):
 
     def verdict(self) -> dict[str, ScaleInvariance]:
         """What was seen, for every parameter; reads the device."""
-        seen = {name: self._stacked(name) for name in self._clean}
+        seen, nothing = self._all_seen(), Observed.stack([])
         found = {}
-        for name, clean in self._clean.items():
+        for name in self._names:
             if name not in self._matrices:
                 reason = "It is no matrix, or frozen: the observer of gradients does not look at these."
-                found[clean] = ScaleInvariance("none", evidence="observer", reason=reason)
+                found[name] = ScaleInvariance("none", evidence="observer", reason=reason)
                 continue
-            biases = {self._clean[bias]: seen[bias] for bias in self._biases[name]}
-            found[clean] = observed_verdict(seen[name], biases, self._limits)
+            biases = {bias: seen.get(bias, nothing) for bias in self._biases[name]}
+            found[name] = observed_verdict(seen.get(name, nothing), biases, self._limits)
         return found
 
 
@@ -124,16 +140,16 @@ class InvarianceWatchdog(GradientWatch):
 
     EVERY, TOGETHER = 200, 4
 
-    def __init__(self, module: nn.Module, verdict: Verdict, limits: ObserverThresholds) -> None:
+    def __init__(self, named: Named, verdict: Verdict, limits: ObserverThresholds) -> None:
         self._verdict = {name: v for name, v in verdict.items() if v.is_invariant}
         self._limits = limits
         wanted = self._verdict.keys() | {v.needs_bias for v in self._verdict.values()}
         looked_at = {}
-        for name, parameter, role in named_roles(module):
+        for name, parameter, role in named:
             if name in wanted:
                 known = self._verdict.get(name)
                 axis = None if known is None or known.dim is None else Axis(known.dim, known.groups)
-                looked_at[parameter] = (name, [axis or observed_axes(parameter.shape, role)[0]])
+                looked_at[parameter] = (name, [axis or observed_axes(whole_shape(parameter), role)[0]])
         super().__init__(looked_at)
         self._told: set[str] = set()
 
@@ -148,9 +164,9 @@ class InvarianceWatchdog(GradientWatch):
         """
         if not self._seen or any(self.is_due(step) for step in self._steps.values()):
             return {}
-        statistics = {}
+        statistics, seen, nothing = {}, self._all_seen(), Observed.stack([])
         for name, verdict in self._verdict.items():
-            weight, bias = self._stacked(name), self._stacked(verdict.needs_bias or name)
+            weight, bias = seen.get(name, nothing), seen.get(verdict.needs_bias or name, nothing)
             if name not in self._told and len(weight.gradient) and bias.gradient.shape == weight.gradient.shape:
                 statistics[name] = unit_statistic(verdict, weight, bias if verdict.needs_bias else None)
         self._seen.clear()

@@ -14,12 +14,16 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import group_of, update_rule
+from lightning_normreg._sharding import at_once
 from lightning_normreg._step_hooks import Phase
-from lightning_normreg._watched import Watched
+from lightning_normreg._watched import Watched, norms_of
 from lightning_normreg.functional._norms import root_mean_square
 from lightning_normreg.functional._projection import check_radius
 
 Radius = float | Literal["auto", "initial"]
+
+_ASTRAY = 1e-4
+"""Relative distance from the radius that is worth a warning, beyond what rounding explains."""
 
 
 def check_radius_argument(radius: Radius) -> None:
@@ -45,7 +49,11 @@ class Projector:
         self._by_parameter = {t.parameter: t for t in self.targets}
         self._radius = dict(initial or {})
         self._norms: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+        self._starts: dict[str, Tensor] = {}
         self._told: set[str] = set()
+        self.looking = False
+        """Whether the next report shall also say which weights were off their radius before the step."""
 
     @property
     def initial(self) -> dict[str, Tensor]:
@@ -60,8 +68,15 @@ class Projector:
     @torch.no_grad()
     def project(self, targets: Iterable[Watched]) -> None:
         """Put targets at their radius."""
-        for target in targets:
-            self._norms[target.name] = target.project(self._target(target))
+        targets = list(targets)
+        self._prepare(targets)
+        norms = at_once(lambda target, total: target.project_later(total, self._target(target)), targets)
+        self._norms.update({target.name: found for target, found in zip(targets, norms, strict=True)})
+
+    @torch.no_grad()
+    def place(self, copies: Iterable[Watched]) -> None:
+        """Put copies of targets at the radius of their originals."""
+        at_once(lambda copy, total: copy.project_later(total, self._target(copy)), list(copies))
 
     @torch.no_grad()
     def start(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
@@ -70,9 +85,11 @@ class Projector:
         The state was measured at the old norms: gradients of a scale-invariant weight that is multiplied by c go with
         1/c. After every later step the last gradient was measured at the radius, and so will be the next.
         """
-        before = [t.norms() for t in targets]
+        before = norms_of(targets)
         self.project(targets)
-        factors = [torch.where(n > 0, t.norms() / n, 1.0) for t, n in zip(targets, before, strict=True)]
+        self._norms.update({t.name: norms for t, norms in zip(targets, before, strict=True)})
+        pairs = zip(norms_of(targets), before, strict=True)
+        factors = [torch.where(old > 0, new / old, 1.0) for new, old in pairs]
         for optimizer in optimizers:
             mine = {t.name for t in self.optimized([optimizer])}
             for target, factor in zip(targets, factors, strict=True):
@@ -82,15 +99,19 @@ class Projector:
     @torch.no_grad()
     def off(self, targets: Iterable[Watched]) -> list[Watched]:
         """Targets with a unit that is not at its radius. Reads the device."""
-        return [t for t in targets if bool(((t.norms() / self._target(t) - 1).abs() > t.dead_band()).any())]
+        targets = list(targets)
+        self._prepare(targets)
+        pairs = zip(targets, norms_of(targets), strict=True)
+        return [t for t, norms in pairs if bool(((norms / self._target(t) - 1).abs() > t.dead_band()).any())]
 
     def announce(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
         """Say by what factor projecting changes the effective learning rates, per optimizer. Reads the device."""
+        norms = {t.name: found for t, found in zip(targets, norms_of(targets), strict=True)}
         for optimizer in optimizers:
             mine = {t.name for t in self.optimized([optimizer])}
             rules = [(t, update_rule(optimizer, group_of(optimizer, t.parameter))) for t in targets if t.name in mine]
             ratios = [
-                float(root_mean_square(target.norms() / self._target(target))) ** rule.exponent
+                float(root_mean_square(norms[target.name] / self._target(target))) ** rule.exponent
                 for target, rule in rules
                 if rule is not None and rule.exponent
             ]
@@ -106,42 +127,75 @@ class Projector:
     def norms_and_radii(self) -> dict[str, tuple[float, float]]:
         """Root mean squares over units, of the norms before the last projection and of the radii. Reads the device."""
         found = {}
-        for target in self.targets:
-            norms = self._norms.get(target.name, target.norms())
+        now = norms_of(self.targets)
+        for target, norms in zip(self.targets, now, strict=True):
+            norms = self._norms.get(target.name, norms)  # noqa: PLW2901
             radius = root_mean_square(torch.ones_like(norms) * self._target(target))
             found[target.name] = (float(root_mean_square(norms)), float(radius))
         return found
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Nothing: the weights are at their radius."""
+        """See whether the weights are where the last projection has put them."""
+        self._before = {t.name: t.norms() for t in self.optimized([optimizer])} if self.looking else {}
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Project what the optimizer has updated. A skipped update left the weights where projecting changes no bit."""
+        self._starts.update(self._before)
         self.project(self.optimized([optimizer]))
 
     def report(self) -> None:
-        """Warn once of units that cannot be projected. Reads the device once."""
-        found = [(name, n) for name, n in self._norms.items() if name not in self._told]
+        """Warn once of units that cannot be projected, or do not stay where they were put. Reads the device once."""
+        found = [(t, self._norms[t.name]) for t in self.targets if t.name in self._norms and t.name not in self._told]
         if not found:
             return
         device = found[0][1].device
-        bad = [torch.stack([(n == 0).sum(), (~n.isfinite()).sum()]).to(device) for _, n in found]
-        for (name, norms), (zero, wild) in zip(found, torch.stack(bad).tolist(), strict=True):
-            if zero or wild:
-                self._told.add(name)
-                what = " and ".join(
-                    [f"{zero} zero units"] * bool(zero) + [f"{wild} units with infinite or NaN entries"] * bool(wild)
-                )
-                rank_zero_warn(f"{name!r} has {what} of {len(norms)}: they have no direction and are left as they are.")
+        counts = [torch.stack([(n == 0).sum(), (~n.isfinite()).sum(), self._astray(t)]).to(device) for t, n in found]
+        for (target, norms), (zero, wild, astray) in zip(found, torch.stack(counts).tolist(), strict=True):
+            said = _why_off(target.name, len(norms), zero, wild, astray)
+            if said:
+                self._told.add(target.name)
+                rank_zero_warn(said)
+
+    def _astray(self, target: Watched) -> Tensor:
+        """Number of units that were not at their radius before the last step that was looked at."""
+        norms = self._starts.get(target.name)
+        if norms is None:
+            return self._norms[target.name].new_zeros((), dtype=torch.long)
+        radius = torch.ones_like(norms) * self._target(target)
+        possible = norms.isfinite() & (norms > 0) & radius.isfinite()
+        return (possible & ((norms / radius - 1).abs() > target.dead_band() + _ASTRAY)).sum()
 
     def _target(self, target: Watched) -> float | Tensor:
         if isinstance(self._argument, (int, float)):
             return self._argument
-        radius = self._radius.get(target.name)
-        if radius is None:
-            radius = _initial(target) if self._argument == "initial" else target.natural_norms()
-        self._radius[target.name] = radius = radius.to(target.parameter.device)
-        return radius
+        return self._radius[target.name].to(target.parameter.device)
+
+    def _prepare(self, targets: Sequence[Watched]) -> None:
+        """Fix the radii of targets that have none yet; every process must ask for the same ones."""
+        if isinstance(self._argument, (int, float)):
+            return
+        new = [target for target in targets if target.name not in self._radius]
+        norms = norms_of(new) if self._argument == "initial" else [target.natural_norms() for target in new]
+        for target, norm in zip(new, norms, strict=True):
+            # A unit that is zero at the start has no radius to hold: infinity leaves it free.
+            radius = norm if self._argument == "auto" else torch.where((norm > 0) & norm.isfinite(), norm, float("inf"))
+            self._radius[target.name] = radius
+
+
+def _why_off(name: str, units: int, zero: int, wild: int, astray: int) -> str:
+    if zero or wild:
+        what = " and ".join(
+            [f"{zero} zero units"] * bool(zero) + [f"{wild} units with infinite or NaN entries"] * bool(wild)
+        )
+        return f"{name!r} has {what} of {units}: they have no direction and are left as they are."
+    if astray:
+        return (
+            f"{name!r} does not stay at its radius: before the last step {astray} of {units} units were off it by more "
+            "than rounding. Something else writes these weights after the optimizer's step (clipping, averaging, a "
+            "copy that is loaded), or their type cannot hold the radius. Do that before the step, or leave them out by "
+            "`exclude`."
+        )
+    return ""
 
 
 def _follow(optimizer: Optimizer, target: Watched, factors: Tensor) -> None:
@@ -171,9 +225,3 @@ class _StateOf:
     def __call__(self, parameter: Parameter) -> Tensor:
         entry: Tensor = self._optimizer.state[parameter][self._key]
         return entry
-
-
-def _initial(target: Watched) -> Tensor:
-    # A unit that is zero at the start has no radius to hold: infinity leaves it free.
-    norms = target.norms()
-    return torch.where((norms > 0) & norms.isfinite(), norms, float("inf"))

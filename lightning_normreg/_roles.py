@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import Parameter, UninitializedParameter
 from torch.nn.utils import parametrize
 
+from lightning_normreg._flat_shards import whole_shape
 from lightning_normreg._selection import clean_name
 
 Role = Literal["weight", "gamma", "beta", "bias", "embedding", "other"]
@@ -131,7 +132,7 @@ def _by_shape(tensor: str, parameter: Parameter) -> tuple[Role, str]:
     words = tensor.split("_")
     if "bias" in (words[0], words[-1]) and is_vector(parameter):
         return "bias", "named as a bias"
-    if "weight" in (words[0], words[-1]) and parameter.ndim >= 2:
+    if "weight" in (words[0], words[-1]) and len(whole_shape(parameter)) >= 2:
         return "weight", "weight of at least two dimensions"
     return "other", "a bare parameter, neither weight nor bias nor part of a normalization"
 
@@ -153,7 +154,8 @@ def _is_home_made_norm(owner: nn.Module) -> bool:
 
 def is_vector(parameter: Parameter) -> bool:
     """Whether at most one dimension is longer than 1, as in the gain (C, 1, 1) of a channel."""
-    return parameter.numel() == max(parameter.shape, default=1)
+    shape = whole_shape(parameter)
+    return shape.numel() == max(shape, default=1)
 
 
 def _legacy_hooks(owner: nn.Module) -> list[str]:

@@ -7,18 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
 from lightning_normreg._equilibrium import GRADIENT_AT_NORM_1, needs_gradient
+from lightning_normreg._health import Health, signs
 from lightning_normreg._metrics import Curve
-from lightning_normreg._optimizers import scale_exponent, update_rule, why_no_rule
-from lightning_normreg._tracker import Measured, Tracker
-from lightning_normreg._watched import Watched
-from lightning_normreg.functional import effective_lr, weight_norm
+from lightning_normreg._optimizers import Group, UpdateRule, scale_exponent, update_rule, why_no_rule
+from lightning_normreg._sharding import Later, SumOverShards, at_once, local
+from lightning_normreg._tracker import Measured, Stepping, Tracker
+from lightning_normreg._watched import Watched, gradient_of
+from lightning_normreg.functional import effective_lr
 from lightning_normreg.functional._norms import root_mean_square
+from lightning_normreg.functional._updates import Step
 
 _MEMORY = 0.9
 """Of the average over measured steps that the size of the gradients is taken from."""
@@ -32,6 +36,7 @@ class RotationTracker(Tracker):
         momentum_gain: Include the gain of the optimizer's momentum in the effective learning rate.
         exponents: Measure the exponent of each step as well.
         equilibrium: Measure what the equilibrium of decay depends on as well.
+        health: Judges what is measured.
     """
 
     def __init__(
@@ -41,8 +46,9 @@ class RotationTracker(Tracker):
         momentum_gain: bool = False,
         exponents: bool = False,
         equilibrium: bool = False,
+        health: Health | None = None,
     ) -> None:
-        super().__init__(watched)
+        super().__init__(watched, health)
         self._momentum_gain = momentum_gain
         self._exponents = exponents
         self._equilibrium = equilibrium
@@ -63,11 +69,19 @@ class RotationTracker(Tracker):
         self._inside.add(index)
         if self._gradients.get(index, _NO_GRADIENTS).inside:
             del self._gradients[index]  # of an update that never came
+        self.allocate(optimizer)
         for watched in self.optimized(optimizer):
             for parameter in watched.tensors():
-                if parameter not in self._snapshots:
-                    self._snapshots[parameter] = torch.empty_like(parameter)
-                self._snapshots[parameter].copy_(parameter, non_blocking=True)
+                self._snapshots[parameter].copy_(local(parameter), non_blocking=True)
+
+    def allocate(self, optimizer: Optimizer) -> int:
+        """Make the buffers for an optimizer's weights, so that memory runs out at the start or never; their bytes."""
+        size = 0
+        for parameter in (p for watched in self.optimized(optimizer) for p in watched.tensors()):
+            if parameter not in self._snapshots:
+                self._snapshots[parameter] = torch.empty_like(local(parameter))
+                size += self._snapshots[parameter].numel() * parameter.element_size()
+        return size
 
     def record_gradients(self, index: int, optimizer: Optimizer, scale: float = 1.0) -> None:
         """Measure the gradients as they are before clipping, at the weights that the update starts from.
@@ -80,14 +94,12 @@ class RotationTracker(Tracker):
         inside = index in self._inside
         if not self.due or (inside and self._gradients.get(index, _NO_GRADIENTS).inside):
             return  # a closure that is evaluated again (LBFGS) is at other weights by now
-        values: dict[Parameter, dict[Curve, Tensor]] = {}
-        for watched, _ in self.stepping(optimizer):
-            gradient = watched.parameter.grad
-            assert gradient is not None
-            values[watched.parameter] = {
-                _metrics.GRADIENT_NORM: weight_norm(gradient) / scale,
-                _metrics.GRADIENT_ALIGNMENT: root_mean_square(watched.alignment()),
-            }
+        mine = [watched for watched, _ in self.stepping(optimizer)]
+        measured = at_once(_norm_and_alignment, mine)
+        values: dict[Parameter, dict[Curve, Tensor]] = {
+            watched.parameter: {_metrics.GRADIENT_NORM: norm / scale, _metrics.GRADIENT_ALIGNMENT: aligned}
+            for watched, (norm, aligned) in zip(mine, measured, strict=True)
+        }
         self._gradients[index] = _Gradients(values, inside)
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
@@ -96,49 +108,67 @@ class RotationTracker(Tracker):
         self._gradients.pop(index, None)
         self._inside.discard(index)
 
-    def measure(self, index: int, optimizer: Optimizer, watched: Watched, group: dict[str, Any]) -> Measured:
+    def measure(self, index: int, optimizer: Optimizer, stepping: Stepping) -> list[Measured]:
         """The curves of one update."""
-        step = watched.step_from(self._snapshots.__getitem__)
-        rule, norm = update_rule(optimizer, group), root_mean_square(step.norm)
+
+        def ask(pair: tuple[Watched, Group], total: SumOverShards) -> Later[tuple[Step, Tensor]]:
+            watched, group = pair
+            shrink = _shrink(update_rule(optimizer, group), group)
+            step = watched.step_later(total, self._snapshots.__getitem__, shrink)
+            gradients = watched.norms_later(total, gradient_of)
+            return lambda: (step(), gradients())
+
+        found = []
+        for (watched, group), (step, gradients) in zip(stepping, at_once(ask, stepping), strict=True):
+            rule = update_rule(optimizer, group)
+            values = self._rates(watched, rule, group, step)
+            values.update(self._gradients.get(index, _NO_GRADIENTS).values.get(watched.parameter, {}))
+            exponent = scale_exponent(optimizer, watched.parameter) if self._exponents else None
+            if exponent is not None:
+                values[_metrics.SCALE_EXPONENT] = exponent
+            if self._equilibrium and watched.invariant and needs_gradient(rule):
+                values[GRADIENT_AT_NORM_1] = self._gradient_at_norm_1(watched.name, gradients * step.norm)
+            found.append(Measured(values, _signs(step, gradients, group)))
+        return found
+
+    def _rates(self, watched: Watched, rule: UpdateRule | None, group: Group, step: Step) -> dict[Curve, Tensor]:
         values: dict[Curve, Tensor] = {}
+        norm = root_mean_square(step.norm)
         if rule is not None and rule.exponent and rule.lr_is_used:
             curve = _metrics.EFFECTIVE_LR_NOT_INVARIANT if watched.invariant is False else _metrics.EFFECTIVE_LR
             gain = rule.momentum_gain(group) if self._momentum_gain else 1.0
             values[curve] = effective_lr(rule.lr(group), norm, rule.exponent) * gain
         values[_metrics.ANGULAR_UPDATE] = root_mean_square(step.angle())
         values[_metrics.RELATIVE_UPDATE] = root_mean_square(step.relative())
-        values.update(self._gradients.get(index, _NO_GRADIENTS).values.get(watched.parameter, {}))
-        exponent = scale_exponent(optimizer, watched.parameter) if self._exponents else None
-        if exponent is not None:
-            values[_metrics.SCALE_EXPONENT] = exponent
         if self._equilibrium and watched.invariant:
             values[_metrics.UNIT_NORM_RMS] = norm
-            if needs_gradient(rule):
-                values[GRADIENT_AT_NORM_1] = self._gradient_at_norm_1(watched, step.norm)
-        return Measured(values, (step.norm == 0).sum())
+        return values
 
-    def _gradient_at_norm_1(self, watched: Watched, norms: Tensor) -> Tensor:
+    def _gradient_at_norm_1(self, name: str, products: Tensor) -> Tensor:
         """Mean over units of the gradient's norm times the unit's, each smoothed as a root mean square over steps.
 
         The gradient is that which the optimizer has used, clipped or not. At equilibrium the square of a unit's norm
         goes with this product, so its mean over units is what the mean square norm goes with.
         """
-        new = (watched.gradient_norms() * norms).square()
-        old, weight = self.powers.get(watched.name, (torch.zeros_like(new), 0.0))
+        new = products.square()
+        old, weight = self.powers.get(name, (torch.zeros_like(new), 0.0))
         old = old.to(new.device)
         smoothed = torch.where(new.isfinite(), _MEMORY * old + (1 - _MEMORY) * new, old)
         weight = _MEMORY * weight + 1 - _MEMORY
-        self.powers[watched.name] = (smoothed, weight)
+        self.powers[name] = (smoothed, weight)
         return (smoothed / weight).sqrt().mean()
 
     def explain_rules(self, optimizers: Iterable[Optimizer]) -> None:
         """Say once why an optimizer's weights have no curve of the effective learning rate."""
+        rules: dict[str, None] = {}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 if any(p in self._by_parameter for p in group["params"]):
                     said = _about_rule(optimizer, group)
                     if said:
-                        self.tell_once(f"rule {said}", said)
+                        rules.setdefault(said)
+        for said in rules:
+            rank_zero_warn(said)
 
 
 @dataclass(frozen=True)
@@ -148,6 +178,28 @@ class _Gradients:
 
 
 _NO_GRADIENTS = _Gradients({}, inside=False)
+
+
+def _norm_and_alignment(watched: Watched, total: SumOverShards) -> Later[tuple[Tensor, Tensor]]:
+    norm, cosines = watched.whole_norm_later(total, gradient_of), watched.alignment_later(total)
+    return lambda: (norm(), root_mean_square(cosines()))
+
+
+def _signs(step: Step, gradients: Tensor, group: Group) -> Tensor:
+    return signs(
+        step.norm,
+        wild=~(step.norm.isfinite() & step.update.isfinite()),
+        lost=step.update == 0,
+        steered=(gradients > 0) & (group.get("lr") != 0),
+    )
+
+
+def _shrink(rule: UpdateRule | None, group: Group) -> float | Tensor:
+    """Share of the weight that decay takes off in a step, about; 0 where it goes through the second moment."""
+    if rule is None or not (rule.decay == "decoupled" or rule.exponent == 2) or not group.get("weight_decay"):
+        return 0.0
+    share: float | Tensor = rule.lr(group) * group["weight_decay"] * rule.momentum_gain(group)
+    return share
 
 
 def _about_rule(optimizer: Optimizer, group: dict[str, Any]) -> str:

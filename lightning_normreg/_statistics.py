@@ -81,7 +81,7 @@ class _Recorder:
         self._name, self._found = name, found
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        values = args[0].detach().transpose(0, 1).flatten(1).double().cpu()
+        values = args[0].detach().transpose(0, 1).flatten(1).cpu().double()  # not every device has float64
         self._found.setdefault(self._name, (values.mean(dim=1), values.var(dim=1, correction=0)))
 
 
@@ -101,4 +101,4 @@ def _follow(norm: _BatchNorm, before: tuple[Tensor, Tensor], after: tuple[Tensor
 
 
 def _affine_(tensor: Tensor, factor: Tensor, shift: Tensor) -> None:
-    tensor.copy_(tensor.double().cpu() * factor + shift)
+    tensor.copy_(tensor.cpu().double() * factor + shift)

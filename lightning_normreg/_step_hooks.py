@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_normreg._flat_shards import is_flat
+
 _INNER = ("optimizer", "_optimizer", "base_optimizer", "base")
 
 
@@ -99,7 +101,7 @@ class StepDispatcher:
     def leave(self, index: int, optimizer: Optimizer) -> None:
         """The post-hook."""
         self._depth[index] = self._depth.get(index, 1) - 1
-        if self._depth[index] > 0 or not _has_gradient(optimizer):
+        if self._depth[index] > 0 or not any(has_gradient(p) for g in optimizer.param_groups for p in g["params"]):
             return
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = found_inf.detach().reshape(()).clone() if isinstance(found_inf, Tensor) else None
@@ -144,5 +146,9 @@ def _is(a: object, b: object) -> bool:
     return a is b
 
 
-def _has_gradient(optimizer: Optimizer) -> bool:
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+def has_gradient(parameter: Tensor) -> bool:
+    """Whether an optimizer's step will move a parameter, as all processes see it.
+
+    An empty piece of FSDP's first version has no gradient although the others have.
+    """
+    return parameter.grad is not None or is_flat(parameter)

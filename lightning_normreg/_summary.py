@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
-from torch import nn
+from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
+from lightning_normreg._flat_shards import whole_shape
 from lightning_normreg._invariance import ScaleInvariance, summarize
 from lightning_normreg._optimizers import update_rule
-from lightning_normreg._roles import named_roles
-from lightning_normreg._watched import Verdict, Watched, watch
+from lightning_normreg._roles import ParameterRole
+from lightning_normreg._watch import Verdict, watch
+from lightning_normreg._watched import norms_of
 from lightning_normreg.functional._norms import root_mean_square
 
 COLUMNS = ("parameter", "shape", "role", "units", "eps share", "norm", "radius", "group", "decay", "optimizer")
@@ -79,13 +81,16 @@ class SummaryRow:
 
 
 def summary_rows(
-    module: nn.Module, optimizers: Iterable[Optimizer], verdict: Verdict, held: Mapping[str, tuple[float, float]]
+    named: Sequence[tuple[str, Parameter, ParameterRole]],
+    optimizers: Iterable[Optimizer],
+    verdict: Verdict,
+    held: Mapping[str, tuple[float, float]],
 ) -> list[SummaryRow]:
     """One row for each parameter.
 
     Args:
-        module: The module.
-        optimizers: Its optimizers.
+        named: All parameters, as :func:`named_roles` gives them.
+        optimizers: Their optimizers.
         verdict: What is known of scale invariance, empty for nothing.
         held: For each projected parameter its norm before the projection, and its radius.
     """
@@ -95,18 +100,19 @@ def summary_rows(
         for number, group in enumerate(optimizer.param_groups)
         for p in group["params"]
     }
-    watched: dict[str, Watched] = {w.name: w for w in watch(module, ["*"], (), "auto", verdict or None)}
+    watched = watch(named, ["*"], (), "auto", verdict or None)
+    norms = {w.name: float(root_mean_square(found)) for w, found in zip(watched, norms_of(watched), strict=True)}
     rows = []
-    for name, parameter, role in named_roles(module):
+    for name, parameter, role in named:
         known = verdict.get(name)
-        norm, radius = held.get(name) or (float(root_mean_square(watched[name].norms())), None)
+        norm, radius = held.get(name) or (norms[name], None)
         label, group, optimizer = groups.get(parameter, ("", {}, None))
         rule = None if optimizer is None else update_rule(optimizer, group)
         lr = group.get("lr", 0.0) if rule is None else rule.lr(group)
         rows.append(
             SummaryRow(
                 parameter=name,
-                shape=tuple(parameter.shape),
+                shape=tuple(whole_shape(parameter)),
                 role=role.role,
                 units=units_in_words(known),
                 evidence="" if known is None else known.evidence,
@@ -117,7 +123,7 @@ def summary_rows(
                 weight_decay=float(group.get("weight_decay", 0.0)),
                 lr=float(lr or 0.0),  # None where the optimizer sets its own
                 optimizer="" if optimizer is None else type(optimizer).__name__,
-                size=parameter.numel(),
+                size=whole_shape(parameter).numel(),
             )
         )
     return rows

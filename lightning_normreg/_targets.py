@@ -8,7 +8,8 @@ from typing import Literal
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._projector import Radius
-from lightning_normreg._watched import Verdict, Watched
+from lightning_normreg._watch import Verdict
+from lightning_normreg._watched import Watched
 
 OnNotInvariant = Literal["raise", "skip", "allow"]
 

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
+from lightning_normreg._health import SIGNS, Health, signs
 from lightning_normreg._metrics import Curve
-from lightning_normreg._step_hooks import Phase
+from lightning_normreg._sharding import Later, at_once
+from lightning_normreg._step_hooks import Phase, has_gradient
 from lightning_normreg._watched import Watched
-from lightning_normreg.functional import weight_norm
 from lightning_normreg.functional._norms import accumulator, root_mean_square
 
+Stepping = list[tuple[Watched, dict[str, Any]]]
+"""Weights that an optimizer updates, each with its group."""
 Row = dict[str, dict[Curve, float]]
 """Parameter name → curve → value."""
 
@@ -30,7 +32,7 @@ class _Pending:
     names: list[str]
     curves: list[list[Curve]]
     values: Tensor  # all values of the row, flat, on the device
-    zero_units: Tensor  # per name
+    signs: Tensor  # likewise, len(SIGNS) per name
     skipped: Tensor | None
 
 
@@ -42,12 +44,13 @@ class Tracker(ABC):
 
     phase = Phase.MEASURE
 
-    def __init__(self, watched: Sequence[Watched]) -> None:
+    def __init__(self, watched: Sequence[Watched], health: Health | None = None) -> None:
         self.due = False
         self.watched = list(watched)
+        self.health = health or Health()
         self._by_parameter = {w.parameter: w for w in self.watched}
+        self._by_name = {w.name: w for w in self.watched}
         self._pending: dict[int, _Pending] = {}
-        self._told: set[str] = set()
 
     def arm(self, due: bool) -> None:
         """Start a batch: measure the updates in it, or do nothing at all."""
@@ -59,13 +62,13 @@ class Tracker(ABC):
         wide = any(accumulator(w.parameter.dtype) == torch.float64 for w in self.watched)
         return torch.float64 if wide else torch.float32
 
-    def stepping(self, optimizer: Optimizer) -> list[tuple[Watched, dict[str, Any]]]:
+    def stepping(self, optimizer: Optimizer) -> Stepping:
         """Watched weights that an optimizer updates, with their groups, as its group list stands now."""
         return [
             (self._by_parameter[p], group)
             for group in optimizer.param_groups
             for p in group["params"]
-            if p in self._by_parameter and p.grad is not None
+            if p in self._by_parameter and has_gradient(p)
         ]
 
     def optimized(self, optimizer: Optimizer) -> list[Watched]:
@@ -78,8 +81,8 @@ class Tracker(ABC):
         """Keep what must be known of the weights before the step."""
 
     @abstractmethod
-    def measure(self, index: int, optimizer: Optimizer, watched: Watched, group: dict[str, Any]) -> Measured:
-        """Values of one weight after the step, as 0-dimensional tensors."""
+    def measure(self, index: int, optimizer: Optimizer, stepping: Stepping) -> list[Measured]:
+        """Values of each weight after the step, as 0-dimensional tensors."""
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Measure the update and hold its values on the device."""
@@ -88,15 +91,15 @@ class Tracker(ABC):
         stepping = self.stepping(optimizer)
         if not stepping:
             return
-        measured = [self.measure(index, optimizer, watched, group) for watched, group in stepping]
+        measured = self.measure(index, optimizer, stepping)
         device = stepping[0][0].parameter.device
         flat = [v.to(device, self.dtype) for m in measured for v in m.values.values()]
-        zeros = [m.zero_units.to(device) for m in measured]
+        signs = [m.signs.to(device, self.dtype) for m in measured]
         self._pending[index] = _Pending(
             [watched.name for watched, _ in stepping],
             [list(m.values) for m in measured],
             torch.stack(flat),
-            torch.stack(zeros),
+            torch.cat(signs),
             skipped,
         )
 
@@ -106,69 +109,62 @@ class Tracker(ABC):
         for pending in self._pending.values():
             skipped = [] if pending.skipped is None else [pending.skipped.to(pending.values)]
             flags = [s.reshape(1) for s in skipped]
-            numbers = torch.cat([pending.values, pending.zero_units.to(pending.values), *flags]).tolist()
+            numbers = torch.cat([pending.values, pending.signs, *flags]).tolist()
             if skipped and numbers.pop():
                 continue
-            zeros = numbers[len(pending.values) :]
             values = iter(numbers)
-            for name, curves, zero in zip(pending.names, pending.curves, zeros, strict=True):
+            for name, curves in zip(pending.names, pending.curves, strict=True):
                 row[name] = {curve: next(values) for curve in curves}
-                self._explain(name, row[name], int(zero))
+            for name in pending.names:
+                self.health.judge(name, {sign: next(values) for sign in SIGNS}, self._by_name[name].parameter.dtype)
+                self._explain(name, row[name])
         self._pending.clear()
         return row
 
-    def _explain(self, name: str, values: dict[Curve, float], zero_units: int) -> None:
-        if zero_units:
-            self.tell_once(
-                f"zero {name}",
-                f"{zero_units} units of {name!r} are zero: they have no direction, so their rotation and relative "
-                "update count as 0.",
-            )
+    def _explain(self, name: str, values: dict[Curve, float]) -> None:
         for curve in (_metrics.EFFECTIVE_LR, _metrics.EFFECTIVE_LR_NOT_INVARIANT):
             if values.get(curve) == math.inf:
                 del values[curve]  # every unit is zero, which was just said
-        if not all(map(math.isfinite, values.values())):
-            self.tell_once(f"finite {name}", f"{name!r} has infinite or NaN entries, and so have its curves.")
-
-    def tell_once(self, topic: str, message: str) -> None:
-        """Warn, unless the topic was warned about before."""
-        if topic not in self._told:
-            self._told.add(topic)
-            rank_zero_warn(message)
+        if not all(map(math.isfinite, values.values())) and name not in self.health.alarms:
+            self.health.tell(f"finite {name}", f"Curves of {name!r} are infinite or NaN, because its gradient is.")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Values of one weight, and how many of its units are zero."""
+    """Values of one weight, and the signs of its health."""
 
     values: dict[Curve, Tensor]
-    zero_units: Tensor
+    signs: Tensor
 
 
 class NormTracker(Tracker):
     """Norms of the watched weights before each update."""
 
-    def __init__(self, watched: Sequence[Watched]) -> None:
-        super().__init__(watched)
-        self._norms: dict[Parameter, Tensor] = {}
-        self._whole: dict[Parameter, Tensor] = {}
+    def __init__(self, watched: Sequence[Watched], health: Health | None = None) -> None:
+        super().__init__(watched, health)
+        self._norms: dict[Parameter, tuple[Tensor, Tensor]] = {}
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Take the norms: after the step they would describe the next one."""
         if self.due:
-            for watched in self.optimized(optimizer):
-                self._norms[watched.parameter] = watched.norms()
-                self._whole[watched.parameter] = weight_norm(watched.parameter)
+            mine = self.optimized(optimizer)
+            norms = at_once(lambda w, total: _both(w.norms_later(total), w.whole_norm_later(total)), mine)
+            self._norms.update({w.parameter: pair for w, pair in zip(mine, norms, strict=True)})
 
-    def measure(self, index: int, optimizer: Optimizer, watched: Watched, group: dict[str, Any]) -> Measured:
+    def measure(self, index: int, optimizer: Optimizer, stepping: Stepping) -> list[Measured]:
         """The four curves of the norms taken before."""
-        norms = self._norms[watched.parameter]
-        return Measured(
-            {
-                _metrics.WEIGHT_NORM: self._whole[watched.parameter],
+        found = []
+        for watched, _ in stepping:
+            norms, whole = self._norms[watched.parameter]
+            values = {
+                _metrics.WEIGHT_NORM: whole,
                 _metrics.UNIT_NORM_RMS: root_mean_square(norms),
                 _metrics.UNIT_NORM_MIN: norms.min() if norms.numel() else norms.new_zeros(()),
                 _metrics.UNIT_NORM_MAX: norms.max() if norms.numel() else norms.new_zeros(()),
-            },
-            (norms == 0).sum(),
-        )
+            }
+            found.append(Measured(values, signs(norms)))
+        return found
+
+
+def _both(first: Later[Tensor], second: Later[Tensor]) -> Later[tuple[Tensor, Tensor]]:
+    return lambda: (first(), second())

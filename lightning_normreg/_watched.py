@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from lightning_normreg._invariance import ScaleInvariance
-from lightning_normreg._roles import ParameterRole, named_roles
-from lightning_normreg._selection import check_globs, select
-from lightning_normreg.functional._norms import accumulator, row_norms
+from lightning_normreg._flat_shards import whole_shape
+from lightning_normreg._roles import ParameterRole
+from lightning_normreg._sharding import Later, SumOverShards, at_once
+from lightning_normreg.functional._norms import accumulator, row_norms, weight_norm
 from lightning_normreg.functional._projection import dead_band, project_views_
 from lightning_normreg.functional._units import Unit, View, count_units, over_units, split_units, unit_rows
 from lightning_normreg.functional._updates import Step, align_rows, measure_rows
-
-UnitArgument = Literal["auto", "neuron", "column", "layer"]
-Verdict = Mapping[str, ScaleInvariance]
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,26 @@ class Part:
         piece = tensor if self.start is None else tensor.narrow(self.dim, self.start, self.stop - self.start)
         return split_units(piece, self.unit, self.dim, self.groups)
 
+    def units(self, shape: torch.Size) -> int:
+        """Number of units in a tensor of some shape."""
+        if self.unit == "layer" or len(shape) < 2:
+            return 1
+        slices = shape[self.dim] * self.groups if self.start is None else self.stop - self.start
+        return slices if self.unit == "neuron" else slices // self.unit
+
     def bias_view(self, bias: Tensor, units: int) -> View:
         """The entries of a bias that belong to these units."""
         piece = bias.detach() if self.start is None else bias.detach()[self.start : self.stop]
         return piece.view(units, -1), (0,)
+
+
+def itself(parameter: Parameter) -> Tensor:
+    return parameter.detach()
+
+
+def gradient_of(parameter: Parameter) -> Tensor:
+    """The gradient of a parameter, zero where there is none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,43 +85,65 @@ class Watched:
     invariant: bool | None = None
     standardized: bool = False
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the whole parameter."""
+        return whole_shape(self.parameter)
+
     def tensors(self) -> list[Parameter]:
         """The parameter, and the bias that belongs to it."""
         return [self.parameter] if self.bias is None else [self.parameter, self.bias]
 
     def norms(self) -> Tensor:
-        """Norm of every unit, shape ``(units,)``."""
-        return torch.cat([row_norms(rows) for rows in self._rows(_itself)])
+        """Norm of every unit, shape ``(units,)``; every process must ask."""
+        return norms_of([self])[0]
 
     def units(self) -> int:
         """Number of units."""
-        return sum(count_units(*part.view(self.parameter)) for part in self.parts)
+        return sum(part.units(self.shape) for part in self.parts)
 
-    def gradient_norms(self) -> Tensor:
-        """Norm of the gradient of every unit, shape ``(units,)``."""
-        return torch.cat([row_norms(rows) for rows in self._rows(_gradient)])
+    def norms_later(self, total: SumOverShards, read: Callable[[Parameter], Tensor] = itself) -> Later[Tensor]:
+        """Norm of every unit of what ``read`` gives, such as the gradient."""
+        norms = torch.cat([row_norms(rows) for rows in self._rows(read)])
+        return lambda: norms
 
-    def step_from(self, before: Callable[[Parameter], Tensor]) -> Step:
-        """What the units have done since ``before``."""
-        pairs = zip(self._rows(before), self._rows(_itself), strict=True)
+    def whole_norm_later(self, total: SumOverShards, read: Callable[[Parameter], Tensor] = itself) -> Later[Tensor]:
+        """Norm of the whole tensor, without the bias and with entries that are in no unit."""
+        norm = weight_norm(read(self.parameter))
+        return lambda: norm
+
+    def step_later(
+        self, total: SumOverShards, before: Callable[[Parameter], Tensor], shrink: float | Tensor = 0.0
+    ) -> Later[Step]:
+        """What the units have done since ``before``.
+
+        Args:
+            total: Takes partial sums.
+            before: From a parameter to what this process held of it before.
+            shrink: Share of the weight that decay took off, as far as all processes know it.
+        """
+        pairs = zip(self._rows(before), self._rows(itself), strict=True)
         steps = [measure_rows(start, end) for start, end in pairs]
-        return Step(*(torch.cat(v) for v in zip(*((s.norm, s.along, s.across, s.update) for s in steps), strict=True)))
+        parts = zip(*((s.norm, s.along, s.across, s.update) for s in steps), strict=True)
+        step = Step(*(torch.cat(values) for values in parts))
+        return lambda: step
 
-    def alignment(self) -> Tensor:
+    def alignment_later(self, total: SumOverShards) -> Later[Tensor]:
         """Cosine between every unit and its gradient."""
-        pairs = zip(self._rows(_itself), self._rows(_gradient), strict=True)
-        return torch.cat([align_rows(weight, gradient) for weight, gradient in pairs])
+        pairs = zip(self._rows(itself), self._rows(gradient_of), strict=True)
+        cosines = torch.cat([align_rows(weight, gradient) for weight, gradient in pairs])
+        return lambda: cosines
 
-    def project(self, radius: float | Tensor) -> Tensor:
+    def project_later(self, total: SumOverShards, radius: float | Tensor) -> Later[Tensor]:
         """Put every unit at a radius, and return the norms before."""
         norms: list[Tensor] = []
         for part in self.parts:
-            views = self._views(part, _itself)
+            views = self._views(part, itself)
             units = count_units(*views[0])
             start = sum(len(n) for n in norms)
             own = radius[start : start + units] if isinstance(radius, Tensor) and radius.ndim else radius
             norms.append(project_views_(views, own))
-        return torch.cat(norms)
+        return lambda: torch.cat(norms)
 
     def multiply(self, factors: Tensor, read: Callable[[Parameter], Tensor]) -> None:
         """Multiply the entries of each unit, in tensors that are shaped like its parameters, by the unit's factor."""
@@ -123,7 +157,7 @@ class Watched:
 
     def dead_band(self) -> float:
         """Relative distance from the radius within which a unit counts as being on it; that of the longest unit."""
-        longest = max((rows.shape[1] for rows in self._rows(_itself)), default=1)
+        longest = max((rows.shape[1] for rows in self._rows(itself)), default=1)
         return dead_band(self.parameter.dtype, longest)
 
     def natural_norms(self) -> Tensor:
@@ -133,11 +167,10 @@ class Watched:
         """
         squares: list[int] = []
         for part in self.parts:
-            units = count_units(*part.view(self.parameter))
-            size = part.unit if isinstance(part.unit, int) else 1
-            slices = self.parameter.shape[self.role.dim] * self.role.groups if self.parameter.ndim > 1 else 1
-            size = slices if part.unit == "layer" else size
-            squares += [size * (self.parameter.numel() // slices if self.standardized else 1)] * units
+            slices = self.shape[self.role.dim] * self.role.groups if len(self.shape) > 1 else 1
+            size = slices if part.unit == "layer" else 1 if isinstance(part.unit, str) else part.unit
+            units = part.units(self.shape)
+            squares += [size * (self.shape.numel() // slices if self.standardized else 1)] * units
         return torch.tensor(squares, dtype=accumulator(self.parameter.dtype)).sqrt()
 
     def _rows(self, read: Callable[[Parameter], Tensor]) -> list[Tensor]:
@@ -155,101 +188,6 @@ class Watched:
         return [(view, kept), *joined]
 
 
-def _itself(parameter: Parameter) -> Tensor:
-    return parameter.detach()
-
-
-def _gradient(parameter: Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def check_selection(unit: str, include: Sequence[str] | None, exclude: Sequence[str]) -> None:
-    """Raise for an unknown unit, or globs that are no list of strings."""
-    if unit not in get_args(UnitArgument):
-        raise ValueError(f"`unit` must be one of {', '.join(map(repr, get_args(UnitArgument)))}, got {unit!r}.")
-    if include is not None:
-        check_globs("include", include)
-    check_globs("exclude", exclude)
-
-
-def watch(
-    module: nn.Module,
-    include: Sequence[str] | None,
-    exclude: Sequence[str],
-    unit: UnitArgument = "auto",
-    verdict: Verdict | None = None,
-) -> list[Watched]:
-    """Select parameters: those that ``include`` names, by default weights and embeddings, less ``exclude``.
-
-    Args:
-        module: The module that they belong to.
-        include: Globs, or None.
-        exclude: Globs.
-        unit: ``"auto"``: the units that the verdict found, the whole tensor where it found none, and neurons where
-            there is no verdict.
-        verdict: Which units are scale-invariant, if that is known.
-
-    Raises:
-        ValueError: If a glob matches nothing, or nothing is left.
-        NotImplementedError: If a selected parameter is sharded.
-    """
-    found = {name: (parameter, role) for name, parameter, role in named_roles(module)}
-    names = {name: role.aliases for name, (_, role) in found.items()}
-    default = [name for name, (_, role) in found.items() if role.role in ("weight", "embedding")]
-    chosen = select(names, include, exclude, default)
-    if not chosen:
-        raise ValueError(
-            f"`include` and `exclude` must leave at least one parameter of {type(module).__name__}, got include="
-            f"{include}, exclude={list(exclude)}. By default weights and embeddings are watched, of {len(default)}."
-        )
-    watched = []
-    for name in chosen:
-        parameter, role = found[name]
-        known = None if verdict is None else verdict.get(name)
-        parts, bias, invariant = _units(role, unit, known)
-        joined = found[bias][0] if bias in found else None
-        standardized = known is not None and known.standardized
-        watched.append(Watched(name, _whole(name, parameter), role, parts, joined, invariant, standardized))
-    return watched
-
-
-def _units(
-    role: ParameterRole, unit: UnitArgument, known: ScaleInvariance | None
-) -> tuple[tuple[Part, ...], str | None, bool | None]:
-    """Parts, bias and invariance of a parameter, from what the user asked for and what is known."""
-    if known is None:
-        return (_asked_for(role, unit),), None, None
-    if unit != "auto":
-        return (_asked_for(role, unit),), None, _supports(known, role, unit)
-    if not known.is_invariant or known.kind == "layer":
-        return (Part("layer", role.dim, role.groups),), known.needs_bias, known.is_invariant
-    dim, groups = known.dim or 0, known.groups
-    if known.slices is None:
-        return (Part(known.block_size or 1, dim, groups),), known.needs_bias, True
-    parts = (Part(known.block_size or stop - start, dim, groups, start, stop) for start, stop in known.slices)
-    return tuple(parts), known.needs_bias, True
-
-
-def _asked_for(role: ParameterRole, unit: UnitArgument) -> Part:
-    if unit == "column":  # what one input feeds into all neurons
-        return Part("neuron", 1 - role.dim)
-    return Part("neuron" if unit == "auto" else unit, role.dim, role.groups)
-
-
-def _supports(known: ScaleInvariance, role: ParameterRole, unit: UnitArgument) -> bool:
-    """Whether units of the user's choice are scale-invariant: what is so slice by slice is so as a whole."""
-    if not known.is_invariant or known.needs_bias or known.slices:
-        return False
-    if unit == "column":
-        return known.dim == 1 - role.dim and known.block_size == 1
-    return unit in ("layer", known.kind)
-
-
-def _whole(name: str, parameter: Parameter) -> Parameter:
-    # The norm of a local shard would be a wrong number without any sign of it.
-    if hasattr(parameter, "placements") or hasattr(parameter, "_is_flat_param"):
-        raise NotImplementedError(
-            f"{name!r} is sharded ({type(parameter).__name__}), and norms over shards are not supported yet. "
-            "Use strategy='ddp' or a single device."
-        )
-    return parameter
+def norms_of(watched: Sequence[Watched]) -> list[Tensor]:
+    """Norm of every unit of some parameters; every process must ask for the same ones."""
+    return at_once(lambda w, total: w.norms_later(total), watched)

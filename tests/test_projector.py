@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normreg._projector import Projector
-from lightning_normreg._watched import watch
+from lightning_normreg._roles import named_roles
+from lightning_normreg._watch import watch
 
 CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
     "momentum": (torch.optim.SGD, {"momentum": 0.9}, 2),
@@ -55,7 +56,7 @@ def test_state_follows_the_first_projection(case: str, joined: bool) -> None:
     for name in ("free", "held", "stateless"):
         net, twin = copy.deepcopy((free, optimizer))
         if name != "free":
-            (target,) = watch(net, ["0.weight"], (), "layer" if joined else "neuron")
+            (target,) = watch(named_roles(net), ["0.weight"], (), "layer" if joined else "neuron")
             if joined:
                 target = copy.copy(target)
                 object.__setattr__(target, "bias", net[0].bias)
@@ -82,7 +83,7 @@ def test_an_unknown_optimizer_is_named() -> None:
     net = nn.Linear(3, 2)
     optimizer = Other(net.parameters(), lr=0.1, momentum=0.9)
     step(net, optimizer, torch.randn(4, 3))
-    (target,) = watch(net, ["weight"], (), "neuron")
+    (target,) = watch(named_roles(net), ["weight"], (), "neuron")
     with pytest.warns(UserWarning, match="The state of Other could not follow the first projection of 'weight'"):
         Projector([target], "auto").start([target], [optimizer])
 
@@ -92,6 +93,6 @@ def test_a_state_that_is_not_shaped_like_the_weight_is_named() -> None:
     net = nn.Linear(3, 2)
     optimizer = torch.optim.Adafactor(net.parameters())
     step(net, optimizer, torch.randn(4, 3))
-    (target,) = watch(net, ["weight"], (), "neuron")
+    (target,) = watch(named_roles(net), ["weight"], (), "neuron")
     with pytest.warns(UserWarning, match="The row_var of Adafactor could not follow the first projection of 'weight'"):
         Projector([target], "auto").start([target], [optimizer])

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from lightning_normreg import ScaleInvariance
-from lightning_normreg._watched import watch
+from lightning_normreg._roles import named_roles
+from lightning_normreg._sharding import at_once
+from lightning_normreg._watch import watch
 
 VERDICTS = {
     "equal-blocks": ScaleInvariance("block", dim=0, block_size=2, slices=((0, 4), (8, 10))),
@@ -23,7 +25,7 @@ def test_units_in_a_part_of_a_tensor(case: str) -> None:
     """Norms, rotation and projection are those of the covered slices; all other entries keep their bits."""
     torch.manual_seed(0)
     layer = nn.Linear(6, 12).double()
-    (watched,) = watch(layer, ["weight"], (), "auto", {"weight": VERDICTS[case]})
+    (watched,) = watch(named_roles(layer), ["weight"], (), "auto", {"weight": VERDICTS[case]})
     before = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight.add_(torch.randn(12, 6, dtype=torch.float64), alpha=0.01)
@@ -40,10 +42,12 @@ def test_units_in_a_part_of_a_tensor(case: str) -> None:
     ]
     # Float64: sums of at most 36 terms, and a chord of about 0.1.
     assert watched.norms().tolist() == pytest.approx(norms, rel=1e-14)
-    angles = watched.step_from(lambda p: before).angle()
+    angles = at_once(lambda w, total: w.step_later(total, lambda p: before), [watched])[0].angle()
     assert angles.tolist() == pytest.approx([2 * np.arcsin(c / 2) for c in chords], rel=1e-12)
     radii = torch.arange(1.0, len(norms) + 1, dtype=torch.float64)
-    assert watched.project(radii).tolist() == pytest.approx(norms, rel=1e-14)
+    assert at_once(lambda w, total: w.project_later(total, radii), [watched])[0].tolist() == pytest.approx(
+        norms, rel=1e-14
+    )
     assert [np.sqrt((u**2).sum()) for u in units(layer.weight.detach())] == pytest.approx(radii.tolist(), rel=1e-14)
     covered = torch.zeros(12, 6, dtype=torch.bool)
     for start, stop in ROWS[case]:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+import torch
 
 from lightning_normreg._roles import ParameterRole
 
 
-def bias_candidates(roles: dict[str, ParameterRole], module: nn.Module) -> dict[str, list[str]]:
+def bias_candidates(roles: Mapping[str, ParameterRole], shapes: Mapping[str, torch.Size]) -> dict[str, list[str]]:
     """For each weight the vectors of the same module with one entry per neuron, likeliest first.
 
     Args:
-        roles: Name as in ``module.named_parameters()`` → role, of the trainable parameters.
-        module: The module that they belong to.
+        roles: Name → role, of the trainable parameters.
+        shapes: Name → shape, of the same.
 
     Examples:
         >>> from lightning_normreg import parameter_roles
-        >>> layer = nn.MultiheadAttention(4, 2)
-        >>> bias_candidates(parameter_roles(layer), layer)["in_proj_weight"]
+        >>> layer = torch.nn.MultiheadAttention(4, 2)
+        >>> shapes = {name: p.shape for name, p in layer.named_parameters()}
+        >>> bias_candidates(parameter_roles(layer), shapes)["in_proj_weight"]
         ['in_proj_bias']
     """
-    parameters = dict(module.named_parameters())
     found = {}
     for name, role in roles.items():
         owner, tensor = _owner_and_tensor(name)
-        shape = parameters[name].shape
+        shape = shapes[name]
         neurons = shape[role.dim] * role.groups if len(shape) > 1 else 0
         wanted = tensor.replace("weight", "bias")
         others = [
@@ -32,8 +34,8 @@ def bias_candidates(roles: dict[str, ParameterRole], module: nn.Module) -> dict[
             for other, other_role in roles.items()
             if other_role.role in ("bias", "beta", "other")
             and _owner_and_tensor(other)[0] == owner
-            and parameters[other].ndim == 1
-            and len(parameters[other]) == neurons
+            and len(shapes[other]) == 1
+            and shapes[other][0] == neurons
         ]
         found[name] = sorted(others, key=lambda other: _owner_and_tensor(other)[1] != wanted)
     return found

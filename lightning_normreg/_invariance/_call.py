@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -114,8 +115,19 @@ def private_copy(module: nn.Module) -> nn.Module:
             f"{type(module).__name__} raised {_shortly(error)}. Drop what cannot be copied (open files, locks, "
             f"generators) from its attributes, or give it a `__deepcopy__`."
         ) from error
+    _rebind_compiled(twin, module)
     silence(twin, module)
     return twin
+
+
+def _rebind_compiled(twin: nn.Module, module: nn.Module) -> None:
+    # A compiled method that is kept in an attribute, as Lightning does for torch.compile(module), is copied with the
+    # module that it is bound to: the copy would compute the original's loss, which none of its parameters reaches.
+    for original, part in zip(module.modules(), twin.modules(), strict=True):
+        for name, value in list(vars(part).items()):
+            method = getattr(value, "_torchdynamo_orig_callable", None)
+            if inspect.ismethod(method) and method.__self__ is original:
+                vars(part)[name] = MethodType(method.__func__, part)
 
 
 def _copied_already(module: nn.Module) -> dict[int, Any]:
@@ -161,8 +173,11 @@ def _training_step(module: nn.Module, batch: Any) -> Any:
     parameters = inspect.signature(module.training_step).parameters  # type: ignore[arg-type]
     if "dataloader_iter" in parameters:
         raise ValueError("a training_step that fetches its own batches (dataloader_iter) cannot be given one")
-    indices = {name: 0 for name in ("batch_idx", "dataloader_idx") if name in parameters}
-    return module.training_step(batch, **indices)  # type: ignore[operator]
+    # As Lightning does: the index of the batch comes second, whatever its name.
+    kinds = [parameter.kind for parameter in parameters.values()]
+    second = kinds[1:2] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] or inspect.Parameter.VAR_POSITIONAL in kinds
+    index = [0] if second else []
+    return module.training_step(batch, *index)  # type: ignore[operator]
 
 
 def _scalar(result: Any, what: str) -> Tensor:

@@ -20,6 +20,7 @@ from lightning_normreg._invariance._slices import Axis, axes, slice_squares, sli
 from lightning_normreg._invariance._thresholds import ObserverThresholds
 from lightning_normreg._invariance._verdict import Kind, ScaleInvariance
 from lightning_normreg._roles import ParameterRole
+from lightning_normreg._sharding import Later, Shard, SumOverShards
 from lightning_normreg.functional._norms import accumulator
 
 FEWEST_STEPS = 4
@@ -54,6 +55,24 @@ class Observed:
             pairs = [step.tables[axis] for step in steps]
             tables[axis] = Table(torch.stack([t.sums for t in pairs]), torch.stack([t.squares for t in pairs]))
         return Observed(tables, torch.stack([step.gradient for step in steps]) if steps else torch.zeros(0))
+
+    def spread(self, shard: Shard) -> Observed:
+        """This process's slices at their places in the whole tensor, with the square of the gradient's norm.
+
+        Like this they can be added over processes, see :meth:`sum_later`.
+        """
+        tables = {}
+        for axis, table in self.tables.items():
+            places = shard.index[axis.dim]
+            size = shard.shape[axis.dim]
+            tables[axis] = Table(*(v.new_zeros(size).index_add_(0, places, v) for v in table))
+        return Observed(tables, self.gradient.square())
+
+    def sum_later(self, shard: Shard, total: SumOverShards) -> Later[Observed]:
+        """The sum over processes of several steps that were spread."""
+        tables = {axis: [total.add(v, shard) for v in table] for axis, table in self.tables.items()}
+        square = total.add(self.gradient, shard)
+        return lambda: Observed({axis: Table(*(v() for v in t)) for axis, t in tables.items()}, square().sqrt())
 
     def where(self, steps: Tensor) -> Observed:
         """The steps of a stack that a mask names."""

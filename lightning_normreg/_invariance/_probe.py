@@ -143,7 +143,7 @@ class _Setup:
         self.names = {name: (clean, role) for name, (clean, _, role) in zip(raw, named, strict=True)}
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.roles = {name: self.names[name][1] for name in trainable}
-        self.biases = bias_candidates(self.roles, module)
+        self.biases = bias_candidates(self.roles, {name: p.shape for name, p in trainable.items()})
         self.narrow = next((p.dtype for p in trainable.values()), torch.float32).to_real()
         self.call = PrivateCall(module, forward, batch, dtype)
         self.limits = THRESHOLDS[dtype]
@@ -186,6 +186,12 @@ def _draw(setup: _Setup, index: int) -> dict[str, EulerSums]:
 def _euler_verdicts(setup: _Setup, drawn: list[dict[str, EulerSums]]) -> dict[str, ScaleInvariance]:
     found = {name: EulerSums.stack([sums[name] for sums in drawn]) for name in setup.roles}
     dead = inert_parameters(found, setup.limits)
+    if found and len(dead) == len(found):
+        raise ProbeError(
+            "The loss must depend on the parameters of a private copy of the module, but none of them reaches it: a "
+            "function that is kept in an attribute or a closure may be bound to the module itself. Pass `forward`, a "
+            "function of (module, batch) that returns the loss."
+        )
     verdicts = {}
     for name, sums in found.items():
         biases = {bias: found[bias] for bias in setup.biases[name] if bias not in dead}

@@ -1,6 +1,7 @@
 """Facts about optimizers, as data: how a step depends on the weight's scale, and what decay does."""
 
 from lightning_normreg._optimizers._local import scale_exponent as scale_exponent
+from lightning_normreg._optimizers._lookup import acting as acting
 from lightning_normreg._optimizers._lookup import find_rule as find_rule
 from lightning_normreg._optimizers._lookup import group_of as group_of
 from lightning_normreg._optimizers._lookup import register_update_rule as register_update_rule

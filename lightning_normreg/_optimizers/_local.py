@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normreg._optimizers._lookup import group_of, update_rule
+from lightning_normreg._optimizers._lookup import acting, group_of, update_rule
 from lightning_normreg._optimizers._rule import Group, Local, UpdateRule
 from lightning_normreg.functional._norms import accumulator
 
@@ -36,6 +36,8 @@ def scale_exponent(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
     rule = None if group is None else update_rule(optimizer, group)
     if group is None or rule is None or rule.local == "unknown" or (rule.local != "exact" and not state):
         return None
+    if rule.local != "exact" and acting(optimizer) is not optimizer:
+        return None  # each rank has the state of its own share only
     return _FORMULAS[rule.local](rule, group, state, parameter)
 
 

@@ -41,12 +41,20 @@ def group_of(optimizer: Optimizer, parameter: Tensor) -> Group | None:
 
 def find_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule | NoRule | None:
     """Rule of an optimizer, or what is known instead."""
+    optimizer = acting(optimizer)
     for parent in type(optimizer).__mro__:
         rule = _REGISTERED.get(parent) or _listed(parent)
         if rule is not None:
             group = optimizer.param_groups[0] if group is None else group
             return _in_group(rule, optimizer, group) if _same_step(type(optimizer), parent) else None
     return None
+
+
+def acting(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that computes the step: ZeroRedundancyOptimizer has one for this rank's share of the parameters."""
+    inner = getattr(optimizer, "optim", None)
+    shares = any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__)
+    return inner if shares and isinstance(inner, Optimizer) else optimizer
 
 
 def _listed(cls: type) -> UpdateRule | NoRule | None:

@@ -8,26 +8,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_normreg.functional import _families as families
+
 Decay = Literal["coupled", "decoupled", "none"]
 Group = dict[str, Any]
 Degree = int | tuple[int, ...] | Callable[[Group], float]
 StateDegree = int | Callable[[int], float]
 Local = Literal["exact", "adam", "radam", "nadam", "rmsprop", "adagrad", "adadelta", "adafactor", "unknown"]
-Family = Literal[
-    "",
-    "sgd",
-    "nesterov",
-    "adam_l2",
-    "adam_decoupled",
-    "nadam_decoupled",
-    "rmsprop_l2",
-    "lion",
-    "muon",
-    "sgdp",
-    "adamp",
-    "adafactor",
-    "lamb",
-]
+Family = families.Family | Literal[""]
 
 
 @dataclass(frozen=True)

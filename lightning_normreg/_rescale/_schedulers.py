@@ -86,6 +86,16 @@ def add_group(schedulers: Iterable[Scheduler], parent: int, index: int) -> None:
                 setattr(scheduler, key, [*entries, entries[parent]])
 
 
+def select_groups(state: dict[str, Any], sources: Sequence[int], count: int) -> None:
+    """Change the saved state of a scheduler, in place, from ``count`` groups to others, each made from one of them."""
+    for key in _RATES + _OTHERS:
+        entries = state.get(key)
+        if isinstance(entries, list) and len(entries) == count:
+            state[key] = [entries[source] for source in sources]
+    for inner in state.get("_schedulers", ()):
+        select_groups(inner, sources, count)
+
+
 def multiply_rates(schedulers: Iterable[Scheduler], index: int, factor: float) -> None:
     """Multiply the learning rates of one group in every scheduler."""
     for scheduler in flatten(schedulers):

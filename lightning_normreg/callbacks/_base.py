@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import CallbackBase
+from lightning_normreg._flat_shards import find_flat_pieces
 from lightning_normreg._invariance import load_verdict, summarize, verdict_to_dict
 from lightning_normreg._observer import GradientObserver, InvarianceWatchdog
+from lightning_normreg._regroup import load_by_name
+from lightning_normreg._roles import ParameterRole, named_roles
 from lightning_normreg._step_hooks import StepDispatcher, torch_optimizer
 from lightning_normreg.callbacks._verdict import Verdict, observer_limits, probe, same_on_all_ranks, say_lost
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
     from torch.nn.parameter import Parameter
     from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
 
 
 class Run:
@@ -27,15 +32,18 @@ class Run:
     def __init__(self) -> None:
         self.dispatcher = StepDispatcher()
         self.claims: dict[Parameter, str] = {}
+        self.named: list[tuple[str, Parameter, ParameterRole]] = []
         self.layout_written = False
         self.verdict: Verdict | None = None
         self.observer: GradientObserver | None = None
         self.watchdog: InvarianceWatchdog | None = None
+        self.restored_schedulers: list[dict[str, Any]] | None = None
+        self.temporary: list[RemovableHandle] = []
 
     def observed(self, trainer: Trainer, pl_module: LightningModule) -> Verdict | None:
         """What the gradients of the first steps show, where the probe failed; None until there are enough of them."""
         if self.observer is None:
-            self.observer = GradientObserver(pl_module, observer_limits(trainer))
+            self.observer = GradientObserver(self.named, observer_limits(trainer))
             self.dispatcher.subscribe(self.observer)
         if self.observer.is_done and not self.verdict:
             self.verdict = same_on_all_ranks(trainer, self.observer.verdict())
@@ -46,7 +54,7 @@ class Run:
     def guard(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         """Keep an eye on the units that are scale-invariant, once for all callbacks."""
         if self.watchdog is None and any(v.is_invariant for v in verdict.values()):
-            self.watchdog = InvarianceWatchdog(pl_module, verdict, observer_limits(trainer))
+            self.watchdog = InvarianceWatchdog(self.named, verdict, observer_limits(trainer))
             self.dispatcher.subscribe(self.watchdog)
 
 
@@ -103,14 +111,29 @@ class StepCallback(CallbackBase):
         if stage == "fit":
             self._verdict, self._begun = None, False
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the states of schedulers, which are restored after the optimizers'."""
+        run_of(trainer).restored_schedulers = checkpoint.get("lr_schedulers", [])
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the arguments against the model; what one callback has restored all others share."""
-        optimizers_of(trainer)
+        optimizers = optimizers_of(trainer)
         run = run_of(trainer)
+        if trainer.model is not None:
+            find_flat_pieces(trainer.model)
+        # Later, after validation, FSDP shows other objects under these names than those that the optimizer has.
+        run.named = run.named or named_roles(pl_module)
         run.verdict = run.verdict or self._verdict
+        if run.restored_schedulers is not None:
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            states = zip(schedulers, run.restored_schedulers, strict=False)
+            run.temporary += load_by_name(optimizers, pl_module, list(states))
+            run.restored_schedulers = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the optimizers, now that a checkpoint has been restored."""
+        while run_of(trainer).temporary:
+            run_of(trainer).temporary.pop().remove()
         run_of(trainer).dispatcher.attach(trainer.optimizers)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -132,6 +155,7 @@ class StepCallback(CallbackBase):
         run.guard(trainer, pl_module, verdict)
         self._begin(trainer, pl_module, verdict)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Show the gradients, which are complete now, to those who watch them; they look only once a step."""
         run = run_of(trainer)

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_normreg._corrected_decay import DecayCorrector, PeakLR
 from lightning_normreg._invariance import strong
 from lightning_normreg._targets import choose_targets
-from lightning_normreg._watched import check_selection, watch
+from lightning_normreg._watch import check_selection, watch
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
 from lightning_normreg.callbacks._verdict import Verdict
 
@@ -74,11 +74,11 @@ class CorrectedDecay(StepCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)
-        watch(pl_module, self.include, self.exclude)
+        watch(run_of(trainer).named, self.include, self.exclude)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         verdict = strong(verdict)
-        watched = watch(pl_module, self.include, self.exclude, "auto", verdict or None)
+        watched = watch(run_of(trainer).named, self.include, self.exclude, "auto", verdict or None)
         targets = choose_targets(watched, verdict, named=self.include is not None, otherwise="raise")
         self._corrector = DecayCorrector(targets, self.peak_lr)
         for optimizer in optimizers_of(trainer):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg import _metrics
 from lightning_normreg._equilibrium import GRADIENT_AT_NORM_1, Equilibria
+from lightning_normreg._health import Health, OnUnhealthy
 from lightning_normreg._rotation_tracker import RotationTracker
 from lightning_normreg._tracker import Row
-from lightning_normreg._watched import UnitArgument, Watched
+from lightning_normreg._watch import UnitArgument
+from lightning_normreg._watched import Watched
 from lightning_normreg.callbacks._base import optimizers_of, run_of
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
 from lightning_normreg.callbacks._verdict import Verdict
@@ -50,8 +53,8 @@ class EffectiveLRMonitor(Monitor):
     What it logs: the curves above, to every logger of the Trainer, to ``trainer.callback_metrics`` and to
     :meth:`history`. Nothing for a weight that was not updated.
 
-    What it costs: memory for one copy of the watched weights; on logged steps that copy, about three reads and one
-    transfer, on others a note of the learning rate.
+    What it costs: memory for one copy of the watched weights, taken at the start; on logged steps that copy, about
+    three reads, one of the gradients and one transfer, on others a note of the learning rate.
 
     Args:
         every_n_steps: Batches between logged ones; by default the Trainer's ``log_every_n_steps``.
@@ -69,6 +72,9 @@ class EffectiveLRMonitor(Monitor):
         momentum_gain: Multiply the effective learning rate by the gain of momentum, (1 − τ)/(1 − β) for SGD with
             dampening τ; 1 for optimizers whose momentum is an average.
         scale_exponent: Log the exponent of each logged step. Reads the optimizer's state.
+        on_unhealthy: What to do when a logged step shows updates that are lost to rounding, units that become zero or
+            grow a hundredfold, or infinite or NaN entries: ``"warn"`` once of each, with the layer's name;
+            ``"stop"``: warn, and stop the training after this batch; ``"ignore"``.
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
             above that the summaries and 8 layers spread over the depth.
         logging_interval: ``"step"``, or ``"epoch"`` for the mean over an epoch's logged steps.
@@ -100,6 +106,7 @@ class EffectiveLRMonitor(Monitor):
         equilibrium: bool = True,
         momentum_gain: bool = False,
         scale_exponent: bool = False,
+        on_unhealthy: OnUnhealthy = "warn",
         per_layer: PerLayer = "auto",
         logging_interval: Literal["step", "epoch"] = "step",
         progress_bar: bool = False,
@@ -113,10 +120,13 @@ class EffectiveLRMonitor(Monitor):
             per_layer=per_layer,
             logging_interval=logging_interval,
         )
+        if on_unhealthy not in get_args(OnUnhealthy):
+            raise ValueError(f"`on_unhealthy` must be 'warn', 'stop' or 'ignore', got {on_unhealthy!r}.")
         self.gradient = gradient
         self.equilibrium = equilibrium
         self.momentum_gain = momentum_gain
         self.scale_exponent = scale_exponent
+        self.on_unhealthy = on_unhealthy
         self.progress_bar = progress_bar
 
     def _reset(self) -> None:
@@ -130,12 +140,16 @@ class EffectiveLRMonitor(Monitor):
             momentum_gain=self.momentum_gain,
             exponents=self.scale_exponent,
             equilibrium=self.equilibrium,
+            health=Health(silent=self.on_unhealthy == "ignore"),
         )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         super()._begin(trainer, pl_module, verdict)
         tracker = self._rotations()
         tracker.explain_rules(optimizers_of(trainer))
+        if self._interval(trainer):
+            size = sum(tracker.allocate(optimizer) for optimizer in optimizers_of(trainer))
+            rank_zero_info(f"EffectiveLRMonitor keeps a copy of the watched weights: {size / 1e6:.3g} MB.")
         if self.equilibrium:
             self._equilibria = Equilibria(tracker.watched, run_of(trainer).claims.__contains__)
             run_of(trainer).dispatcher.subscribe(self._equilibria)
@@ -149,6 +163,14 @@ class EffectiveLRMonitor(Monitor):
         for values in row.values():  # what only the prediction needs
             values.pop(_metrics.UNIT_NORM_RMS, None)
             values.pop(GRADIENT_AT_NORM_1, None)
+        rates = [values[_metrics.EFFECTIVE_LR] for values in row.values() if _metrics.EFFECTIVE_LR in values]
+        if self.progress_bar and rates:
+            trainer.lightning_module.log("effective_lr", median(rates), prog_bar=True, logger=False)
+        alarms = self._rotations().health.alarms
+        if alarms and self.on_unhealthy == "stop" and not trainer.should_stop:
+            trainer.should_stop = True
+            found = "; ".join(f"{name!r}: {what}" for name, what in alarms.items())
+            rank_zero_info(f"EffectiveLRMonitor(on_unhealthy='stop') stops the training. {found}.")
 
     def equilibrium_status(self) -> list[str]:
         """Which layers are at equilibrium and since when, which are not, and for which the run is too short."""
@@ -178,6 +200,7 @@ class EffectiveLRMonitor(Monitor):
         super().load_state_dict(state_dict)
         self._restored = state_dict
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Take the gradients: complete, not clipped yet, and unscaled unless the optimizer does that itself."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)

@@ -15,7 +15,8 @@ from lightning_normreg import _metrics
 from lightning_normreg._history import History
 from lightning_normreg._metrics import Curve
 from lightning_normreg._tracker import Row, Tracker
-from lightning_normreg._watched import UnitArgument, Watched, check_selection, watch
+from lightning_normreg._watch import UnitArgument, check_selection, watch
+from lightning_normreg._watched import Watched
 from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, run_of
 from lightning_normreg.callbacks._layout import write_layout
 from lightning_normreg.callbacks._verdict import Verdict
@@ -86,6 +87,12 @@ class Monitor(StepCallback):
         Raises:
             ModuleNotFoundError: If pandas is not installed.
         """
+        if not self._history.rows:
+            rank_zero_warn(
+                f"This {type(self).__name__} has logged nothing in this process. If a fit did log, it ran in processes "
+                "that the strategy started (ddp_spawn, ddp_fork, ddp_notebook) and that took their histories with "
+                "them: read the logger, or use strategy='ddp'."
+            )
         return self._history.to_frame()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -97,7 +104,7 @@ class Monitor(StepCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)
-        self._choose_layers(watch(pl_module, self.include, self.exclude, self.unit))
+        self._choose_layers(watch(run_of(trainer).named, self.include, self.exclude, self.unit))
         if not trainer.loggers:
             rank_zero_warn(
                 f"The Trainer has no logger, so the curves of {type(self).__name__} go to `trainer.callback_metrics` "
@@ -105,7 +112,7 @@ class Monitor(StepCallback):
             )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        watched = watch(pl_module, self.include, self.exclude, self.unit, verdict or None)
+        watched = watch(run_of(trainer).named, self.include, self.exclude, self.unit, verdict or None)
         self._tracker = self._make_tracker(watched)
         run_of(trainer).dispatcher.subscribe(self._tracker)
 
@@ -136,8 +143,11 @@ class Monitor(StepCallback):
         if self._tracker is None:
             return
         self._step = batches_that_stepped(trainer)
-        interval = log_interval(trainer) if self.every_n_steps is None else self.every_n_steps
+        interval = self._interval(trainer)
         self._tracker.arm(interval > 0 and (not self._logged_once or (self._step + 1) % interval == 0))
+
+    def _interval(self, trainer: Trainer) -> int:
+        return log_interval(trainer) if self.every_n_steps is None else self.every_n_steps
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

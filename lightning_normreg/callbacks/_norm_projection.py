@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._invariance import ProbeError, strong
 from lightning_normreg._projector import Projector, Radius, check_radius_argument
+from lightning_normreg._sharding import reshard
 from lightning_normreg._statistics import keep_batch_norms
 from lightning_normreg._targets import OnNotInvariant, check_eps_shares, choose_targets
-from lightning_normreg._watched import UnitArgument, Watched, check_selection, watch
+from lightning_normreg._watch import UnitArgument, check_selection, watch
+from lightning_normreg._watched import Watched
+from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
 from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, optimizers_of, run_of
 from lightning_normreg.callbacks._verdict import Verdict, few_samples
 
@@ -52,11 +56,15 @@ class NormProjection(StepCallback):
             training alone are too weak as evidence.
         on_not_invariant: What to do with a weight that ``include`` names and that is not known to be scale-invariant:
             ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the projection changes what the network computes.
+        project_averaged: Project the weights that a WeightAveraging, EMAWeightAveraging or StochasticWeightAveraging
+            callback averages, for validation, checkpoints and the end of the run. The average itself goes on
+            unprojected. Put NormProjection after that callback.
 
     Raises:
         ValueError: For an argument out of its range, nothing to project, a weight that is not scale-invariant or only
             barely (an eps share above 10 %, unless ``radius="initial"``), one that no optimizer updates (unless a
-            finetuning callback is there to thaw it), or one that another NormProjection holds; before the first step.
+            finetuning callback is there to thaw it), one that another NormProjection holds, or ``project_averaged``
+            without an averaging callback before this one; before the first step.
 
     Examples:
         >>> from pytorch_lightning import Trainer
@@ -75,6 +83,7 @@ class NormProjection(StepCallback):
         exclude: Sequence[str] = (),
         invariance: str | Mapping[str, Any] | None = None,
         on_not_invariant: OnNotInvariant = "raise",
+        project_averaged: bool = False,
     ) -> None:
         super().__init__(invariance)
         check_radius_argument(radius)
@@ -86,9 +95,16 @@ class NormProjection(StepCallback):
         self.include = include
         self.exclude = exclude
         self.on_not_invariant = on_not_invariant
+        self.project_averaged = project_averaged
+        self._reset()
+
+    def _reset(self) -> None:
         self._restored: dict[str, Tensor] = {}
+        self._restored_average: dict[str, Tensor] = {}
         self._projector: Projector | None = None
         self._projected = 0
+        self._averaging: list[Any] = []
+        self._averaged: list[AveragedWeights] = []
 
     @property
     def state_key(self) -> str:
@@ -99,23 +115,30 @@ class NormProjection(StepCallback):
         """Start afresh; a checkpoint's state is loaded after this."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._restored, self._projector, self._projected = {}, None, 0
+            self._reset()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)
-        named = watch(pl_module, self.include, self.exclude, self.unit)
+        named = watch(run_of(trainer).named, self.include, self.exclude, self.unit)
         if self.include is not None:
             _refuse_idle(trainer, named)
+        self._averaging = find_averaging(trainer, self, self.project_averaged)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         verdict = strong(verdict)
-        watched = watch(pl_module, self.include, self.exclude, self.unit, verdict or None)
+        watched = watch(run_of(trainer).named, self.include, self.exclude, self.unit, verdict or None)
         targets = choose_targets(watched, verdict, named=self.include is not None, otherwise=self.on_not_invariant)
         check_eps_shares(targets, verdict, self.radius)
         self._projector = Projector(targets, self.radius, self._restored)
         self._claim(trainer, targets)
+        _say_rounding(targets)
         run_of(trainer).dispatcher.subscribe(self._projector)
+        # StochasticWeightAveraging copies its average into the module, and nobody looks at it before.
+        swapped = [a for a in self._averaging if hasattr(a, "_swap_models")]
+        self._averaged = [AveragedWeights(a, pl_module, self._projector) for a in swapped]
+        for averaged in self._averaged:
+            averaged.restore(self._restored_average)
 
     def _claim(self, trainer: Trainer, targets: list[Watched]) -> None:
         claims = run_of(trainer).claims
@@ -134,19 +157,57 @@ class NormProjection(StepCallback):
         optimized = projector.optimized(optimizers_of(trainer))
         if len(optimized) != self._projected:
             self._projected = len(optimized)
+            reshard(trainer.model or pl_module)
             moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
             projector.announce(moved, optimizers_of(trainer))
             if moved:
                 _keep_the_function(trainer, pl_module, batch, lambda: projector.start(moved, optimizers_of(trainer)))
             projector.report()
+        interval = log_interval(trainer)
+        projector.looking = interval > 0 and (batches_that_stepped(trainer) + 1) % interval == 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Report units that became zero or non-finite, at the Trainer's logging interval."""
-        interval = log_interval(trainer)
-        if self._projector is not None and interval and (batches_that_stepped(trainer) + 1) % interval == 0:
-            self._projector.report()
+        """Report units that are not held, at the Trainer's logging interval; project what ranks have averaged."""
+        projector = self._projector
+        if projector is None:
+            return  # a batch of None has no start
+        if getattr(trainer.strategy, "_model_averager", None) is not None:  # DDPStrategy averages after the step
+            projector.project(projector.optimized(optimizers_of(trainer)))
+        if projector.looking:
+            projector.report()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Project an average that was copied into the module for an epoch of BatchNorm statistics."""
+        self._project_copied(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Project the average that is about to be validated."""
+        for averaged in self._averaged:
+            averaged.project()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the average go on as it was."""
+        for averaged in self._averaged:
+            averaged.restore()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the average projected where models are loaded from, and as it is beside, for a run that resumes."""
+        for averaged in self._averaged:
+            averaged.project()
+            checkpoint["state_dict"] |= averaged.tensors()
+            averaged.restore()
+            checkpoint["callbacks"][self.state_key]["averaged"] = averaged.tensors()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Project the average that the module ends with."""
+        super().on_train_end(trainer, pl_module)
+        self._project_copied(trainer)
+
+    def _project_copied(self, trainer: Trainer) -> None:
+        if self._projector is not None and self._averaging:
+            self._projector.place(self._projector.optimized(optimizers_of(trainer)))
 
     def held(self) -> dict[str, tuple[float, float]]:
         """For each projected parameter the norm before the last projection and the radius (root mean squares)."""
@@ -165,6 +226,7 @@ class NormProjection(StepCallback):
         """Hold the radii of the run that is resumed."""
         super().load_state_dict(state_dict)
         self._restored = dict(state_dict["initial"])
+        self._restored_average = dict(state_dict.get("averaged", {}))
 
 
 def _keep_the_function(trainer: Trainer, pl_module: LightningModule, batch: Any, project: Callable[[], None]) -> None:
@@ -175,6 +237,16 @@ def _keep_the_function(trainer: Trainer, pl_module: LightningModule, batch: Any,
         rank_zero_warn(
             f"BatchNorm could not follow the first projection: {error} Until its running statistics have caught up by "
             "themselves, evaluation is off."
+        )
+
+
+def _say_rounding(targets: list[Watched]) -> None:
+    narrow = {t.parameter.dtype: t.name for t in targets if torch.finfo(t.parameter.dtype).bits < 32}
+    for dtype, name in narrow.items():
+        rank_zero_info(
+            f"{name!r} and others are of {dtype}, which rounds each entry by up to {torch.finfo(dtype).eps / 2:.1g}: "
+            "norms are held to that, not to 1e-6. Keep the weights in float32 (precision='bf16-mixed') to hold them "
+            "better; norms are always computed in float32 or wider."
         )
 
 

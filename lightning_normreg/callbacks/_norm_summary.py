@@ -47,7 +47,7 @@ class NormSummary(StepCallback):
         super().__init__(invariance)
         self._rows: list[SummaryRow] = []
         self._sentences: list[str] = []
-        self._pending: tuple[Trainer, LightningModule, Verdict] | None = None
+        self._pending: tuple[Trainer, Verdict] | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """The table, one mapping of plain types for each parameter; empty before the first step."""
@@ -58,19 +58,19 @@ class NormSummary(StepCallback):
         return list(self._sentences)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        self._pending = (trainer, pl_module, verdict)
+        self._pending = (trainer, verdict)
         run_of(trainer).dispatcher.subscribe(self)
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Make the table, when all other callbacks have begun; then never again."""
         if self._pending is None:
             return
-        (trainer, module, verdict), self._pending = self._pending, None
+        (trainer, verdict), self._pending = self._pending, None
         held: dict[str, tuple[float, float]] = {}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, NormProjection):
                 held |= callback.held()
-        self._rows = summary_rows(module, optimizers_of(trainer), verdict, held)
+        self._rows = summary_rows(run_of(trainer).named, optimizers_of(trainer), verdict, held)
         steps = float(trainer.num_training_batches) / trainer.accumulate_grad_batches
         self._sentences = sentences(self._rows, verdict, steps, trainer.gradient_clip_val)
         if trainer.is_global_zero:

@@ -20,6 +20,7 @@ from lightning_normreg._invariance import (
 )
 from lightning_normreg._invariance._thresholds import NARROW_OBSERVER, WIDE_OBSERVER, ObserverThresholds
 from lightning_normreg._observer import GradientObserver
+from lightning_normreg._sharding import is_sharded
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -91,6 +92,8 @@ def _on_few_samples(pl_module: LightningModule, batch: Any) -> Verdict:
     size = sum(p.numel() for p in pl_module.parameters())
     if size > LARGEST:
         raise ProbeError(f"{size / 1e6:.0f} million parameters are too many to probe on a copy.")
+    if any(is_sharded(p) for p in pl_module.parameters()):
+        raise ProbeError("The model is sharded, so no process has all of it.")
     few = few_samples(batch)
     try:
         return find_scale_invariance(pl_module, few)

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from lightning_normreg import _metrics
 from lightning_normreg._tracker import NormTracker, Tracker
-from lightning_normreg._watched import UnitArgument, Watched
+from lightning_normreg._watch import UnitArgument
+from lightning_normreg._watched import Watched
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
 
 

@@ -87,14 +87,7 @@ def project_views_(views: Sequence[View], radius: float | Tensor) -> Tensor:
     """
     rows = [unit_rows(view, kept) for view, kept in views]
     norms = row_norms(rows[0]) if len(rows) == 1 else row_norms(torch.stack([row_norms(r) for r in rows], dim=1))
-    target = radius.to(norms) if isinstance(radius, Tensor) else radius
-    entries, dtype = sum(r.shape[1] for r in rows), rows[0].dtype
-    divisor = norms / target
-    off = (divisor - 1).abs() > dead_band(dtype, entries)
-    tiny = torch.finfo(norms.dtype).tiny
-    possible = norms.isfinite() & (norms >= tiny) & divisor.isfinite() & (divisor >= tiny)
-    possible &= _holds(dtype, target, entries)
-    divisor = torch.where(off & possible, divisor, 1.0)
+    divisor = divisors(norms, radius, rows[0].dtype, sum(r.shape[1] for r in rows))
     for view, kept in views:
         shaped = over_units(divisor, view, kept)
         if view.dtype == shaped.dtype:
@@ -102,6 +95,17 @@ def project_views_(views: Sequence[View], radius: float | Tensor) -> Tensor:
         else:
             view.copy_(view.to(shaped.dtype) / shaped)
     return norms
+
+
+def divisors(norms: Tensor, radius: float | Tensor, dtype: torch.dtype, entries: int) -> Tensor:
+    """What each unit is to be divided by to come to the radius; 1 where it is there, or cannot come there."""
+    target = radius.to(norms) if isinstance(radius, Tensor) else radius
+    divisor = norms / target
+    off = (divisor - 1).abs() > dead_band(dtype, entries)
+    tiny = torch.finfo(norms.dtype).tiny
+    possible = norms.isfinite() & (norms >= tiny) & divisor.isfinite() & (divisor >= tiny)
+    possible &= _holds(dtype, target, entries)
+    return torch.where(off & possible, divisor, 1.0)
 
 
 def project_all_(

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from lightning_normreg._invariance import find_scale_invariance
 from lightning_normreg._invariance._thresholds import WIDE_OBSERVER
 from lightning_normreg._observer import GradientObserver
+from lightning_normreg._roles import named_roles
 
 BATCH, PROBED = 32, 4
 
@@ -113,7 +114,7 @@ def observed_time(module: nn.Module, x: Tensor, y: Tensor) -> float:
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
     optimizer.zero_grad()
     loss_of(module, (x, y)).backward()
-    observer = GradientObserver(module, WIDE_OBSERVER)
+    observer = GradientObserver(named_roles(module), WIDE_OBSERVER)
     times = []
     for _ in GradientObserver.STEPS[:3]:
         start = time.perf_counter()

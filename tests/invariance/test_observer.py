@@ -11,6 +11,7 @@ from torch import nn
 from lightning_normreg import ScaleInvariance
 from lightning_normreg._invariance._thresholds import NARROW_OBSERVER, WIDE_OBSERVER, ObserverThresholds
 from lightning_normreg._observer import GradientObserver, InvarianceWatchdog
+from lightning_normreg._roles import named_roles
 from tests.invariance._case import Case, head
 from tests.invariance._cases import CASES
 from tests.invariance._labels import label
@@ -29,7 +30,7 @@ def observed(case: Case, make: Any, limits: ObserverThresholds, *, narrow: bool)
     """Verdict after a few AdamW steps on changing batches."""
     trained = [p for p in case.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-3)
-    observer = GradientObserver(case.module, limits)
+    observer = GradientObserver(named_roles(case.module), limits)
     while not observer.is_done:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
@@ -70,7 +71,7 @@ def test_too_few_gradients_say_nothing() -> None:
     """Infinite gradients, as of a step that a loss scaler skips, are not seen; neither are missing ones."""
     net = bn_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.0)
-    observer = GradientObserver(net, WIDE_OBSERVER)
+    observer = GradientObserver(named_roles(net), WIDE_OBSERVER)
     for step in range(33):
         for name, p in net.named_parameters():
             p.grad = torch.full_like(p, float("inf") if step > 1 else 1.0) if name == "0.weight" else None
@@ -86,7 +87,7 @@ def test_an_optimizer_stepped_by_hand_is_seen_from_its_second_step_on() -> None:
     torch.manual_seed(0)
     net = bn_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    observer = GradientObserver(net, WIDE_OBSERVER)
+    observer = GradientObserver(named_roles(net), WIDE_OBSERVER)
     for _ in range(33):
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(torch.randn(8, 3, 6, 6)), torch.arange(8) % 3).backward()
@@ -105,7 +106,7 @@ def test_watchdog(change: str, is_lost: bool) -> None:
     net = bn_net()
     verdict = {"0.weight": label_of_rows(), "0.bias": label_of_rows(kind="inert")}
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
-    watchdog = InvarianceWatchdog(net, verdict, WIDE_OBSERVER)
+    watchdog = InvarianceWatchdog(named_roles(net), verdict, WIDE_OBSERVER)
     lost = []
     for step in range(410):
         if step == 100 and change == "frozen":

@@ -11,8 +11,9 @@ from torch import nn
 
 from lightning_normreg._optimizers import NoRule, UpdateRule
 from lightning_normreg._optimizers._packages import RULES
+from lightning_normreg._roles import named_roles
 from lightning_normreg._rotation_tracker import RotationTracker
-from lightning_normreg._watched import watch
+from lightning_normreg._watch import watch
 
 
 @pytest.mark.parametrize(
@@ -27,17 +28,17 @@ from lightning_normreg._watched import watch
 def test_why_a_curve_is_missing(name: str, options: dict[str, Any], said: str) -> None:
     """The reason is that of the optimizer."""
     net = nn.Linear(2, 2)
-    tracker = RotationTracker(watch(net, ["weight"], (), "neuron"))
+    tracker = RotationTracker(watch(named_roles(net), ["weight"], (), "neuron"))
     optimizer = getattr(torch.optim, name)(net.parameters(), **options)
-    with pytest.warns(UserWarning, match=f"`effective_lr` is left out for the weights of {said}"):
+    with pytest.warns(UserWarning, match=f"`effective_lr` is left out for the weights of {said}") as caught:
         tracker.explain_rules([optimizer])
-    assert len(tracker._told) == 1
+    assert len(caught) == 1
 
 
 def test_nothing_is_said_of_a_curve_that_is_there() -> None:
     """Nor of an optimizer whose weights are not watched."""
     net, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    tracker = RotationTracker(watch(net, ["weight"], (), "neuron"))
+    tracker = RotationTracker(watch(named_roles(net), ["weight"], (), "neuron"))
     tracker.explain_rules([torch.optim.RAdam(net.parameters()), torch.optim.LBFGS(other.parameters())])
 
 

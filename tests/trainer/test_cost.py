@@ -90,9 +90,9 @@ def test_one_transfer_per_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "tolist", counting)
     run = trainer(EffectiveLRMonitor(invariance=verdict), log_every_n_steps=3)
     run.fit(Net(sgd()), loader())
-    # Three layers: effective rate, rotation, relative update, zero units; of the two invariant ones the size of the
-    # gradient and of the units, which their equilibrium depends on.
-    assert reads == [4 * 3 + 2 * 2] * 3
+    # Three layers: effective rate, rotation, relative update, five signs of health; of the two invariant ones the size
+    # of the gradient and of the units, which their equilibrium depends on.
+    assert reads == [(3 + 5) * 3 + 2 * 2] * 3
 
 
 def test_hooks_are_gone_after_the_run() -> None:

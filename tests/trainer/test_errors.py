@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning.callbacks import BaseFinetuning
-from torch import nn
 
 from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, register_update_rule
 from lightning_normreg._optimizers._lookup import _REGISTERED
@@ -211,13 +210,9 @@ def test_an_optimizer_without_a_rule() -> None:
         del _REGISTERED[Sign]
 
 
-def test_a_sharded_parameter_is_refused() -> None:
-    """A local shard's norm would be a wrong number."""
-
-    class Sharded(nn.Parameter):
-        placements = ()
-
+def test_a_flat_shard_is_refused() -> None:
+    """The norm of a local piece of FSDP's first version would be a wrong number."""
     net = Untouched(sgd())
-    net.conv1.weight = Sharded(net.conv1.weight.detach())
-    with pytest.raises(NotImplementedError, match=r"'conv1\.weight' is sharded"):
+    net.conv1.weight._fsdp_flattened = True
+    with pytest.raises(NotImplementedError, match=r"'conv1\.weight' is a piece of FSDP's first version"):
         trainer(EffectiveLRMonitor()).fit(net, loader())

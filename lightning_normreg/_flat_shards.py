@@ -1,0 +1,89 @@
+"""Where the flat pieces of FSDP's first version lie in the parameters that they are of.
+
+With ``use_orig_params=True`` every parameter is a view of the process's piece of one long vector: one-dimensional,
+maybe empty, cut in the middle of a row. What it was before, only private attributes of torch say; where these are
+missing, it is refused rather than guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True)
+class FlatPiece:
+    """Entries ``start`` to ``stop`` of a parameter, counted in its own order.
+
+    Attributes:
+        shape: Of the whole parameter.
+        start: First local entry.
+        stop: The entry after the last.
+        groups: Process groups over which it is spread.
+    """
+
+    shape: torch.Size
+    start: int
+    stop: int
+    groups: tuple[dist.ProcessGroup, ...]
+
+
+_PIECES = WeakTensorKeyDictionary()  # to FlatPiece; others compare tensors by their entries
+
+
+def find_flat_pieces(model: nn.Module) -> None:
+    """Note the pieces of a model, before anything is asked of them; does nothing where there are none.
+
+    Raises:
+        NotImplementedError: If the original parameters are not kept, or this torch does not say where pieces lie.
+    """
+    for module in model.modules():
+        if "FullyShardedDataParallel" not in [cls.__name__ for cls in type(module).__mro__]:
+            continue
+        handle = getattr(module, "_handle", None)
+        if handle is None:
+            continue  # a wrapper without parameters of its own
+        flat = handle.flat_param
+        if getattr(flat, "_params", None) is None:
+            raise NotImplementedError(
+                "`use_orig_params` of FSDPStrategy must be True (Lightning's default), because only then the optimizer "
+                "has a parameter for each weight. Use FSDPStrategy(use_orig_params=True), or ModelParallelStrategy."
+            )
+        try:
+            _note(handle, flat)
+        except AttributeError as error:
+            raise NotImplementedError(
+                f"FSDP's first version does not say in torch {torch.__version__} where its shards lie ({error}). Use "
+                "ModelParallelStrategy with fully_shard (FSDP2)."
+            ) from error
+
+
+def _note(handle: Any, flat: Any) -> None:
+    spread = handle.uses_sharded_strategy
+    for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
+        start, stop = 0, shape.numel()
+        if spread:
+            start, stop = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
+        _PIECES[parameter] = FlatPiece(shape, start, stop, (handle.process_group,) if spread else ())
+
+
+def is_flat(parameter: Tensor) -> bool:
+    """Whether a parameter is a piece of FSDP's first version."""
+    return hasattr(parameter, "_is_flat_param") or hasattr(parameter, "_fsdp_flattened")
+
+
+def flat_piece(parameter: Tensor) -> FlatPiece | None:
+    """Where the piece lies, None for one that :func:`find_flat_pieces` has not seen."""
+    piece: FlatPiece | None = _PIECES.get(parameter)  # type: ignore[no-untyped-call]
+    return piece
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Shape of the whole parameter, of which this process may have a piece."""
+    piece = flat_piece(parameter)
+    return parameter.shape if piece is None else piece.shape

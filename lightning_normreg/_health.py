@@ -1,0 +1,97 @@
+"""Signs of trouble in the numbers that are measured anyway, each told once, with the layer's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+OnUnhealthy = Literal["warn", "stop", "ignore"]
+
+EXPLODED = 100.0
+"""Times that a unit may be longer than the longest one was at first."""
+_SHORT = 0.1
+"""Units that start shorter than this have grown, and not exploded, while they are no longer than EXPLODED times it."""
+
+SIGNS = ("zero", "wild", "steered", "lost", "longest")
+
+
+def signs(
+    norms: Tensor, *, wild: Tensor | None = None, lost: Tensor | None = None, steered: Tensor | None = None
+) -> Tensor:
+    """What a step shows of a weight's units, as one tensor in the order of ``SIGNS``; the device is not waited for.
+
+    Args:
+        norms: Norms before the step, shape ``(units,)``.
+        wild: Which units are infinite or NaN before the step or after it; by default those whose norms are.
+        lost: Which units have not moved.
+        steered: Which units have a gradient that should move them.
+    """
+    none = norms.new_zeros(norms.shape, dtype=torch.bool)
+    wild = ~norms.isfinite() if wild is None else wild
+    steered = none if steered is None else steered & (norms > 0) & ~wild
+    lost = none if lost is None else lost & steered
+    counts = [(norms == 0).sum(), wild.sum(), steered.sum(), lost.sum()]
+    finite = torch.where(norms.isfinite(), norms, 0.0)
+    longest = finite.max() if norms.numel() else norms.new_zeros(())
+    return torch.stack([*(count.to(norms.dtype) for count in counts), longest])
+
+
+class Health:
+    """Judges the weights of one tracker by their signs.
+
+    Args:
+        silent: Say nothing.
+    """
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self._silent = silent
+        self._first: dict[str, tuple[float, float]] = {}
+        self._told: set[str] = set()
+        self.alarms: dict[str, str] = {}
+        """Parameter → what is wrong with it; units that were zero from the start are not wrong."""
+
+    def judge(self, name: str, numbers: Mapping[str, float], dtype: torch.dtype) -> None:
+        """Take the signs of a step, as numbers."""
+        first_zero, first_longest = self._first.setdefault(name, (numbers["zero"], numbers["longest"]))
+        if numbers["zero"]:
+            self.tell(
+                f"zero {name}",
+                f"{numbers['zero']:.0f} units of {name!r} are zero: they have no direction, so their rotation and "
+                "relative update count as 0.",
+            )
+            if numbers["zero"] > first_zero:
+                self.alarms[name] = "units became zero"
+        if numbers["wild"]:
+            self._alarm(
+                name, "infinite or NaN entries", f"{name!r} has infinite or NaN entries, and so have its curves."
+            )
+        if numbers["longest"] > EXPLODED * max(first_longest, _SHORT):
+            self._alarm(
+                name,
+                "exploding units",
+                f"A unit of {name!r} has grown to norm {numbers['longest']:.3g}, from at most {first_longest:.3g} when "
+                "logging began: its effective learning rate is gone. Lower the learning rate, warm it up, add decay, "
+                "or hold the norm by NormProjection.",
+            )
+        if numbers["lost"] > numbers["steered"] / 2:
+            self._alarm(
+                name,
+                "updates lost to rounding",
+                f"{numbers['lost']:.0f} of {numbers['steered']:.0f} units of {name!r} with a gradient did not move in "
+                f"a step: the update is below what {dtype} can add to the weight. Keep the weights in float32 (for "
+                "example precision='bf16-mixed'), or raise the learning rate.",
+            )
+
+    def tell(self, topic: str, message: str) -> None:
+        """Warn, unless the topic was warned about before."""
+        if topic not in self._told and not self._silent:
+            self._told.add(topic)
+            rank_zero_warn(message)
+
+    def _alarm(self, name: str, what: str, message: str) -> None:
+        self.alarms[name] = what
+        self.tell(f"{what} {name}", message)

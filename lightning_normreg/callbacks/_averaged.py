@@ -1,0 +1,88 @@
+"""Averages of projected weights lie inside of the sphere; this puts them back on it where they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_normreg._projector import Projector
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+    from torch import Tensor, nn
+
+_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+def find_averaging(trainer: Trainer, callback: object, wanted: bool) -> list[Any]:
+    """Lightning's averaging callbacks of a Trainer; without ``wanted`` it is said what they do to norms.
+
+    Raises:
+        ValueError: If they are wanted and there is none, or one comes after ``callback``.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    found = [c for c in callbacks if any(cls.__name__ in _AVERAGING for cls in type(c).__mro__)]
+    names = ", ".join(type(c).__name__ for c in found)
+    if not wanted:
+        if found:
+            rank_zero_warn(
+                f"{names} averages weights that NormProjection holds, and an average of points on a sphere lies inside "
+                "of it: where the averaged weights are used (validation, checkpoints, the end of the run), their norms "
+                "are below the radius. NormProjection(project_averaged=True) puts them back."
+            )
+        return []
+    if not found:
+        raise ValueError(
+            "`project_averaged` must have an average to project, but the Trainer has no WeightAveraging, "
+            "EMAWeightAveraging or StochasticWeightAveraging among its callbacks. Leave it at False."
+        )
+    if callbacks.index(found[-1]) > callbacks.index(callback):
+        raise ValueError(
+            f"`project_averaged` must act on finished averages, but {names} comes after NormProjection. Put "
+            "NormProjection after it in `callbacks`."
+        )
+    return found
+
+
+class AveragedWeights:
+    """The targets of a projection in the averaged copy that a callback keeps of the module.
+
+    The average itself goes on as it was: it is projected only for as long as somebody looks at it.
+
+    Args:
+        averaging: WeightAveraging, or a callback derived from it.
+        module: The module that is trained.
+        projector: Of the module's weights.
+    """
+
+    def __init__(self, averaging: Any, module: nn.Module, projector: Projector) -> None:
+        copy: nn.Module = averaging._average_model.module
+        twins = dict(zip(module.parameters(), copy.parameters(), strict=True))
+        self._projector = projector
+        self._targets = [
+            replace(t, parameter=twins[t.parameter], bias=None if t.bias is None else twins[t.bias])
+            for t in projector.targets
+        ]
+        mine = {p for target in self._targets for p in target.tensors()}
+        self._tensors = {name: p for name, p in copy.named_parameters(remove_duplicate=False) if p in mine}
+        self._average: dict[str, Tensor] = {}
+
+    def project(self) -> None:
+        """Put the averaged weights at their radius, until :meth:`restore`."""
+        self._average = self.tensors()
+        self._projector.place(self._targets)
+
+    @torch.no_grad()
+    def restore(self, average: Mapping[str, Tensor] | None = None) -> None:
+        """Put the average back, or one that was saved."""
+        for name, value in (self._average if average is None else average).items():
+            self._tensors[name].copy_(value)
+        self._average = {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A copy of the targets as they are, by their names in the module's ``state_dict``."""
+        return {name: p.detach().clone() for name, p in self._tensors.items()}
