@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lightning_normreg.cli._commands import COMMANDS, PROGRAM, overview
+from lightning_normreg.cli._commands import COMMANDS, overview
+from lightning_normreg.cli._examples import PROGRAM
 from lightning_normreg.cli._normreg_cli import NormRegCLI as NormRegCLI
 from lightning_normreg.cli._schedulers import SchedulerChain as SchedulerChain
 from lightning_normreg.cli._schedulers import SchedulerSequence as SchedulerSequence
@@ -24,6 +25,7 @@ def main(args: Sequence[str] | None = None) -> None:
     first = words[0] if words else "--help"
     if first in ("-h", "--help"):
         print(overview())
+        sys.exit(0)
     elif first in COMMANDS:
         COMMANDS[first](words[1:])
     elif first.startswith("-") or first in NormRegCLI.subcommands():

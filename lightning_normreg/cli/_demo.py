@@ -32,7 +32,11 @@ def demo(args: list[str]) -> None:
         run=False,
         seed_everything_default=0,
         trainer_defaults=TRAINER,
-        parser_kwargs={"prog": f"{PROGRAM} demo", "description": "Train a small BatchNorm network on digits.", "epilog": epilog("demo")},
+        parser_kwargs={
+            "prog": f"{PROGRAM} demo",
+            "description": "Train a small BatchNorm network on digits.",
+            "epilog": epilog("demo"),
+        },
     )
     with cli.explained_errors():
         cli.trainer.fit(cli.model, cli.datamodule)

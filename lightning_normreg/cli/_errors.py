@@ -14,6 +14,8 @@ from lightning_normreg.cli._groups import GROUP_OF_CALLBACK
 
 DEBUG_HINT = "(JSONARGPARSE_DEBUG=true shows where.)"
 
+LIBRARIES = ("lightning_normreg.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "torch.")
+
 
 class ArgumentRefused(ValueError):
     """An argument that was parsed, but that its taker refuses.
@@ -57,6 +59,8 @@ def explain(error: BaseException, config: Mapping[str, Any], constructing: bool)
             return str(known)
     root = chain[-1]
     frames = [frame for frame, _ in walk_tb(root.__traceback__)]
+    if not constructing and any(not frame.f_globals.get("__name__", "").startswith(LIBRARIES) for frame in frames):
+        return None  # it came by the user's code
     ours = bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("lightning_normreg.")
     refused = isinstance(root, (ValueError, TypeError, NotImplementedError, ModuleNotFoundError)) and ours
     if refused or "MisconfigurationException" in [c.__name__ for c in type(root).__mro__]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 else:
     Base = object
 
-MakeOptimizer = Optional[Callable[[Iterable[Any]], Optimizer]]
+MakeOptimizer = Callable[[Iterable[Any]], Optimizer] | None
 
 
 class Commands(Base):
@@ -69,14 +69,14 @@ class Commands(Base):
         monitor = parser.add_argument_group("curves and projection")
         monitor.add_argument(
             "--monitor",
-            type=Union[bool, MonitorGroup],
+            type=bool | MonitorGroup,
             default=True,
             help="Log effective learning rates, rotations and norms: true, false, or with arguments such as "
             "--monitor.every_n_steps 10. A monitor named in trainer.callbacks takes the place of this one.",
         )
         monitor.add_argument(
             "--projection",
-            type=Union[bool, ProjectionGroup],
+            type=bool | ProjectionGroup,
             default=False,
             help="Hold the norm of scale-invariant weights: true, false, or with arguments such as "
             "--projection.radius 1.0.",
@@ -100,7 +100,7 @@ class Commands(Base):
         )
         group.add_argument(
             "--decay",
-            type=Union[bool, DecayGroup],
+            type=bool | DecayGroup,
             default=True,
             help="Split the parameters for --optimizer by role: weights and embeddings have --optimizer.weight_decay; "
             "gains, shifts and biases have 0, or what is given, such as --decay.bias 0.01. false makes one group.",
@@ -114,7 +114,7 @@ class Commands(Base):
         )
         schedule.add_argument(
             "--lr_interval",
-            type=Optional[Literal["step", "epoch"]],
+            type=Literal["step", "epoch"] | None,
             default=None,
             help="When the scheduler steps. By default after each batch for OneCycleLR and CyclicLR, after each epoch "
             "for all others.",
@@ -171,7 +171,7 @@ class Commands(Base):
         make = parser.instantiate_classes(parser.parse_object(chosen))
         arguments = {**parsed["optimizer"].get("init_args", {}), **parsed["optimizer"].get("dict_kwargs", {})}
         decay = made["decay"]
-        self.model.configure_optimizers = partial(  # type: ignore[method-assign]
+        self.model.configure_optimizers = partial(
             configure_optimizers,
             self.model,
             make_optimizer=make.optimizer,
@@ -186,15 +186,19 @@ class Commands(Base):
         made = self._settings("config_init")
         named = made["trainer"].get("callbacks") or []
         named = list(named) if isinstance(named, list) else [named]
-        defaults = self.trainer_defaults.pop("callbacks", [])
+        defaults = self.trainer_defaults.get("callbacks", [])
+        self.trainer_defaults = {key: value for key, value in self.trainer_defaults.items() if key != "callbacks"}
         callbacks = list(defaults) if isinstance(defaults, list) else [defaults]
         for key, group in CALLBACK_GROUPS.items():
             with blamed_on(key):
                 setting = group() if made[key] is True else made[key]
                 callbacks += setting.callbacks() if setting else []
+        forced = [made[key] for key in self._parser(self.subcommand).callback_keys]
         for callback in callbacks:
-            if any(type(callback) is type(other) for other in named):
-                rank_zero_info(f"The {type(callback).__name__} of trainer.callbacks takes the place of the default one.")
+            if any(type(callback) is type(other) for other in named + forced):
+                rank_zero_info(
+                    f"The {type(callback).__name__} of trainer.callbacks takes the place of the default one."
+                )
             else:
                 named.append(callback)
         with blamed_on("trainer"):
@@ -239,7 +243,9 @@ class NormRegCLI(Commands, LightningCLI):
         if namespace == DEFAULT:
             return super().__new__(cls)
         if cls is not NormRegCLI:
-            raise TypeError(f"{cls.__name__} must be of the model's namespace. Derive it from NormRegCLI.of({namespace!r}).")
+            raise TypeError(
+                f"{cls.__name__} must be of the model's namespace. Derive it from NormRegCLI.of({namespace!r})."
+            )
         return NormRegCLI.of(namespace)(model_class, *args, **options)
 
     @staticmethod
@@ -256,7 +262,7 @@ class NormRegCLI(Commands, LightningCLI):
 def _scheduler_type(namespace: str) -> Any:
     """What makes a scheduler. Lightning's plateau, with its ``monitor``, comes first: torch's has the same name."""
     plateau = import_module(f"{namespace}.cli").ReduceLROnPlateau
-    return Union[Callable[[Optimizer], plateau], MakeScheduler, None]
+    return Callable[[Optimizer], plateau] | MakeScheduler | None
 
 
 @cache

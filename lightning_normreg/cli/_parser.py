@@ -40,11 +40,11 @@ class Parser(ParserBase):
         self.usage = f"{self.prog.replace(' [options]', '')} [--config FILE] [--KEY VALUE ...]"
         return super().format_usage()
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: Any = None) -> str:
         """The groups, then the epilog as it is."""
         self.format_usage()
         epilog, self.epilog = self.epilog, None
-        text = super().format_help()
+        text = super().format_help(formatter)
         self.epilog = epilog
         return f"{text}\n{epilog}\n" if epilog else text
 
@@ -70,12 +70,12 @@ class Parser(ParserBase):
 
     def title(self, key: str, title: str, description: str | None = None) -> None:
         """Put words for people above a group."""
-        group = self.groups[key]
+        group = (self.groups or {})[key]
         group.title, group.description = title, description
 
     def fold(self, key: str) -> None:
         """Show the names of a group's arguments in one paragraph, and their help on ``--<key>.help``."""
-        group = self.groups[key]
+        group = (self.groups or {})[key]
         actions = [a for a in group._group_actions if a.help is not argparse.SUPPRESS]
         names = [a.option_strings[0].removeprefix(f"--{key}.") for a in actions]
         shown = ", ".join(name for name in names if not name.endswith((".help", f"--{key}")))
@@ -101,4 +101,4 @@ class _Unfold(argparse.Action):
         formatter.add_arguments(self.helps)
         formatter.end_section()
         print(formatter.format_help())
-        parser.exit()
+        raise SystemExit(0)

@@ -14,9 +14,9 @@ from lightning_normreg import cli
 from tests.cli.harness import TRAINER, fit
 
 FIT = [
-    "fit", "--model=users_module.Net", "--data=users_module.Data", "--seed_everything=0", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.", "--trainer.max_epochs=1",
-    "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.enable_checkpointing=false",
-    "--trainer.enable_model_summary=false",
+    "fit", "--model=users_module.Net", "--data=users_module.Data", "--seed_everything=0", "--trainer.max_epochs=1",
+    "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.", "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu", "--trainer.enable_checkpointing=false", "--trainer.enable_model_summary=false",
 ]  # fmt: skip
 SGD = "--optimizer=SGD"
 
@@ -89,6 +89,11 @@ def test_what_is_missing(words: list[str], said: str, folder: Path, capsys: pyte
     assert said in refused(capsys, *words)
 
 
+def test_the_demo(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its model refuses an argument when the optimizer is made."""
+    assert "model: `weight_decay` must be a decay" in refused(capsys, "demo", "--model.weight_decay=-1")
+
+
 @pytest.mark.slow
 def test_a_callback_in_a_yaml_file(folder: Path) -> None:
     """In a process of its own: the position in the file, the argument, the rule; nothing is trained."""
@@ -104,11 +109,18 @@ def test_a_callback_in_a_yaml_file(folder: Path) -> None:
     assert not Path("lightning_logs").exists()
 
 
-def test_a_bug_keeps_its_traceback(folder: Path) -> None:
-    """An error in the user's training_step is none of an argument."""
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("x, y, z = batch", r"not enough values to unpack"),
+        ("x, y = batch; import lightning_normreg as n; n.decay_groups(self, -1.0)", r"`weight_decay` must be a decay"),
+    ],
+)
+def test_a_bug_keeps_its_traceback(line: str, message: str, folder: Path) -> None:
+    """An error in the user's training_step is none of an argument, even where it calls this package."""
     source = Path("users_module.py")
-    source.write_text(source.read_text().replace("x, y = batch", "x, y, z = batch"))
-    with pytest.raises(ValueError, match=r"not enough values to unpack"):
+    source.write_text(source.read_text().replace("x, y = batch", line))
+    with pytest.raises(ValueError, match=message):
         fit({"optimizer": "SGD", "monitor": False})
 
 

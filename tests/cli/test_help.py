@@ -52,7 +52,7 @@ def test_what_a_group_takes(key: str, capsys: pytest.CaptureFixture[str]) -> Non
     known = {
         "trainer": "--trainer.max_epochs MAX_EPOCHS Stop training once",
         "monitor": "--monitor.every_n_steps EVERY_N_STEPS Batches between logged ones",
-        "projection": "--projection.radius RADIUS ``\"auto\"``: 1 for a neuron",
+        "projection": '--projection.radius RADIUS ``"auto"``: 1 for a neuron',
         "decay": "--decay.gamma GAMMA Decay of the gains of normalizations.",
         "optimizer": "--optimizer.weight_decay WEIGHT_DECAY",
     }
@@ -63,8 +63,7 @@ def test_what_a_group_takes(key: str, capsys: pytest.CaptureFixture[str]) -> Non
 def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a subcommand all are listed, each with a line."""
     for words in (["--help"], []):
-        cli.main(words)
-        lines = capsys.readouterr().out.splitlines()
+        lines = help_of(words, capsys).splitlines()
         assert [line.split()[0] for line in lines if re.match(r"  \w+ +[A-Z].*\.$", line)] == SUBCOMMANDS
 
 
