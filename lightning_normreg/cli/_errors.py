@@ -10,8 +10,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_normreg.cli._groups import GROUP_OF_CALLBACK
-
 DEBUG_HINT = "(JSONARGPARSE_DEBUG=true shows where.)"
 
 LIBRARIES = ("lightning_normreg.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "torch.")
@@ -40,7 +38,9 @@ def blamed_on(key: str) -> Iterator[None]:
         raise ArgumentRefused(key, f"{error} {DEBUG_HINT}") from error
 
 
-def explain(error: BaseException, config: Mapping[str, Any], constructing: bool) -> str | None:
+def explain(
+    error: BaseException, config: Mapping[str, Any], defaults: Mapping[str, str], constructing: bool
+) -> str | None:
     """What to tell the user, or None where the error is a bug and wants its traceback.
 
     Errors of arguments are what the constructors named in the configuration refuse, Lightning's own word for a wrong
@@ -49,6 +49,7 @@ def explain(error: BaseException, config: Mapping[str, Any], constructing: bool)
     Args:
         error: The error.
         config: The configuration.
+        defaults: Keys of classes that are there without being named in it, by the name of the class.
         constructing: Whether it arose before the Trainer was made.
     """
     chain = [error]
@@ -64,21 +65,20 @@ def explain(error: BaseException, config: Mapping[str, Any], constructing: bool)
     ours = bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("lightning_normreg.")
     refused = isinstance(root, (ValueError, TypeError, NotImplementedError, ModuleNotFoundError)) and ours
     if refused or "MisconfigurationException" in [c.__name__ for c in type(root).__mro__]:
-        return ": ".join([*_keys(frames, config), str(root)])
+        return ": ".join([*_keys(frames, config, defaults), str(root)])
     if isinstance(root, ValueError) and constructing:
-        return ": ".join([*_keys(frames, config), f"{root} {DEBUG_HINT}"])
+        return ": ".join([*_keys(frames, config, defaults), f"{root} {DEBUG_HINT}"])
     return None
 
 
-def _keys(frames: list[FrameType], config: Mapping[str, Any]) -> list[str]:
+def _keys(frames: list[FrameType], config: Mapping[str, Any], defaults: Mapping[str, str]) -> list[str]:
     """Where the configuration names the object in whose method an error arose: one entry, or none."""
     named = dict(_class_paths(config, ""))
     for frame in frames:
         owner = type(frame.f_locals.get("self")).__name__
         keys = [key for key, path in named.items() if path.rpartition(".")[2] == owner]
-        keys = keys or [GROUP_OF_CALLBACK[owner]] if owner in GROUP_OF_CALLBACK else keys
-        if keys:
-            return [" or ".join(keys)]
+        if keys or owner in defaults:
+            return [" or ".join(keys) or defaults[owner]]
     return []
 
 

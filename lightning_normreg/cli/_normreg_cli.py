@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, explain
 from lightning_normreg.cli._examples import SUMMARIES, epilog
-from lightning_normreg.cli._groups import CALLBACK_GROUPS, DecayGroup, MonitorGroup, ProjectionGroup
+from lightning_normreg.cli._groups import CALLBACK_GROUPS, GROUP_OF_CALLBACK, DecayGroup, MonitorGroup, ProjectionGroup
 from lightning_normreg.cli._namespace import DEFAULT, namespace_of
 from lightning_normreg.cli._optimizers import configure_optimizers
 from lightning_normreg.cli._parser import Parser
@@ -54,7 +54,10 @@ class Commands(Base):
         try:
             yield
         except Exception as error:
-            said = explain(error, self._settings("config"), constructing=not hasattr(self, "trainer"))
+            defaults = dict(GROUP_OF_CALLBACK)
+            for key, given in (("model", self.model_class), ("data", self.datamodule_class)):
+                defaults[getattr(given, "__name__", key)] = key
+            said = explain(error, self._settings("config"), defaults, constructing=not hasattr(self, "trainer"))
             if said is None or not hasattr(self, "parser"):
                 raise
             self._parser(getattr(self, "subcommand", None)).error(said, error)
