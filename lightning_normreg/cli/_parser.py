@@ -40,11 +40,11 @@ class Parser(ParserBase):
         self.usage = f"{self.prog.replace(' [options]', '')} [--config FILE] [--KEY VALUE ...]"
         return super().format_usage()
 
-    def format_help(self, formatter: Any = None) -> str:
+    def format_help(self, *args: Any, **options: Any) -> str:
         """The groups, then the epilog as it is."""
         self.format_usage()
         epilog, self.epilog = self.epilog, None
-        text = super().format_help(formatter)
+        text = super().format_help(*args, **options)
         self.epilog = epilog
         return f"{text}\n{epilog}\n" if epilog else text
 

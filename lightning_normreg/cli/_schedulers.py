@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LRScheduler, OneCycleLR, SequentialLR
 
+from lightning_normreg._schedules import DecayFreeLR
+
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 
 
@@ -68,6 +70,6 @@ class SchedulerChain(ChainedScheduler):
 
 
 def natural_interval(scheduler: object) -> str:
-    """``"step"`` for schedules whose period torch counts in batches, alone or as parts; else ``"epoch"``."""
+    """``"step"`` for schedules that are made for steps of the optimizer, alone or as parts; else ``"epoch"``."""
     parts = [scheduler, *getattr(scheduler, "_schedulers", ())]
-    return "step" if any(isinstance(part, (OneCycleLR, CyclicLR)) for part in parts) else "epoch"
+    return "step" if any(isinstance(part, (OneCycleLR, CyclicLR, DecayFreeLR)) for part in parts) else "epoch"

@@ -6,14 +6,26 @@ import copy
 import math
 import pickle
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, NormRegCLI, WeightNormMonitor, cli
+from lightning_normreg import (
+    DecayFreeLR,
+    EffectiveLRMonitor,
+    NormProjection,
+    NormRegCLI,
+    SchedulerChain,
+    SchedulerSequence,
+    WeightNormMonitor,
+    cli,
+)
+from lightning_normreg.cli._schedulers import natural_interval
 from tests.cli.conftest import BATCHES
 from tests.cli.harness import fit, groups, logged
 
@@ -122,6 +134,16 @@ def test_the_schedule_is_the_one_asked_for(name: str, folder: Path) -> None:
         assert logged(run, f"lr-AdamW/{group}") == pytest.approx(
             [BASE * expected(t) for t in range(STEPS)], rel=1e-12, abs=1e-13
         )
+
+
+def test_the_interval_where_none_is_given() -> None:
+    """Batches where torch's documents, or ours, say that the scheduler is called after each; parts decide for a whole."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=BASE)
+    assert natural_interval(StepLR(optimizer, 3)) == "epoch"
+    assert natural_interval(DecayFreeLR(optimizer)) == "step"
+    parts = [partial(StepLR, step_size=3), partial(OneCycleLR, max_lr=BASE, total_steps=9)]
+    assert natural_interval(SchedulerSequence(optimizer, parts, [3])) == "step"
+    assert natural_interval(SchedulerChain(optimizer, parts[:1])) == "epoch"
 
 
 def test_flags_alone(folder: Path) -> None:
@@ -248,7 +270,7 @@ def test_the_model_can_still_be_copied_and_sent(folder: Path) -> None:
         made: Any = twin.configure_optimizers()
         (weights, *_) = made["optimizer"].param_groups
         assert weights["params"][0] is twin.hidden.weight
-        assert isinstance(made["lr_scheduler"]["scheduler"], torch.optim.lr_scheduler.StepLR)
+        assert isinstance(made["lr_scheduler"]["scheduler"], StepLR)
     assert len(pickle.dumps(model)) < 20_000
 
 
