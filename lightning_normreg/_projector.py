@@ -51,6 +51,7 @@ class Projector:
         self._norms: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
         self._starts: dict[str, Tensor] = {}
+        self._stepped: set[str] = set()
         self._told: set[str] = set()
         self.looking = False
         """Whether the next report shall also say which weights were off their radius before the step."""
@@ -136,12 +137,16 @@ class Projector:
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """See whether the weights are where the last projection has put them."""
-        self._before = {t.name: t.norms() for t in self.optimized([optimizer])} if self.looking else {}
+        # Before the first step BatchNorm's gains may have followed the first projection, and be targets themselves.
+        targets = [t for t in self.optimized([optimizer]) if t.name in self._stepped] if self.looking else []
+        self._before = {t.name: norms for t, norms in zip(targets, norms_of(targets), strict=True)}
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Project what the optimizer has updated. A skipped update left the weights where projecting changes no bit."""
         self._starts.update(self._before)
-        self.project(self.optimized([optimizer]))
+        targets = self.optimized([optimizer])
+        self._stepped.update(t.name for t in targets)
+        self.project(targets)
 
     def report(self) -> None:
         """Warn once of units that cannot be projected, or do not stay where they were put. Reads the device once."""

@@ -129,7 +129,13 @@ def torch_optimizer(optimizer: object) -> Optimizer:
 
     Raises:
         TypeError: If there is none.
+        NotImplementedError: If it is DeepSpeed's, whose torch optimizer has flat partitions instead of weights.
     """
+    if type(optimizer).__module__.partition(".")[0] == "deepspeed":
+        raise NotImplementedError(
+            f"`optimizer` must update the model's own weights, but {type(optimizer).__name__} updates flat partitions "
+            "of them. Use FSDPStrategy or ModelParallelStrategy instead of DeepSpeed."
+        )
     inner: object = optimizer
     while not (isinstance(inner, Optimizer) and "_optimizer_step_post_hooks" in vars(inner)):
         attributes = getattr(inner, "__dict__", {})

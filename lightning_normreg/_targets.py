@@ -43,7 +43,9 @@ def choose_targets(
     if bad and otherwise == "skip":
         rank_zero_info(f"Not projected, because not scale-invariant: {', '.join(w.name for w in bad)}.")
         return good
-    return list(watched)
+    # A bias that belongs to the units of a weight is held with them, and cannot have a radius of its own as well.
+    joined = {w.bias for w in watched if w.bias is not None}
+    return [w for w in watched if w.parameter not in joined]
 
 
 def check_eps_shares(targets: Sequence[Watched], verdict: Verdict, radius: Radius) -> None:

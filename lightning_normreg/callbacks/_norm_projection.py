@@ -143,12 +143,13 @@ class NormProjection(StepCallback):
     def _claim(self, trainer: Trainer, targets: list[Watched]) -> None:
         claims = run_of(trainer).claims
         for target in targets:
-            if target.parameter in claims:
-                raise ValueError(
-                    f"{target.name!r} must be held by one NormProjection, but `include` of two match it: "
-                    f"{claims[target.parameter]} and {self.include}. Make one narrower, or use `exclude`."
-                )
-            claims[target.parameter] = str(self.include)
+            for parameter in target.tensors():
+                if parameter in claims:
+                    raise ValueError(
+                        f"{target.name!r} must be held by one NormProjection, but `include` of two match it, or its "
+                        f"bias: {claims[parameter]} and {self.include}. Make one narrower, or use `exclude`."
+                    )
+                claims[parameter] = str(self.include)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Project before the first step, and again when a finetuning callback has handed more to an optimizer."""

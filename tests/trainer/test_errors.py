@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import BaseFinetuning
 
 from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, register_update_rule
 from lightning_normreg._optimizers._lookup import _REGISTERED
+from lightning_normreg._step_hooks import torch_optimizer
 from tests.harness import Net, loader, sgd, trainer
 
 INCLUDE = ["conv1.weight"]
@@ -216,3 +217,14 @@ def test_a_flat_shard_is_refused() -> None:
     net.conv1.weight._fsdp_flattened = True
     with pytest.raises(NotImplementedError, match=r"'conv1\.weight' is a piece of FSDP's first version"):
         trainer(EffectiveLRMonitor()).fit(net, loader())
+
+
+def test_deepspeed_is_refused() -> None:
+    """Its optimizer wraps one of torch, whose parameters are flat partitions."""
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+    wrapper = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
+    wrapper.optimizer = inner
+    with pytest.raises(
+        NotImplementedError, match=r"DeepSpeedZeroOptimizer updates flat partitions .* Use FSDPStrategy"
+    ):
+        torch_optimizer(wrapper)

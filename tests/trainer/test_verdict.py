@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -294,3 +295,16 @@ def test_a_loader_whose_first_batch_is_none() -> None:
     with pytest.warns(UserWarning, match="train_dataloader yielded None"):
         run.fit(Net(sgd(), schedule=False), torch.utils.data.DataLoader(Sparse(), batch_size=None))
     assert "effective_lr/up.weight" in run.callback_metrics
+
+
+def test_a_bias_that_belongs_to_a_unit_is_held_once() -> None:
+    """Globs that match it as well do not give it a radius of its own, and a second projection must not either."""
+    net = group_norm(0.1)
+    trainer(NormProjection(include=["layers.0.*"], on_not_invariant="allow")).fit(net, loader())
+    weight, bias = net.layers[0].weight.detach(), net.layers[0].bias.detach()
+    joined = torch.cat([weight.reshape(2, -1), bias.reshape(2, -1)], dim=1)
+    assert joined.norm(dim=1) == pytest.approx(torch.full((2,), 3**0.5), rel=1e-6)
+    assert not math.isclose(bias.norm().item(), 1.0, rel_tol=1e-3)
+    both = [NormProjection(), NormProjection(include=["layers.0.bias"], on_not_invariant="allow")]
+    with pytest.raises(ValueError, match=r"'layers\.0\.bias' must be held by one NormProjection"):
+        trainer(*both).fit(group_norm(0.1), loader())
