@@ -119,8 +119,8 @@ class Commands(Base):
             "--lr_interval",
             type=Literal["step", "epoch"] | None,
             default=None,
-            help="When the scheduler steps. By default after each batch for OneCycleLR, CyclicLR and DecayFreeLR, after "
-            "each epoch for all others.",
+            help="When the scheduler steps. By default after each batch for OneCycleLR, CyclicLR and DecayFreeLR, "
+            "after each epoch for all others.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

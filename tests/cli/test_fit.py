@@ -137,7 +137,7 @@ def test_the_schedule_is_the_one_asked_for(name: str, folder: Path) -> None:
 
 
 def test_the_interval_where_none_is_given() -> None:
-    """Batches where torch's documents, or ours, say that the scheduler is called after each; parts decide for a whole."""
+    """Batches where the documents say that the scheduler is called after each; parts decide for a whole."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=BASE)
     assert natural_interval(StepLR(optimizer, 3)) == "epoch"
     assert natural_interval(DecayFreeLR(optimizer)) == "step"
