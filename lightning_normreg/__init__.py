@@ -18,5 +18,8 @@ from lightning_normreg.callbacks._effective_lr_monitor import EffectiveLRMonitor
 from lightning_normreg.callbacks._norm_projection import NormProjection as NormProjection
 from lightning_normreg.callbacks._norm_summary import NormSummary as NormSummary
 from lightning_normreg.callbacks._weight_norm_monitor import WeightNormMonitor as WeightNormMonitor
+from lightning_normreg.cli._normreg_cli import NormRegCLI as NormRegCLI
+from lightning_normreg.cli._schedulers import SchedulerChain as SchedulerChain
+from lightning_normreg.cli._schedulers import SchedulerSequence as SchedulerSequence
 
 __version__ = "0.1.0"

@@ -173,8 +173,11 @@ def _training_step(module: nn.Module, batch: Any) -> Any:
     parameters = inspect.signature(module.training_step).parameters  # type: ignore[arg-type]
     if "dataloader_iter" in parameters:
         raise ValueError("a training_step that fetches its own batches (dataloader_iter) cannot be given one")
-    indices = {name: 0 for name in ("batch_idx", "dataloader_idx") if name in parameters}
-    return module.training_step(batch, **indices)  # type: ignore[operator]
+    # As Lightning does: the index of the batch comes second, whatever its name.
+    kinds = [parameter.kind for parameter in parameters.values()]
+    second = kinds[1:2] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] or inspect.Parameter.VAR_POSITIONAL in kinds
+    index = [0] if second else []
+    return module.training_step(batch, *index)  # type: ignore[operator]
 
 
 def _scalar(result: Any, what: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -77,6 +78,8 @@ class EffectiveLRMonitor(Monitor):
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
             above that the summaries and 8 layers spread over the depth.
         logging_interval: ``"step"``, or ``"epoch"`` for the mean over an epoch's logged steps.
+        progress_bar: Show the median effective learning rate over the scale-invariant layers in the progress bar, as
+            ``effective_lr``, on logged steps anew.
 
     Raises:
         ValueError: For an argument out of its range, before training starts.
@@ -106,6 +109,7 @@ class EffectiveLRMonitor(Monitor):
         on_unhealthy: OnUnhealthy = "warn",
         per_layer: PerLayer = "auto",
         logging_interval: Literal["step", "epoch"] = "step",
+        progress_bar: bool = False,
     ) -> None:
         super().__init__(
             every_n_steps=every_n_steps,
@@ -123,6 +127,7 @@ class EffectiveLRMonitor(Monitor):
         self.momentum_gain = momentum_gain
         self.scale_exponent = scale_exponent
         self.on_unhealthy = on_unhealthy
+        self.progress_bar = progress_bar
 
     def _reset(self) -> None:
         super()._reset()
@@ -158,6 +163,9 @@ class EffectiveLRMonitor(Monitor):
         for values in row.values():  # what only the prediction needs
             values.pop(_metrics.UNIT_NORM_RMS, None)
             values.pop(GRADIENT_AT_NORM_1, None)
+        rates = [values[_metrics.EFFECTIVE_LR] for values in row.values() if _metrics.EFFECTIVE_LR in values]
+        if self.progress_bar and rates:
+            trainer.lightning_module.log("effective_lr", median(rates), prog_bar=True, logger=False)
         alarms = self._rotations().health.alarms
         if alarms and self.on_unhealthy == "stop" and not trainer.should_stop:
             trainer.should_stop = True

@@ -55,3 +55,11 @@ class DigitsDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The validation images in order."""
         return DataLoader(self.val_set, batch_size=len(self.val_set))
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The validation images: nothing is tuned on them here."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The validation images."""
+        return self.val_dataloader()

@@ -54,6 +54,17 @@ class DemoConvNet(DecayGroupsMixin, pl.LightningModule):
         self.accuracy(self(images), labels)
         self.log("val_accuracy", self.accuracy, prog_bar=True)
 
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the accuracy."""
+        images, labels = batch
+        self.accuracy(self(images), labels)
+        self.log("test_accuracy", self.accuracy)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Classes, shape ``(N,)``."""
+        classes: Tensor = self(batch[0]).argmax(dim=1)
+        return classes
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD on groups in which only convolutions and head decay."""
         groups = self.decay_groups(self.weight_decay)

@@ -52,6 +52,23 @@ def test_training_step_may_return_the_loss_or_a_mapping_with_it(result):
     assert find_scale_invariance(Module(result), BATCH)["net.0.weight"].kind == "neuron"
 
 
+def test_the_index_of_the_batch_may_have_any_name():
+    """Lightning passes it by position; a step without one is called without."""
+
+    class Underscore(Module):
+        def training_step(self, batch, _):
+            assert _ == 0
+            return super().training_step(batch)
+
+    class Variadic(Module):
+        def training_step(self, *args):
+            assert args[1:] == (0,)
+            return super().training_step(args[0])
+
+    for module in (Underscore(), Variadic()):
+        assert find_scale_invariance(module, BATCH)["net.0.weight"].kind == "neuron"
+
+
 @pytest.mark.parametrize(
     "result, message",
     [

@@ -105,6 +105,24 @@ def test_many_layers_are_shown_as_summaries_and_eight(
         assert curves[-1] == f"layers.{depth - 1}.weight"
 
 
+def test_progress_bar_shows_the_median_effective_lr() -> None:
+    """One number, that of the last logged step; loggers, curves and history are as without it."""
+    runs = {}
+    for shown in (False, True):
+        monitor = EffectiveLRMonitor(progress_bar=shown)
+        run = trainer(monitor, max_epochs=2)
+        torch.manual_seed(0)
+        run.fit(Net(sgd()), loader())
+        assert isinstance(run.logger, RecordingLogger)
+        runs[shown] = (run.logger.rows, monitor.history())
+        rates = [monitor.history()[f"effective_lr/{name}.weight"].iloc[-1] for name in ("conv1", "up")]
+        # Lightning keeps it in float32.
+        expected = {"effective_lr": pytest.approx(sum(rates) / 2, rel=1e-6)} if shown else {}
+        assert {k: v for k, v in run.progress_bar_metrics.items() if k != "v_num"} == expected
+    assert runs[True][0] == runs[False][0]
+    assert runs[True][1].equals(runs[False][1])
+
+
 def test_without_a_logger_values_are_still_there() -> None:
     """One warning, then ``callback_metrics`` and the history have them; early stopping can watch them."""
     monitor = EffectiveLRMonitor()

@@ -1,0 +1,35 @@
+"""The command line, ``lightning-normreg``: a few subcommands of its own, and LightningCLI's for any model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from lightning_normreg.cli._commands import COMMANDS, overview
+from lightning_normreg.cli._examples import PROGRAM
+from lightning_normreg.cli._normreg_cli import NormRegCLI as NormRegCLI
+from lightning_normreg.cli._schedulers import SchedulerChain as SchedulerChain
+from lightning_normreg.cli._schedulers import SchedulerSequence as SchedulerSequence
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Arguments without the program's name; by default those of the process.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: models are named by class path
+    first = words[0] if words else "--help"
+    if first in ("-h", "--help"):
+        print(overview())
+        sys.exit(0)
+    elif first in COMMANDS:
+        COMMANDS[first](words[1:])
+    elif first.startswith("-") or first in NormRegCLI.subcommands():
+        NormRegCLI(args=words, parser_kwargs={"prog": PROGRAM})
+    else:
+        sys.stderr.write(f"{overview()}\n\nerror: {first!r} is no subcommand. Use one of those above.\n")
+        sys.exit(2)

@@ -1,0 +1,63 @@
+"""``lightning-normreg demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from lightning_normreg._history import optional_import
+from lightning_normreg.callbacks._monitor import Monitor
+from lightning_normreg.cli._examples import PROGRAM, epilog
+from lightning_normreg.cli._normreg_cli import NormRegCLI
+from lightning_normreg.demos import DemoConvNet, DigitsDataModule
+from lightning_normreg.demos._report import save_picture, summary_table
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+TRAINER = {"max_epochs": 20, "log_every_n_steps": 5, "accelerator": "cpu", "enable_model_summary": False}
+
+
+def demo(args: list[str]) -> None:
+    """Train the demo network on the digits and show what happened to its layers.
+
+    Args:
+        args: LightningCLI's arguments, without a subcommand; ``--config`` takes a YAML file.
+    """
+    for module in ("sklearn", "matplotlib", "pandas"):
+        optional_import(module)
+    cli = NormRegCLI(
+        DemoConvNet,
+        DigitsDataModule,
+        args=args,
+        run=False,
+        seed_everything_default=0,
+        trainer_defaults=TRAINER,
+        parser_kwargs={
+            "prog": f"{PROGRAM} demo",
+            "description": "Train a small BatchNorm network on digits.",
+            "epilog": epilog("demo"),
+        },
+    )
+    with cli.explained_errors():
+        cli.trainer.fit(cli.model, cli.datamodule)
+    if cli.trainer.is_global_zero:
+        _report(cli.trainer)
+
+
+def _report(trainer: Trainer) -> None:
+    """Print the table, save the picture, say how to look at the curves."""
+    console = Console()
+    monitors = [c for c in trainer.callbacks if isinstance(c, Monitor)]  # type: ignore[attr-defined]
+    frames = [monitor.history() for monitor in monitors]
+    if len(frames) < 2 or any(frame.empty for frame in frames) or trainer.log_dir is None:
+        console.print("Nothing to show: a monitor or the logger was taken away, or no update was logged.")
+        return
+    history = frames[0].merge(frames[1], on=["step", "epoch"], how="outer")
+    console.print(summary_table(history))
+    directory = Path(trainer.log_dir)
+    save_picture(history, directory / "curves.png")
+    console.print(f"Picture of the curves:  {directory / 'curves.png'}", soft_wrap=True)
+    console.print(f"All curves, live:       tensorboard --logdir {directory}", soft_wrap=True)

@@ -1,0 +1,95 @@
+"""Which errors are those of arguments, and of which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from traceback import walk_tb
+from types import FrameType
+from typing import Any
+
+from jsonargparse import Namespace
+
+DEBUG_HINT = "(JSONARGPARSE_DEBUG=true shows where.)"
+
+LIBRARIES = ("lightning_normreg.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "torch.")
+
+
+class ArgumentRefused(ValueError):
+    """An argument that was parsed, but that its taker refuses.
+
+    Args:
+        key: Of the configuration.
+        reason: What the taker said.
+    """
+
+    def __init__(self, key: str, reason: object) -> None:
+        super().__init__(f"{key}: {reason}")
+
+
+@contextmanager
+def blamed_on(key: str) -> Iterator[None]:
+    """Name the key of what is made from its arguments alone, so that they are to blame for its errors."""
+    try:
+        yield
+    except ArgumentRefused:
+        raise
+    except Exception as error:
+        raise ArgumentRefused(key, f"{error} {DEBUG_HINT}") from error
+
+
+def explain(
+    error: BaseException, config: Mapping[str, Any], defaults: Mapping[str, str], constructing: bool
+) -> str | None:
+    """What to tell the user, or None where the error is a bug and wants its traceback.
+
+    Errors of arguments are what the constructors named in the configuration refuse, Lightning's own word for a wrong
+    set-up, and what this package refuses when it sees the model.
+
+    Args:
+        error: The error.
+        config: The configuration.
+        defaults: Keys of classes that are there without being named in it, by the name of the class.
+        constructing: Whether it arose before the Trainer was made.
+    """
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for known in chain:
+        if isinstance(known, ArgumentRefused):
+            return str(known)
+    root = chain[-1]
+    frames = [frame for frame, _ in walk_tb(root.__traceback__)]
+    if not constructing and any(not frame.f_globals.get("__name__", "").startswith(LIBRARIES) for frame in frames):
+        return None  # it came by the user's code
+    ours = bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("lightning_normreg.")
+    refused = isinstance(root, (ValueError, TypeError, NotImplementedError, ModuleNotFoundError)) and ours
+    if refused or "MisconfigurationException" in [c.__name__ for c in type(root).__mro__]:
+        return ": ".join([*_keys(frames, config, defaults), str(root)])
+    if isinstance(root, ValueError) and constructing:
+        return ": ".join([*_keys(frames, config, defaults), f"{root} {DEBUG_HINT}"])
+    return None
+
+
+def _keys(frames: list[FrameType], config: Mapping[str, Any], defaults: Mapping[str, str]) -> list[str]:
+    """Where the configuration names the object in whose method an error arose: one entry, or none."""
+    named = dict(_class_paths(config, ""))
+    for frame in frames:
+        owner = type(frame.f_locals.get("self")).__name__
+        keys = [key for key, path in named.items() if path.rpartition(".")[2] == owner]
+        if keys or owner in defaults:
+            return [" or ".join(keys) or defaults[owner]]
+    return []
+
+
+def _class_paths(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Keys and class paths of everything that a configuration names."""
+    if isinstance(value, list):
+        for number, entry in enumerate(value):
+            yield from _class_paths(entry, f"{key}[{number}]")
+    elif isinstance(value, (Namespace, Mapping)):
+        entries = vars(value) if isinstance(value, Namespace) else value
+        if isinstance(entries.get("class_path"), str):
+            yield key, entries["class_path"]
+        for name, entry in entries.items():
+            yield from _class_paths(entry, f"{key}.{name}".lstrip("."))

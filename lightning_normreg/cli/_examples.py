@@ -1,0 +1,41 @@
+"""What the subcommands of :class:`NormRegCLI` do, in a line each, and commands to start from."""
+
+from __future__ import annotations
+
+import textwrap
+
+PROGRAM = "lightning-normreg"
+
+SUMMARIES = {
+    "fit": "Train any LightningModule, with curves of what weight decay does to it.",
+    "validate": "Run one evaluation epoch over the validation set.",
+    "test": "Run one evaluation epoch over the test set.",
+    "predict": "Run inference on your data.",
+}
+
+_DEMO = "--model DemoConvNet --data DigitsDataModule --trainer.max_epochs 2"
+_RUN = "lightning_logs/version_0"
+_TRAINED = f"--config {_RUN}/config.yaml --ckpt_path {_RUN}/checkpoints/epoch=1-step=40.ckpt"
+EXAMPLES = {
+    "fit": [
+        _DEMO,
+        f"{_DEMO} --optimizer AdamW --optimizer.weight_decay 0.05 --decay.bias 0.01 "
+        "--lr_scheduler OneCycleLR --lr_scheduler.max_lr 0.01 --lr_scheduler.total_steps 40",
+        f"{_DEMO} --projection.radius 1.0 --monitor.every_n_steps 5 --monitor.progress_bar true",
+    ],
+    "validate": [_TRAINED],
+    "test": [_TRAINED],
+    "predict": [_TRAINED],
+    "demo": ["", "--projection true --model.weight_decay 0 --trainer.max_epochs 2"],
+}
+"""Arguments by subcommand. Those with a checkpoint need the first command of ``fit`` to have been run."""
+
+
+def epilog(subcommand: str) -> str:
+    """The examples as they stand at the end of a help, to be pasted into a shell."""
+    lines = ["examples:"]
+    for arguments in EXAMPLES[subcommand]:
+        words = f"{PROGRAM} {subcommand} {arguments}".strip().replace(" --", "\0--")  # an option stays with its value
+        folded = textwrap.wrap(words.replace(" ", "\1").replace("\0", " "), 88, break_on_hyphens=False)
+        lines.append("  " + " \\\n      ".join(folded).replace("\1", " "))
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""The argument groups ``--monitor``, ``--projection`` and ``--decay``: what they take, and what they make.
+
+Their arguments are those of the classes and the function that they call; the command line finds them out from the code.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, final
+
+from torch import nn
+
+from lightning_normreg._compat import CallbackBase
+from lightning_normreg._decay_groups import decay_groups
+from lightning_normreg.callbacks._effective_lr_monitor import EffectiveLRMonitor
+from lightning_normreg.callbacks._norm_projection import NormProjection
+from lightning_normreg.callbacks._weight_norm_monitor import WeightNormMonitor
+
+
+@final
+class MonitorGroup:
+    """EffectiveLRMonitor, and WeightNormMonitor with what it shares of the arguments."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._kwargs = kwargs
+
+    def callbacks(self) -> list[CallbackBase]:
+        """Both monitors."""
+        shared = inspect.signature(WeightNormMonitor).parameters.keys() & self._kwargs.keys()
+        norms = {name: self._kwargs[name] for name in shared}
+        return [WeightNormMonitor(**norms), EffectiveLRMonitor(**self._kwargs)]
+
+
+@final
+class ProjectionGroup:
+    """NormProjection: the norm of weights is held at a radius."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._kwargs = kwargs
+
+    def callbacks(self) -> list[CallbackBase]:
+        """The projection."""
+        return [NormProjection(**self._kwargs)]
+
+
+@final
+class DecayGroup:
+    """Decay by role in the parameter groups of --optimizer, where weights have its weight_decay."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._kwargs = kwargs
+
+    def split(self, module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameter groups."""
+        return decay_groups(module, weight_decay, **self._kwargs)
+
+
+CALLBACK_GROUPS: dict[str, type[MonitorGroup] | type[ProjectionGroup]] = {
+    "monitor": MonitorGroup,
+    "projection": ProjectionGroup,
+}
+GROUP_OF_CALLBACK = {"EffectiveLRMonitor": "monitor", "WeightNormMonitor": "monitor", "NormProjection": "projection"}

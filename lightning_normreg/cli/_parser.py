@@ -1,0 +1,104 @@
+"""The parser: help that fits a screen for each group, and errors that say what to do."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from pytorch_lightning.cli import LightningArgumentParser as ParserBase
+else:
+    ParserBase = object
+
+# What jsonargparse says of types is for those who know them.
+PLAIN_WORDS = (
+    (r"\n *(Subtypes: .*|Given value type: .*|Errors:|- Expected a <class 'NoneType'>)", ""),
+    (r"\n *(- )?Does not validate against any of the Union subtypes", ""),
+    (r"\n\n *- Expected a path but \S+(?<!yaml)(?<!json) either not accessible or invalid", ""),
+    (r"\n *- Expected '.*' to be a subclass of ReduceLROnPlateau\.", ""),
+    (r"Type \S*Callable.* expects a function or a callable class: ", ""),
+    (r"NestedArg\(key='(.*?)', val='?(.*?)'?\)", r"\1=\2"),
+    (r"(\n *Given|\. Got) value: Namespace\(.*\)", ""),
+    (r"Expected a dot import path string: (\S+)", r"No class of this name is known: \1"),
+    (r"<class '([\w.]+)'>", r"\1"),
+)
+REMEDIES = {
+    "SequentialLR": "In YAML, a SchedulerSequence takes the place of SequentialLR.",
+    "ChainedScheduler": "In YAML, a SchedulerChain takes the place of ChainedScheduler.",
+    "_dataloader` must be implemented": "A data module is given by --data.",
+}
+
+
+class Parser(ParserBase):
+    """To be mixed into the LightningArgumentParser of a namespace."""
+
+    def format_usage(self) -> str:
+        """One line: there are a hundred options."""
+        self.usage = f"{self.prog.replace(' [options]', '')} [--config FILE] [--KEY VALUE ...]"
+        return super().format_usage()
+
+    def format_help(self, *args: Any, **options: Any) -> str:
+        """The groups, then the epilog as it is."""
+        self.format_usage()
+        epilog, self.epilog = self.epilog, None
+        text = super().format_help(*args, **options)
+        self.epilog = epilog
+        return f"{text}\n{epilog}\n" if epilog else text
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say it in plain words, with a remedy, and exit with 2."""
+        for pattern, words in PLAIN_WORDS:
+            message = re.sub(pattern, words, message)
+        message = "\n".join(dict.fromkeys(message.rstrip().split("\n")))
+        remedies = [remedy for word, remedy in REMEDIES.items() if word in message]
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown and (near := get_close_matches(unknown[1], self._option_string_actions, n=1)):
+            remedies.append(f"Did you mean {near[0]}?")
+        key = re.match(r'Parser key "(\w+)', message)
+        if key and f"--{key[1]}.help" in self._option_string_actions:
+            remedies.append(f"What it takes is shown by --{key[1]}.help.")
+        super().error("\n  ".join([message, *remedies]), ex)
+
+    def add_method_arguments(self, theclass: Any, themethod: str, *args: Any, **options: Any) -> Any:
+        """Put the method's name above its arguments, in place of its docstring."""
+        added = super().add_method_arguments(theclass, themethod, *args, **options)
+        self._action_groups[-1].title = themethod
+        return added
+
+    def title(self, key: str, title: str, description: str | None = None) -> None:
+        """Put words for people above a group."""
+        group = (self.groups or {})[key]
+        group.title, group.description = title, description
+
+    def fold(self, key: str) -> None:
+        """Show the names of a group's arguments in one paragraph, and their help on ``--<key>.help``."""
+        group = (self.groups or {})[key]
+        actions = [a for a in group._group_actions if a.help is not argparse.SUPPRESS]
+        names = [a.option_strings[0].removeprefix(f"--{key}.") for a in actions]
+        shown = ", ".join(name for name in names if not name.endswith((".help", f"--{key}")))
+        helps = {action: action.help for action in actions}
+        for action in actions:
+            action.help = argparse.SUPPRESS
+        group.description = textwrap.fill(f"{group.description} {shown}.", 90)
+        group.add_argument(f"--{key}.help", action=_Unfold, group=group, helps=helps)
+
+
+class _Unfold(argparse.Action):
+    """Show a folded group and exit."""
+
+    def __init__(self, option_strings: Any, dest: Any, group: Any, helps: Any, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help="Show them all.")
+        self.group, self.helps = group, helps
+
+    def __call__(self, parser: Any, *args: Any) -> NoReturn:
+        for action, text in self.helps.items():
+            action.help = text
+        formatter = parser._get_formatter()
+        formatter.start_section(self.group.title)
+        formatter.add_arguments(self.helps)
+        formatter.end_section()
+        print(formatter.format_help())
+        raise SystemExit(0)

@@ -1,0 +1,52 @@
+"""What the documents show of the command line runs as written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_normreg import cli
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = (ROOT / "docs" / "cli.md").read_text()
+BLOCKS = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"^lightning-normreg (.*)$", PAGE, re.MULTILINE)
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_yaml_of_the_page(number: int, folder: Path) -> None:
+    """Each block trains."""
+    Path("block.yaml").write_text(BLOCKS[number])
+    cli.main(["fit", "--config", "block.yaml", "--seed_everything=0"])
+    (saved,) = folder.glob("lightning_logs/version_0/config.yaml")
+    config: dict[str, Any] = yaml.safe_load(saved.read_text())
+    assert config["model"]["class_path"] == "lightning_normreg.demos.DemoConvNet"
+
+
+@pytest.mark.slow
+def test_commands_of_the_page(folder: Path) -> None:
+    """Each command in a block of its own."""
+    for command in COMMANDS:
+        cli.main([*shlex.split(command), "--seed_everything=0"])
+    assert len(list(folder.glob("lightning_logs/version_*"))) == len(COMMANDS) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command in the first line of the file, with fewer epochs."""
+    (command,) = re.findall(r"^# lightning-normreg (.*)$", path.read_text(), re.MULTILINE)
+    words = shlex.split(command.replace("examples/", f"{path.parent}/"))
+    cli.main([*words, "--seed_everything=0", "--trainer.max_epochs=1"])
+
+
+def test_the_example_is_the_one_on_the_page() -> None:
+    """A file to start from, and the text that explains it."""
+    assert (ROOT / "examples" / "adamw_warmup_cosine.yaml").read_text().partition("\n")[2] == BLOCKS[0]
