@@ -35,7 +35,7 @@ from lightning_normreg import (
 from lightning_normreg.demos import DemoConvNet, DigitsDataModule
 from lightning_normreg.functional import equilibrium_norm, project_, suggest_projection
 
-EPOCHS, STEPS, NOISE = 20, 400, 0.2
+EPOCHS, STEPS, NOISE = 20, 400, 0.2  # 20 steps an epoch
 CONVOLUTIONS = [f"block{i}.conv.weight" for i in range(1, 5)]
 LAYERS = [*CONVOLUTIONS, "head.weight"]
 TITLES = {
@@ -251,7 +251,7 @@ def equilibrium() -> Figure:
             if key in PREDICTED and scale == 1.0:
                 draw(one, history, f"{PREDICTED[key]}/{layer}", color="k", linestyle="--", label="equilibrium")
             one.set(title=TITLES[key])
-        end = history[history["step"] >= 300]
+        end = history[history["step"] >= 0.75 * STEPS]
         ratios = [(end[f"{key}/{layer}"] / end[f"{predicted}/{layer}"]).mean() for key, predicted in PREDICTED.items()]
         half_life = end[f"equilibrium_half_life/{layer}"].iloc[-1]
         print(f"equilibrium, initial norm × {scale:g}: norm and rotation over predicted in the last quarter "
@@ -282,7 +282,7 @@ def balance() -> Figure:
         ends = []
         for number, layer in enumerate(CONVOLUTIONS):
             draw(axes, history, f"angular_update/{layer}", color=f"C{number}", label=layer.removesuffix(".weight"))
-            ends.append(history[history["step"] >= 300][f"angular_update/{layer}"].mean())
+            ends.append(history[history["step"] >= 0.75 * STEPS][f"angular_update/{layer}"].mean())
         axes.set(title=title, ylim=(1e-3, 0.1))
         print(f"balance, {title}: rotations of the last quarter {[round(float(e), 4) for e in ends]}, "
               f"largest over smallest {max(ends) / min(ends):.1f}")  # fmt: skip
