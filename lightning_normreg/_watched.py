@@ -179,7 +179,8 @@ class Watched:
         for part in self.parts:
             like = part.view(self.parameter)[0]
             (view, kept), *bias = self._views(part, read)
-            found.append(torch.cat([unit_rows(view, kept, like=like), *(v for v, _ in bias)], dim=1))
+            rows = unit_rows(view, kept, like=like)
+            found.append(torch.cat([rows, *(v for v, _ in bias)], dim=1) if bias else rows)
         return found
 
     def _views(self, part: Part, read: Callable[[Parameter], Tensor]) -> list[View]:
