@@ -9,33 +9,39 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_normreg import _metrics
-from lightning_normreg._metrics import SUMMARY_GROUP, Curve
+from lightning_normreg._metrics import Curve
 
-CHARTS: dict[str, Curve] = {
-    "effective learning rate": _metrics.EFFECTIVE_LR,
-    "rotation per step": _metrics.ANGULAR_UPDATE,
-    "unit norm": _metrics.UNIT_NORM_RMS,
-    "effective learning rate, layers that are not scale-invariant": _metrics.EFFECTIVE_LR_NOT_INVARIANT,
+CHARTS: dict[str, tuple[Curve, ...]] = {
+    "effective learning rate": (_metrics.EFFECTIVE_LR,),
+    "rotation per step, and at equilibrium": (_metrics.ANGULAR_UPDATE, _metrics.EQUILIBRIUM_ROTATION),
+    "unit norm": (_metrics.UNIT_NORM_RMS,),
+    "effective learning rate, layers that are not scale-invariant": (_metrics.EFFECTIVE_LR_NOT_INVARIANT,),
 }
+"""Charts with a line of each layer."""
+MARGINS: dict[str, Curve] = {
+    "effective learning rate over its first value, all layers": _metrics.EFFECTIVE_LR,
+    "rotation per step, all layers": _metrics.ANGULAR_UPDATE,
+    "rotation over its prediction, all layers": _metrics.EQUILIBRIUM_RATIO,
+    "unit norm, all layers": _metrics.UNIT_NORM_RMS,
+}
+"""Charts of the median over layers, with a margin from the minimum to the maximum."""
 
 
 def layout(prefix: str = "") -> dict[str, dict[str, list[Any]]]:
-    """The layout, as ``SummaryWriter.add_custom_scalars`` takes it. TensorBoard reads every tag as a regex.
+    """The layout, as ``SummaryWriter.add_custom_scalars`` takes it.
+
+    TensorBoard reads the tags of lines as regexes, and those of margins as they are.
 
     Args:
         prefix: What the logger puts in front of every tag.
     """
     start = re.escape(prefix)
-    layers = {title: ["Multiline", [f"^{start}{curve.key}/"]] for title, curve in CHARTS.items()}
-    over = {
-        f"{title}, over layers": [
-            "Margin",
-            [f"^{start}{SUMMARY_GROUP}/{curve.summary}_{s}$" for s in ("median", "min", "max")],
-        ]
-        for title, curve in CHARTS.items()
-        if curve.summary
+    lines = {title: ["Multiline", [f"^{start}{c.key}/" for c in curves]] for title, curves in CHARTS.items()}
+    margins = {
+        title: ["Margin", [f"{prefix}{_metrics.summary_tag(curve, s)}" for s in ("median", "min", "max")]]
+        for title, curve in MARGINS.items()
     }
-    return {"normalization": layers | over}
+    return {"normalization": lines | margins}
 
 
 def write_layout(logger: Any) -> None:

@@ -157,7 +157,7 @@ def test_tensorboard_layout_shows_all_layers_in_one_chart(tmp_path: Any) -> None
     assert matched == [f"my.run-effective_lr/{n}.weight" for n in ("conv1", "up")]
     (regex,) = charts["effective learning rate, layers that are not scale-invariant"].multiline.tag
     assert [tag for tag in tags if re.match(regex, tag)] == ["my.run-effective_lr_not_invariant/head.weight"]
-    margin = charts["rotation per step, over layers"].margin.series[0]
+    margin = charts["rotation per step, all layers"].margin.series[0]
     assert re.match(margin.value, "my.run-layers/angular_update_median")
     assert {margin.lower, margin.upper} <= {
         f"^{re.escape('my.run-')}layers/angular_update_{s}$" for s in ("min", "max")
