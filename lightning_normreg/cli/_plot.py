@@ -31,7 +31,7 @@ def plot(args: list[str]) -> None:
     parser = _parser()
     given = parser.parse_args(args)
     output: Path = given.output
-    if output.suffix not in SUFFIXES:
+    if output.suffix.lower() not in SUFFIXES:
         parser.error(f"--output: must end in {', '.join(SUFFIXES)}, got {str(output)!r}.")
     if not output.parent.is_dir():
         parser.error(f"--output: there is no folder {str(output.parent)!r}. Make it first.")

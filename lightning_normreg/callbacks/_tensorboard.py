@@ -1,15 +1,19 @@
-"""One TensorBoard layout for all monitors, in which one chart shows the curves of all layers."""
+"""What TensorBoard gets besides curves: a layout in which one chart has all layers, hyperparameters, histograms."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_normreg import _metrics
 from lightning_normreg._metrics import Curve
+
+SUB_RUN = "normreg"
 
 CHARTS: dict[str, tuple[Curve, ...]] = {
     "effective learning rate": (_metrics.EFFECTIVE_LR,),
@@ -44,15 +48,36 @@ def layout(prefix: str = "") -> dict[str, dict[str, list[Any]]]:
     return {"normalization": lines | margins}
 
 
-def write_layout(logger: Any) -> None:
-    """Write the layout beside a TensorBoard logger's own run; any other logger is left alone.
+def write_beside(logger: Any, hyperparameters: Mapping[str, str | float]) -> None:
+    """Write layout and hyperparameters beside a TensorBoard logger's own run; any other logger is left alone.
 
-    In a sub-run of its own, because a second layout in one run replaces the first, and that may be the user's;
-    TensorBoard merges the layouts of different runs.
+    In a sub-run of their own: a second layout in one run replaces the first, which may be the user's, while TensorBoard
+    merges the layouts of different runs; and of hyperparameters the first in a run are the only ones that are shown.
+    So the row of this run has the user's, too.
     """
     experiment = getattr(logger, "experiment", None)
     directory = getattr(experiment, "log_dir", None)
     if callable(getattr(experiment, "add_custom_scalars", None)) and isinstance(directory, str):
-        prefix = getattr(logger, "_prefix", "")
-        with SummaryWriter(str(Path(directory) / "normreg_layout")) as writer:
-            writer.add_custom_scalars(layout(f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""))
+        shown = {k: v for k, v in getattr(logger, "hparams", {}).items() if isinstance(v, (str, int, float))}
+        with SummaryWriter(str(Path(directory) / SUB_RUN)) as writer:
+            writer.add_custom_scalars(layout(tag_prefix(logger)))
+            writer.add_hparams({**shown, **hyperparameters}, {}, run_name=".")
+
+
+def tag_prefix(logger: Any) -> str:
+    """What a logger puts in front of every tag."""
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""
+
+
+def takes_histograms(logger: Any) -> bool:
+    """Whether a logger has histograms as TensorBoard has them."""
+    return callable(getattr(getattr(logger, "experiment", None), "add_histogram", None))
+
+
+def write_histograms(logger: Any, values: Mapping[str, Tensor], step: int) -> None:
+    """One histogram for each tag, of its finite values."""
+    for tag, numbers in values.items():
+        finite = numbers[numbers.isfinite()]
+        if takes_histograms(logger) and finite.numel():
+            logger.experiment.add_histogram(f"{tag_prefix(logger)}{tag}", finite, step)
