@@ -141,7 +141,8 @@ def test_the_prediction_and_its_band() -> None:
         )
     norms = lines(figure, "unit norm")
     dashed = [line for line in norms.values() if line.get_linestyle() == "--" and len(line.get_xdata())]
-    assert len([a for a in figure.axes if a.get_title() == "unit norm"][0].lines) == 4 + 3 + 2
+    (axes,) = [axes for axes in figure.axes if axes.get_title() == "unit norm"]
+    assert len(axes.lines) == 4 + 3 + 2  # layers, their equilibria, and two entries of the legend
     assert dashed[0].get_ydata()[0] == pytest.approx(0.4)
 
 
