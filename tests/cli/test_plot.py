@@ -49,7 +49,7 @@ def test_titles_layers_and_several_runs(run: str, capsys: pytest.CaptureFixture[
     [
         ([], "RUN", "required"),
         (["none"], "RUN: There is no 'none'", "lightning_logs/version_0"),
-        (["logs", "--layers", "blok*"], "--layers: ", "Near misses: 'block0.conv.weight'"),
+        (["logs", "--layers", "conv9*"], "--layers: ", "Near misses: 'block0.conv.weight'"),
         (["logs", "--output", "curves.gif"], "--output: must end in .png, .svg, .pdf", "'curves.gif'"),
         (["logs", "--output", "no/curves.png"], "--output: there is no folder 'no'", "Make it first"),
         (["logs", "--output", "folder.png"], "--output: ", "folder.png"),
