@@ -62,14 +62,14 @@ HEAT_MAPS = (
 
 def heat_maps_of(runs: Sequence[Run]) -> list[HeatMap]:
     """The heat maps that a page of these runs has."""
-    return [h for h in HEAT_MAPS if any(len(run.layers(h.curve)) > DEEP for run in runs)]
+    return [h for h in HEAT_MAPS if any(len(run.layers(h.curve)) > DEEP and _has_any(h.table(run)) for run in runs)]
 
 
 def draw_heat_map(figure: Any, row: Sequence[Any], heat_map: HeatMap, runs: Sequence[Run], depth: Depth) -> None:
     """Draw one heat map of each run, with one colour bar for all."""
     colors = optional_import("matplotlib.colors")
     tables = [heat_map.table(run) for run in runs]
-    extremes = [(table.min().min(), table.max().max()) for table in tables if table.size]
+    extremes = [(table.min().min(), table.max().max()) for table in tables if _has_any(table)]
     low, high = min(e[0] for e in extremes), max(e[1] for e in extremes)
     if heat_map.relative:
         high = max(high, 1 / low, 1.01)
@@ -77,7 +77,7 @@ def draw_heat_map(figure: Any, row: Sequence[Any], heat_map: HeatMap, runs: Sequ
     scale = colors.LogNorm(low, max(high, low * 1.01))
     colours = "RdBu_r" if heat_map.relative else "magma"
     for axes, table in zip(row, tables, strict=True):
-        if table.size:
+        if _has_any(table):
             _draw(axes, table, scale, colours)
         named = axes is row[0] or list(table.columns) != list(tables[0].columns)
         places = spread(len(table.columns))
@@ -89,6 +89,10 @@ def draw_heat_map(figure: Any, row: Sequence[Any], heat_map: HeatMap, runs: Sequ
     bar = figure.colorbar(mappable, ax=list(row), label=heat_map.label, fraction=0.03, pad=0.01)
     set_log_ticks(bar.ax.yaxis, scale.vmin, scale.vmax)
     bar.minorticks_off()
+
+
+def _has_any(table: pd.DataFrame) -> bool:
+    return bool(table.notna().to_numpy().any())
 
 
 def _draw(axes: Any, table: pd.DataFrame, scale: Any, colours: str) -> None:

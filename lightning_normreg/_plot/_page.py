@@ -46,6 +46,7 @@ def plot_curves(
         The figure, for ``savefig``; a notebook shows it. pyplot does not know of it.
 
     Raises:
+        TypeError: If ``runs`` or ``layers`` is something else.
         ValueError: If there are no curves, no logs, or a glob matches nothing.
         ModuleNotFoundError: If pandas or matplotlib is not installed.
 

@@ -91,6 +91,8 @@ class Monitor(StepCallback):
     def history(self) -> pd.DataFrame:
         """What was logged in this process, as a data frame with one row per logged update (at most 10 000, thinned).
 
+        :func:`plot_curves` draws it.
+
         Raises:
             ModuleNotFoundError: If pandas is not installed.
         """

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_normreg._plot import plot_curves
+from lightning_normreg._plot._style import shortened
 from lightning_normreg._run_logs import read_runs
 from lightning_normreg.cli._examples import PROGRAM, epilog
 
@@ -37,7 +38,7 @@ def plot(args: list[str]) -> None:
         parser.error(f"--output: there is no folder {str(output.parent)!r}. Make it first.")
     try:
         runs = {name: run.reset_index() for path in given.runs for name, run in read_runs(path).items()}
-        title = given.title if given.title is not None or len(runs) > 1 else next(iter(runs))
+        title = given.title if given.title is not None or len(runs) > 1 else shortened(next(iter(runs)), 80)
         figure = plot_curves(runs, layers=given.layers, title=title)
         figure.savefig(output)
     except (ValueError, ModuleNotFoundError, OSError) as error:

@@ -211,6 +211,20 @@ def test_zeros_and_infinities_are_left_out() -> None:
     assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
 
 
+def test_a_deep_model_that_does_not_move() -> None:
+    """Nothing is positive: linear axes, and no heat map of it; beside a run that moves, an empty one."""
+    still = history(20, rows=3)
+    curves = [column for column in still.columns if "/" in column and "norm" not in column]
+    still[curves] = 0.0
+    figure = plot_curves(still)
+    assert {axes.get_title(): axes.get_yscale() for axes in figure.axes}["rotation per step"] == "linear"
+    assert not any(axes.get_title(loc="left") for axes in figure.axes)
+    figure = plot_curves({"still": still, "moving": history(20, rows=3)})
+    assert overlaps(drawn(figure)) == []
+    labelled = [axes for axes in figure.axes if axes.get_ylabel() == "layer, by depth" and axes.get_xlabel()]
+    assert [len(axes.collections) for axes in labelled] == [0, 1, 0, 1]
+
+
 def test_chosen_layers() -> None:
     """By globs; of a model with no scale-invariant layer the rates that there are."""
     figure = plot_curves(history(5), layers=["block1.*", "*3.conv*"])
