@@ -16,7 +16,7 @@ check: lint docs
 lint: .venv/with-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell lightning_normreg tests examples docs README.md CHANGELOG.md
+	$(BIN)/codespell lightning_normreg tests examples docs README.md CHANGELOG.md CONTRIBUTING.md
 	$(BIN)/mypy
 
 docs: .venv/with-docs

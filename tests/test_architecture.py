@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lightning_normreg
-from lightning_normreg import functional
+from lightning_normreg import demos, functional, steps
 
 PACKAGE = Path(lightning_normreg.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -98,6 +98,7 @@ PUBLIC_FUNCTIONAL = {
     "with_decay",
     "without_decay",
 }
+PUBLIC_DEMOS = {"DemoConvNet", "DigitsDataModule"}
 PUBLIC_STEPS = {"NormTracker", "Projector", "RotationTracker", "StepDispatcher", "tags", "watch"}
 
 
@@ -166,11 +167,16 @@ for name in {lower!r}:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("module, names", [(lightning_normreg, PUBLIC), (functional, PUBLIC_FUNCTIONAL)])
+@pytest.mark.parametrize(
+    "module, names",
+    [(lightning_normreg, PUBLIC), (functional, PUBLIC_FUNCTIONAL), (demos, PUBLIC_DEMOS), (steps, PUBLIC_STEPS)],
+)
 def test_exported_names(module: object, names: set[str]) -> None:
-    """What the package re-exports by `X as X` is the documented surface, no more and no less."""
+    """What a module re-exports by `X as X`, and defines, is the documented surface, no more and no less."""
     tree = ast.parse(inspect.getsource(module))  # type: ignore[arg-type]
-    exported = {a.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names if a.asname}
+    aliases = [a for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names]
+    exported = {a.name for a in aliases if a.asname == a.name}
+    exported |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"}
     assert exported == names
     for name in names:
         assert inspect.getdoc(getattr(module, name))
@@ -179,8 +185,9 @@ def test_exported_names(module: object, names: set[str]) -> None:
 def test_every_public_name_is_documented() -> None:
     """The pages of the documentation show each of them."""
     docs = Path(__file__).parent.parent / "docs"
-    pages = "\n".join(page.read_text() for page in docs.glob("*.md"))
+    pages = "\n".join(page.read_text() for page in docs.rglob("*.md"))
     missing = [n for n in PUBLIC - {"functional"} if f"::: lightning_normreg.{n}\n" not in pages]
+    missing += [n for n in PUBLIC_DEMOS if f"::: lightning_normreg.demos.{n}\n" not in pages]
     missing += [n for n in PUBLIC_STEPS if f"::: lightning_normreg.steps.{n}\n" not in pages]
     missing += [n for n in PUBLIC_FUNCTIONAL if f"- {n}\n" not in pages]
     assert missing == []

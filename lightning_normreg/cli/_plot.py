@@ -29,7 +29,7 @@ def plot(args: list[str]) -> None:
     Args:
         args: Arguments without the subcommand.
     """
-    parser = _parser()
+    parser = make_parser()
     given = parser.parse_args(args)
     output: Path = given.output
     if output.suffix.lower() not in SUFFIXES:
@@ -47,7 +47,8 @@ def plot(args: list[str]) -> None:
     print(f"{output}: {', '.join(runs)}")
 
 
-def _parser() -> _Parser:
+def make_parser() -> argparse.ArgumentParser:
+    """What it takes."""
     parser = _Parser(
         prog=f"{PROGRAM} plot",
         description="Draw effective learning rates, norms and rotations of all layers over the steps, coloured\n"
