@@ -165,7 +165,7 @@ def slug(heading: str) -> str:
 
 
 def test_every_picture_has_a_source() -> None:
-    """The pictures are those that docs/pictures.py draws, the demo's, and part of what tests/pictures sees in a browser.
+    """The pictures are those that docs/pictures.py draws, the demo's, and a part of what tests/pictures has shot.
 
     All are shown, and small.
     """
