@@ -8,6 +8,7 @@ from lightning_normreg._invariance import find_scale_invariance as find_scale_in
 from lightning_normreg._invariance import load_verdict as load_verdict
 from lightning_normreg._invariance import save_verdict as save_verdict
 from lightning_normreg._optimizers import register_update_rule as register_update_rule
+from lightning_normreg._plot import plot_curves as plot_curves
 from lightning_normreg._rescale import accept_rescaled as accept_rescaled
 from lightning_normreg._rescale import rescale_ as rescale_
 from lightning_normreg._roles import ParameterRole as ParameterRole

@@ -262,4 +262,4 @@ def _read(steps: Sequence[_Written]) -> list[Step]:
 
 def _tolerance(family: str) -> float:
     # Measured on networks that learn; Newton–Schulz turns a gradient with a signal in it into another step.
-    return 0.35 if family == "muon" else 0.15
+    return 0.35 if family == "muon" else _metrics.EQUILIBRIUM_TOLERANCE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -83,6 +84,9 @@ SUMMARY_GROUP = "layers"
 
 STATISTICS = ("min", "median", "max")
 
+EQUILIBRIUM_TOLERANCE = 0.15
+"""Relative distance from the prediction within which norm and rotation count as being at equilibrium."""
+
 
 def tag(curve: Curve, parameter: str, separator: str = "/") -> str:
     """Tag of one layer's curve."""
@@ -92,6 +96,16 @@ def tag(curve: Curve, parameter: str, separator: str = "/") -> str:
 def summary_tag(curve: Curve, statistic: str, separator: str = "/") -> str:
     """Tag of one summary over layers."""
     return f"{SUMMARY_GROUP}{separator}{curve.summary}_{statistic}"
+
+
+def split_tag(logged: str) -> tuple[str, str] | None:
+    """Prefix that a logger has put in front of a tag, and the tag; None for one that is not in the table.
+
+    >>> split_tag("my-run-effective_lr/conv.weight"), split_tag("train_loss")
+    (('my-run', 'effective_lr/conv.weight'), None)
+    """
+    found = _TAG.fullmatch(logged)
+    return found and (found["prefix"] or "", found["tag"])
 
 
 def markdown_table() -> str:
@@ -107,3 +121,9 @@ def markdown_table() -> str:
             name = f"{SUMMARY_GROUP}/{curve.summary}_<{'|'.join(STATISTICS)}>".replace("|", "\\|")
             lines.append(f"| `{name}` | | {unit} | {', '.join(STATISTICS)} over layers of {what} |")
     return "\n".join(lines) + "\n"
+
+
+_TAG = re.compile(
+    rf"(?:(?P<prefix>.*)-)?(?P<tag>(?:{'|'.join(c.key for c in CURVES)})/.+|"
+    rf"{SUMMARY_GROUP}/(?:{'|'.join(c.summary for c in CURVES if c.summary)})_(?:{'|'.join(STATISTICS)}))"
+)

@@ -165,6 +165,14 @@ class NormTracker(Tracker):
             found.append(Measured(values, signs(norms)))
         return found
 
+    def unit_norms(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Norm of each unit of some weights before their last measured update, on the host, by one transfer."""
+        norms = [self._norms[self._by_name[name].parameter][0].detach() for name in names]
+        if not norms:
+            return {}
+        flat = torch.cat([n.to(norms[0].device) for n in norms]).cpu()
+        return dict(zip(names, torch.split(flat, [n.numel() for n in norms]), strict=True))
+
 
 def _both(first: Later[Tensor], second: Later[Tensor]) -> Later[tuple[Tensor, Tensor]]:
     return lambda: (first(), second())

@@ -14,6 +14,7 @@ import torch
 
 from lightning_normreg import cli
 from lightning_normreg._metrics import markdown_table
+from lightning_normreg.cli._plot import make_parser
 from tests.cli.conftest import USERS_MODULE
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +109,9 @@ def test_commands_are_there(page: Path) -> None:
         for line in block.code.replace("\\\n", " ").splitlines():
             program, *words = shlex.split(line, comments=True) or ["#"]
             program = program.rpartition("/")[2]
-            if program == "lightning-normreg":
+            if program == "lightning-normreg" and words[0] == "plot":
+                make_parser().parse_args(words[1:])
+            elif program == "lightning-normreg":
                 parse(words)
             elif program == "make":
                 targets = re.findall(r"^([\w ]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -162,9 +165,12 @@ def slug(heading: str) -> str:
 
 
 def test_every_picture_has_a_source() -> None:
-    """The pictures are those that docs/pictures.py draws, and the demo's; all are shown, and small."""
+    """The pictures are those that docs/pictures.py draws, the demo's, and a part of what tests/pictures has shot.
+
+    All are shown, and small.
+    """
     names = {path.name for path in (DOCS / "images").iterdir()}
-    assert names == {"demo.png", *(f"{name}.png" for name in pictures().PICTURES)}
+    assert names == {"demo.png", "tensorboard.png", *(f"{name}.png" for name in pictures().PICTURES)}
     text = "\n".join(page.read_text() for page in PAGES)
     assert {name for name in names if f"images/{name}" not in text} == set()
     assert max((DOCS / "images" / name).stat().st_size for name in names) < LARGEST_PICTURE

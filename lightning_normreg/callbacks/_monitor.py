@@ -16,8 +16,16 @@ from lightning_normreg._metrics import Curve
 from lightning_normreg._tracker import Row, Tracker
 from lightning_normreg._watch import UnitArgument, check_selection, watch
 from lightning_normreg._watched import Watched
-from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, run_of
-from lightning_normreg.callbacks._layout import write_layout
+from lightning_normreg.callbacks._base import (
+    StepCallback,
+    batches_that_stepped,
+    log_interval,
+    optimizers_of,
+    run_of,
+)
+from lightning_normreg.callbacks._hyperparameters import hyperparameters, log_hyperparameters
+from lightning_normreg.callbacks._norm_projection import NormProjection
+from lightning_normreg.callbacks._tensorboard import write_beside
 from lightning_normreg.callbacks._verdict import Verdict
 
 if TYPE_CHECKING:
@@ -83,6 +91,8 @@ class Monitor(StepCallback):
     def history(self) -> pd.DataFrame:
         """What was logged in this process, as a data frame with one row per logged update (at most 10 000, thinned).
 
+        :func:`plot_curves` draws it.
+
         Raises:
             ModuleNotFoundError: If pandas is not installed.
         """
@@ -129,12 +139,16 @@ class Monitor(StepCallback):
         self._shown = frozenset(names)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the TensorBoard layout, once for all monitors."""
+        """Write the TensorBoard layout and the hyperparameters, once for all monitors."""
         super().on_train_start(trainer, pl_module)
         if not run_of(trainer).layout_written and trainer.is_global_zero:
             run_of(trainer).layout_written = True
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            radii = [callback.radius for callback in callbacks if isinstance(callback, NormProjection)]
+            found = hyperparameters(optimizers_of(trainer), radii)
             for logger in trainer.loggers:
-                write_layout(logger)
+                write_beside(logger, found)
+                log_hyperparameters(logger, found)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Decide whether the updates of this batch are measured."""

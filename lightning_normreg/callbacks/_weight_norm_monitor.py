@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_normreg import _metrics
-from lightning_normreg._tracker import NormTracker, Tracker
+from lightning_normreg._tracker import NormTracker, Row, Tracker
 from lightning_normreg._watch import UnitArgument
 from lightning_normreg._watched import Watched
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
+from lightning_normreg.callbacks._tensorboard import takes_histograms, write_histograms
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 
 class WeightNormMonitor(Monitor):
@@ -18,7 +25,9 @@ class WeightNormMonitor(Monitor):
     * ``weight_norm/<parameter>``: :math:`\lVert w\rVert` of the whole tensor;
     * ``unit_norm_rms/<parameter>``: :math:`n=\lVert w\rVert/\sqrt{U}` over its U units, ``unit_norm_min/…`` and
       ``unit_norm_max/…``;
-    * ``layers/unit_norm_rms_<min|median|max>``: over layers.
+    * ``layers/unit_norm_rms_<min|median|max>``: over layers;
+    * with ``histograms=True`` the histogram ``unit_norms/<parameter>`` of the norms of its units, to loggers that take
+      histograms (TensorBoard).
 
     When it runs: in the optimizer's step pre-hook; values are read in ``on_train_batch_end``. The first update is
     logged, then every ``every_n_steps`` batches, on the x-axis of ``LearningRateMonitor``.
@@ -26,7 +35,8 @@ class WeightNormMonitor(Monitor):
     What it logs: the curves above, to every logger of the Trainer, to ``trainer.callback_metrics`` and to
     :meth:`history`.
 
-    What it costs: one read of the watched weights and one transfer on logged steps, nothing on others.
+    What it costs: one read of the watched weights and one transfer on logged steps, nothing on others. Histograms cost
+    a second transfer, of one number for each unit, and about a millisecond of the host for each weight.
 
     Args:
         every_n_steps: Batches between logged ones; by default the Trainer's ``log_every_n_steps``.
@@ -38,6 +48,8 @@ class WeightNormMonitor(Monitor):
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks. Where that
             fails, the gradients of the first 33 optimizer steps are observed, and curves begin after them.
+        histograms: Write histograms as well, of the layers that have curves, at the steps that are logged; with
+            ``logging_interval="epoch"`` of an epoch's last logged step.
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
             above that the summaries and 8 layers spread over the depth.
         logging_interval: ``"step"``, or ``"epoch"`` for the mean over an epoch's logged steps.
@@ -60,6 +72,7 @@ class WeightNormMonitor(Monitor):
         exclude: Sequence[str] = (),
         unit: UnitArgument = "auto",
         invariance: str | Mapping[str, Any] | None = None,
+        histograms: bool = False,
         per_layer: PerLayer = "auto",
         logging_interval: Literal["step", "epoch"] = "step",
     ) -> None:
@@ -72,6 +85,32 @@ class WeightNormMonitor(Monitor):
             per_layer=per_layer,
             logging_interval=logging_interval,
         )
+        self.histograms = histograms
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._units: dict[str, Tensor] = {}
 
     def _make_tracker(self, watched: list[Watched]) -> Tracker:
         return NormTracker(watched)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where no logger takes histograms."""
+        super().on_fit_start(trainer, pl_module)
+        if self.histograms and trainer.is_global_zero and not any(map(takes_histograms, trainer.loggers)):
+            names = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "none"
+            rank_zero_warn(
+                "`histograms=True` needs a logger whose experiment has add_histogram, such as TensorBoardLogger. "
+                f"The Trainer's are: {names}. No histograms are written."
+            )
+
+    def _complete(self, trainer: Trainer, row: Row) -> None:
+        if self.histograms and trainer.is_global_zero:
+            tracker = self._tracker
+            assert isinstance(tracker, NormTracker)
+            self._units = tracker.unit_norms([name for name in row if name in self._shown])
+
+    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        super()._log(trainer, values)
+        for logger in trainer.loggers:
+            write_histograms(logger, {f"unit_norms/{name}": n for name, n in self._units.items()}, self._step)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from lightning_normreg.cli._demo import demo
 from lightning_normreg.cli._examples import PROGRAM, SUMMARIES
+from lightning_normreg.cli._plot import plot
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
+    "plot": plot,
 }
 """Subcommands by name; the first line of a function's docstring is its help."""
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lightning_normreg._history import optional_import
+from lightning_normreg._plot import plot_curves
 from lightning_normreg.callbacks._monitor import Monitor
 from lightning_normreg.cli._examples import PROGRAM, epilog
 from lightning_normreg.cli._normreg_cli import NormRegCLI
 from lightning_normreg.demos import DemoConvNet, DigitsDataModule
-from lightning_normreg.demos._report import save_picture, summary_table
+from lightning_normreg.demos._report import summary_table
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -58,6 +59,6 @@ def _report(trainer: Trainer) -> None:
     history = frames[0].merge(frames[1], on=["step", "epoch"], how="outer")
     console.print(summary_table(history))
     directory = Path(trainer.log_dir)
-    save_picture(history, directory / "curves.png")
+    plot_curves(history).savefig(directory / "curves.png")
     console.print(f"Picture of the curves:  {directory / 'curves.png'}", soft_wrap=True)
     console.print(f"All curves, live:       tensorboard --logdir {directory}", soft_wrap=True)

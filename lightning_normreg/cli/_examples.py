@@ -27,6 +27,7 @@ EXAMPLES = {
     "test": [_TRAINED],
     "predict": [_TRAINED],
     "demo": ["", "--projection true --model.weight_decay 0 --trainer.max_epochs 2"],
+    "plot": [_RUN, "lightning_logs --layers 'block*' --output curves.svg"],
 }
 """Arguments by subcommand. Those with a checkpoint need the first command of ``fit`` to have been run."""
 

@@ -19,16 +19,21 @@ from lightning_normreg.callbacks._weight_norm_monitor import WeightNormMonitor
 
 @final
 class MonitorGroup:
-    """EffectiveLRMonitor, and WeightNormMonitor with what it shares of the arguments."""
+    """EffectiveLRMonitor, and WeightNormMonitor with what it shares of the arguments.
 
-    def __init__(self, **kwargs: Any) -> None:
+    Args:
+        histograms: Write histograms of the norms of each weight's units as well.
+    """
+
+    def __init__(self, histograms: bool = False, **kwargs: Any) -> None:
+        self._histograms = histograms
         self._kwargs = kwargs
 
     def callbacks(self) -> list[CallbackBase]:
         """Both monitors."""
         shared = inspect.signature(WeightNormMonitor).parameters.keys() & self._kwargs.keys()
         norms = {name: self._kwargs[name] for name in shared}
-        return [WeightNormMonitor(**norms), EffectiveLRMonitor(**self._kwargs)]
+        return [WeightNormMonitor(**norms, histograms=self._histograms), EffectiveLRMonitor(**self._kwargs)]
 
 
 @final

@@ -115,7 +115,9 @@ def main() -> None:
         "both monitors, step logged": (lambda: [WeightNormMonitor(), EffectiveLRMonitor()], 1),
         "NormProjection": (lambda: [NormProjection()], NEVER),
     }
-    table = Table(title=f"ResNet-18, batch {BATCH}, 32 × 32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    table = Table(
+        title=f"ResNet-18, batch {BATCH}, 32 × 32, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     for column in ("case", "step, ms", "inside the callbacks, ms", "share, median", "share, max"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for name, (make, every) in cases.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, find_scale_invariance
@@ -76,6 +77,18 @@ def test_hooks_never_wait_for_a_device(operations: list[Counter[str]], monkeypat
     for counts in operations:
         assert counts["linalg_vector_norm.default"] > 0
         assert not {"_local_scalar_dense.default", "item.default", "nonzero.default"} & set(counts)
+
+
+def test_histograms_add_nothing_to_the_hooks(operations: list[Counter[str]], tmp_path: Any) -> None:
+    """The norms of the units are there anyway; they are read when the batch is over."""
+    counted = []
+    for histograms in (False, True):
+        operations.clear()
+        logger = TensorBoardLogger(tmp_path, str(histograms))
+        trainer(WeightNormMonitor(histograms=histograms), logger=logger).fit(Net(sgd()), loader())
+        counted.append(list(operations))
+    assert counted[0] == counted[1]
+    assert counted[0][0]
 
 
 def test_one_transfer_per_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,160 @@
+"""What a page can show of a run: lines of layers over steps, and heat maps of layers × steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_normreg import _metrics
+from lightning_normreg._history import optional_import
+from lightning_normreg._metrics import EQUILIBRIUM_TOLERANCE, Curve
+from lightning_normreg._plot._run import Run
+from lightning_normreg._plot._style import Depth, axis_label, log_axis, step_axis
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MANY_TARGETS = 4
+"""Predictions that differ between layers up to which each has a line of its own."""
+POINTS = 1000
+"""Points of a line above which it is drawn as its extremes."""
+PREDICTED = "tab:red"
+BAND = f"±{EQUILIBRIUM_TOLERANCE:.0%}"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of all layers.
+
+    Attributes:
+        title: What it shows.
+        curve: One line of each layer.
+        target: What the lines are expected to come to.
+        tolerance: Relative width of the band around the target.
+        constant: A target that is a number.
+        of_summary: Whether it shows the summary alone, because that is of another quantity.
+    """
+
+    title: str
+    curve: Curve
+    target: Curve | None = None
+    tolerance: float = 0.0
+    constant: float | None = None
+    of_summary: bool = False
+
+    @property
+    def label(self) -> str:
+        """Symbol and unit."""
+        return "η / $n^p$ over its first value [1]" if self.of_summary else axis_label(self.curve)
+
+    def is_of(self, run: Run) -> bool:
+        """Whether a run has anything to show in it."""
+        if self.of_summary:
+            return run.summary(self.curve) is not None and run.is_partial(_metrics.ANGULAR_UPDATE)
+        compared = self.curve is not _metrics.EFFECTIVE_LR and run.summary(self.curve) is not None
+        return bool(run.layers(self.curve)) or compared
+
+
+PANELS = (
+    Panel("effective learning rate", _metrics.EFFECTIVE_LR),
+    Panel("effective learning rate, all layers", _metrics.EFFECTIVE_LR, of_summary=True),
+    Panel("unit norm", _metrics.UNIT_NORM_RMS, _metrics.EQUILIBRIUM_NORM),
+    Panel("rotation per step", _metrics.ANGULAR_UPDATE, _metrics.EQUILIBRIUM_ROTATION, EQUILIBRIUM_TOLERANCE),
+    Panel("rotation over its prediction", _metrics.EQUILIBRIUM_RATIO, None, EQUILIBRIUM_TOLERANCE, constant=1.0),
+)
+NOT_INVARIANT = Panel("effective learning rate, not scale-invariant", _metrics.EFFECTIVE_LR_NOT_INVARIANT)
+
+
+def panels_of(runs: Sequence[Run]) -> list[Panel]:
+    """The panels that any of the runs has something for."""
+    found = [panel for panel in PANELS if any(panel.is_of(run) for run in runs)]
+    if not any(run.layers(_metrics.EFFECTIVE_LR) for run in runs) and any(NOT_INVARIANT.is_of(run) for run in runs):
+        found.insert(0, NOT_INVARIANT)
+    return found
+
+
+def draw(axes: Any, panel: Panel, run: Run, depth: Depth) -> None:
+    """Draw one run's curves into a panel."""
+    shown: list[pd.Series[float]] = []
+    if panel.of_summary or (panel.curve is not _metrics.EFFECTIVE_LR and run.is_partial(panel.curve)):
+        shown += _draw_summary(axes, run.summary(panel.curve))
+    if not panel.of_summary:
+        lines = run.lines(panel.curve, run.layers(panel.curve))
+        _draw_lines(axes, lines, set(run.layers(_metrics.EFFECTIVE_LR_NOT_INVARIANT)), depth)
+        shown += lines.values()
+    shown += _draw_target(axes, panel, run, depth)
+    positive = [part for values in shown if len(part := values[values > 0])]
+    if positive:
+        log_axis(axes, min(part.min() for part in positive), max(part.max() for part in positive))
+    step_axis(axes)
+
+
+def _draw_lines(axes: Any, lines: Mapping[str, pd.Series[float]], dotted: set[str], depth: Depth) -> None:
+    """One line of each layer; dotted those that are not scale-invariant."""
+    thin = 1.3 if len(lines) <= 12 else 0.8 if len(lines) <= 60 else 0.5
+    for layer, values in lines.items():
+        points = _extremes(values)
+        axes.plot(
+            points.index,
+            points,
+            color=depth[layer],
+            linestyle=":" if layer in dotted else "-",
+            linewidth=thin,
+            marker="." if len(values) < 3 else "",
+            label=depth.labels[layer] if depth.is_listed else "",
+        )
+    if dotted & lines.keys():
+        axes.plot([], [], color="0.3", linestyle=":", label="not scale-invariant")
+
+
+def _draw_summary(axes: Any, summary: pd.DataFrame | None) -> list[pd.Series[float]]:
+    if summary is None:
+        return []
+    axes.fill_between(summary.index, summary["min"], summary["max"], color="0.85", label="all layers, min to max")
+    axes.plot(summary.index, summary["median"], color="0.45", linewidth=1.3, label="all layers, median")
+    return [summary[name] for name in _metrics.STATISTICS]
+
+
+def _draw_target(axes: Any, panel: Panel, run: Run, depth: Depth) -> list[pd.Series[float]]:
+    """What is predicted, with its band."""
+    if panel.constant is not None:
+        low, high = panel.constant * (1 - panel.tolerance), panel.constant * (1 + panel.tolerance)
+        axes.axhline(panel.constant, color=PREDICTED, linestyle="--", linewidth=1, zorder=4)
+        axes.axhspan(low, high, color=PREDICTED, alpha=0.2, linewidth=0, zorder=3, label=f"prediction {BAND}")
+        return [optional_import("pandas").Series([low, high])]
+    lines = {} if panel.target is None else run.lines(panel.target, run.layers(panel.target))
+    if not lines or panel.target is None:
+        return []
+    name = f"at equilibrium, {panel.target.symbol}"
+    if not panel.tolerance:  # each layer has its own
+        for layer, values in lines.items() if depth.is_listed else ():
+            points = _extremes(values)
+            axes.plot(points.index, points, color=depth[layer], linewidth=0.9, linestyle="--")
+        if depth.is_listed:
+            axes.plot([], [], color="0.3", linewidth=0.9, linestyle="--", label=name)
+        return list(lines.values()) if depth.is_listed else []
+    table = optional_import("pandas").DataFrame(lines)
+    rounded = table.map(lambda value: float(f"{value:.4g}")).T.drop_duplicates().index
+    distinct = [table[layer].dropna() for layer in rounded]
+    if len(distinct) <= MANY_TARGETS:
+        bands = [(values, values) for values in distinct]
+    else:
+        bands = [(table.min(axis=1), table.max(axis=1))]
+    for low, high in bands:
+        bounds = low * (1 - panel.tolerance), high * (1 + panel.tolerance)
+        axes.fill_between(low.index, *bounds, color=PREDICTED, alpha=0.2, linewidth=0, zorder=3, label=f"{name} {BAND}")
+    for values in distinct if len(distinct) <= MANY_TARGETS else [table.median(axis=1)]:
+        axes.plot(values.index, values, color=PREDICTED, linestyle="--", linewidth=1, zorder=4)
+    return [part * (1 + sign * panel.tolerance) for pair in bands for part, sign in zip(pair, (-1, 1), strict=True)]
+
+
+def _extremes(values: pd.Series[float]) -> pd.Series[float]:
+    """The smallest and the largest of every so many points, so that no peak is lost."""
+    if len(values) <= POINTS:
+        return values
+    stride = -(-len(values) // (POINTS // 2))
+    numbers = values.to_numpy()
+    parts = [(start, numbers[start : start + stride]) for start in range(0, len(values), stride)]
+    places = {start + int(place) for start, part in parts for place in (part.argmin(), part.argmax())}
+    return values.iloc[sorted(places)]

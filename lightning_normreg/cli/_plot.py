@@ -1,0 +1,72 @@
+"""``lightning-normreg plot``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from lightning_normreg._plot import plot_curves
+from lightning_normreg._plot._style import shortened
+from lightning_normreg._run_logs import read_runs
+from lightning_normreg.cli._examples import PROGRAM, epilog
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as the other subcommands have them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"error: {message}\n")
+
+
+def plot(args: list[str]) -> None:
+    """Draw the curves of one run, or of several side by side, on one page.
+
+    Args:
+        args: Arguments without the subcommand.
+    """
+    parser = make_parser()
+    given = parser.parse_args(args)
+    output: Path = given.output
+    if output.suffix.lower() not in SUFFIXES:
+        parser.error(f"--output: must end in {', '.join(SUFFIXES)}, got {str(output)!r}.")
+    if not output.parent.is_dir():
+        parser.error(f"--output: there is no folder {str(output.parent)!r}. Make it first.")
+    try:
+        runs = {name: run.reset_index() for path in given.runs for name, run in read_runs(path).items()}
+        title = given.title if given.title is not None or len(runs) > 1 else shortened(next(iter(runs)), 80)
+        figure = plot_curves(runs, layers=given.layers, title=title)
+        figure.savefig(output)
+    except (ValueError, ModuleNotFoundError, OSError) as error:
+        key = "--output" if isinstance(error, OSError) else "--layers" if "`layers`" in str(error) else "RUN"
+        parser.error(f"{key}: {error}")
+    print(f"{output}: {', '.join(runs)}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What it takes."""
+    parser = _Parser(
+        prog=f"{PROGRAM} plot",
+        description="Draw effective learning rates, norms and rotations of all layers over the steps, coloured\n"
+        "by depth, with what decay settles at; for deep models also heat maps. One run fills the page,\n"
+        "several stand side by side.",
+        epilog=epilog("plot"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN",
+        help="folder of a TensorBoardLogger or CSVLogger, or of several such folders; or a file of theirs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=Path("curves.png"), metavar="FILE", help="png, svg or pdf (default: curves.png)"
+    )
+    parser.add_argument(
+        "--layers", action="append", metavar="GLOB", help="only layers whose names match; may be given several times"
+    )
+    parser.add_argument("--title", help="of the page; by default the name of the run")
+    return parser
