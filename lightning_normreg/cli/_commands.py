@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from lightning_normreg.cli._demo import demo
 from lightning_normreg.cli._examples import PROGRAM, SUMMARIES
+from lightning_normreg.cli._inspect import inspect
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
+    "inspect": inspect,
 }
 """Subcommands by name; the first line of a function's docstring is its help."""
 

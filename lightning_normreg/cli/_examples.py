@@ -27,6 +27,12 @@ EXAMPLES = {
     "test": [_TRAINED],
     "predict": [_TRAINED],
     "demo": ["", "--projection true --model.weight_decay 0 --trainer.max_epochs 2"],
+    "inspect": [
+        f"{_RUN}/checkpoints/epoch=1-step=40.ckpt",
+        f"{_RUN}/checkpoints/epoch=1-step=40.ckpt --optimizer SGD --json",
+        "--model DemoConvNet --data DigitsDataModule --save verdict.json",
+        _TRAINED,
+    ],
 }
 """Arguments by subcommand. Those with a checkpoint need the first command of ``fit`` to have been run."""
 

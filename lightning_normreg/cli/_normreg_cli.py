@@ -43,7 +43,7 @@ class Commands(Base):
     def __init__(self, model_class: Any = None, datamodule_class: Any = None, **options: Any) -> None:
         helps = {name: {"description": text, "epilog": epilog(name)} for name, text in SUMMARIES.items()}
         options["parser_kwargs"] = helps | options.get("parser_kwargs", {})
-        options.setdefault("parser_class", _parser_class(self.namespace))
+        options.setdefault("parser_class", parser_class(self.namespace))
         self._makes_optimizers = options.pop("auto_configure_optimizers", True)
         with self.explained_errors():
             super().__init__(model_class, datamodule_class, auto_configure_optimizers=False, **options)
@@ -269,5 +269,5 @@ def _scheduler_type(namespace: str) -> Any:
 
 
 @cache
-def _parser_class(namespace: str) -> type[LightningArgumentParser]:
+def parser_class(namespace: str) -> type[LightningArgumentParser]:
     return type("Parser", (Parser, import_module(f"{namespace}.cli").LightningArgumentParser), {})
