@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,8 @@ def _load(path: Path) -> Mapping[str, Any]:
 def _why(path: Path, error: Exception) -> str:
     found = re.findall(r"GLOBAL (\S+)|Unsupported class (\S+)|[Uu]nsupported operand (\S+)", str(error))
     names = {name for group in found for name in group if name}
-    try:
+    with suppress(Exception):  # it reads intact files of the newer format only
         names.update(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except Exception:  # it reads intact files of the newer format only
-        pass
     if not names:
         first = str(error).strip().splitlines()[0][:150] if str(error).strip() else type(error).__name__
         return f"{str(path)!r} is no checkpoint, or a damaged one ({first}). Nothing of it was used."

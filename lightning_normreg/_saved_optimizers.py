@@ -33,11 +33,12 @@ _LAST = {  # torch writes no `foreach` for these
         "func_evals n_iter al d t old_dirs old_stps ro H_diag prev_flat_grad prev_loss",
     ),
 }
-_COMMON = frozenset("params name param_names lr weight_decay foreach maximize capturable differentiable fused".split())
-_OF_SCHEDULERS = frozenset("initial_lr max_lr min_lr max_momentum base_momentum swa_lr".split())
-_OF_SHAPE = frozenset(  # entries of a state that are shaped like the parameter
-    "momentum_buffer exp_avg exp_avg_sq exp_inf max_exp_avg_sq square_avg sum acc_delta ax prev step_size z".split()
-)
+_COMMON = {"params", "name", "param_names", "lr", "weight_decay", "foreach", "maximize"}
+_COMMON |= {"capturable", "differentiable", "fused"}
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+_SHAPED = {"momentum_buffer", "exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "square_avg", "sum"}
+_SHAPED |= {"acc_delta", "ax", "prev", "step_size", "z"}
+"""Entries of a state that are shaped like the parameter."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,6 @@ def _shape(entries: object) -> tuple[int, ...] | None:
     found = {
         tuple(value.shape)
         for key, value in (entries.items() if isinstance(entries, Mapping) else ())
-        if key in _OF_SHAPE and isinstance(value, Tensor)
+        if key in _SHAPED and isinstance(value, Tensor)
     }
     return found.pop() if len(found) == 1 else None
