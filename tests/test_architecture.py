@@ -93,6 +93,7 @@ PUBLIC_FUNCTIONAL = {
     "project_",
     "project_all_",
     "relative_update",
+    "suggest_decay",
     "suggest_projection",
     "unit_norms",
     "weight_norm",
