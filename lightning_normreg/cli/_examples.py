@@ -33,6 +33,11 @@ EXAMPLES = {
         "--model DemoConvNet --data DigitsDataModule --save verdict.json",
         _TRAINED,
     ],
+    "convert": [
+        "--to projection --optimizer AdamW --lr 1e-3 --weight_decay 0.1 --entries 576",
+        "--to decay --optimizer AdamW --lr 1e-3 --radius 1.0 --entries 576",
+        "--to schedule --optimizer SGD --lr 0.1 --weight_decay 5e-4 --momentum 0.9 --steps 1000",
+    ],
 }
 """Arguments by subcommand. Those with a checkpoint need the first command of ``fit`` to have been run."""
 

@@ -108,7 +108,7 @@ def suggest_decay(
 
     def is_weak(decay: float) -> bool:
         try:
-            return suggest_projection(family, lr=rate, weight_decay=decay, **settings).radius > norm
+            return bool(suggest_projection(family, lr=rate, weight_decay=decay, **settings).radius > norm)
         except ValueError:  # too strong to leave anything of the weight
             return False
 
