@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -75,22 +76,37 @@ def _load(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         raise CheckpointError(f"there is no file {str(path)!r}.")
     try:
-        size = path.stat().st_size
-        content = torch.load(path, map_location="cpu", weights_only=True) if size else None
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise CheckpointError(f"{str(path)!r} is empty: the run that wrote it did not get to the end.")
     except OSError as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_sums(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a damaged file leads to
         raise CheckpointError(_why(path, error)) from error
-    if not size:
-        raise CheckpointError(f"{str(path)!r} is empty: the run that wrote it did not get to the end. Use another.")
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, no checkpoint and no state dict.")
     return content
 
 
+def _check_sums(path: Path) -> None:
+    """Look at the checksums of a file's entries, which torch writes and does not read."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(
+                f"{str(path)!r} is damaged: the checksum of {damaged!r} in it is wrong. Use another copy. (If it was "
+                "saved under set_crc32_options(False), save it again without.)"
+            )
+
+
 def _why(path: Path, error: Exception) -> str:
-    found = re.findall(r"GLOBAL (\S+)|Unsupported class (\S+)|[Uu]nsupported operand (\S+)", str(error))
-    names = {name for group in found for name in group if name}
+    names = set(re.findall(r"GLOBAL (\S+)", str(error)))
     with suppress(Exception):  # it reads intact files of the newer format only
         names.update(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     if not names:

@@ -13,7 +13,7 @@ from torch.nn.parameter import Parameter
 
 from lightning_normreg._equilibrium import Formulas
 from lightning_normreg._optimizers import UpdateRule
-from lightning_normreg._roles import ParameterRole, is_vector
+from lightning_normreg._roles import ParameterRole, role_by_shape
 from lightning_normreg._saved_optimizers import SavedGroup
 from lightning_normreg._summary import units_in_words
 from lightning_normreg._watch import Verdict, watch
@@ -69,12 +69,12 @@ class InspectedParameter:
 
 
 def as_parameters(tensors: Mapping[str, Tensor]) -> list[tuple[str, Parameter, ParameterRole]]:
-    """Tensors of a checkpoint in the form of :func:`named_roles`, as far as their shapes say what they are."""
+    """Tensors of a checkpoint in the form of :func:`named_roles`, as far as names and shapes say what they are."""
     found = []
     for name, tensor in tensors.items():
         parameter = Parameter(tensor, requires_grad=False)
-        role = ParameterRole("other" if is_vector(parameter) else "weight", "by its shape", "")
-        found.append((name, parameter, role))
+        role, rule = role_by_shape(name.rpartition(".")[2], parameter)
+        found.append((name, parameter, ParameterRole(role, rule, "")))
     return found
 
 

@@ -37,7 +37,7 @@ _COMMON = {"params", "name", "param_names", "lr", "weight_decay", "foreach", "ma
 _COMMON |= {"capturable", "differentiable", "fused"}
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 _SHAPED = {"momentum_buffer", "exp_avg", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "square_avg", "sum"}
-_SHAPED |= {"acc_delta", "ax", "prev", "step_size", "z"}
+_SHAPED |= {"acc_delta", "ax", "prev", "step_size", "z", "variance"}
 """Entries of a state that are shaped like the parameter."""
 
 
@@ -162,10 +162,9 @@ def _entries(state: Mapping[str, Any]) -> set[str]:
     return {key for entries in state["state"].values() if isinstance(entries, Mapping) for key in entries}
 
 
-def _shape(entries: object) -> tuple[int, ...] | None:
-    found = {
-        tuple(value.shape)
-        for key, value in (entries.items() if isinstance(entries, Mapping) else ())
-        if key in _SHAPED and isinstance(value, Tensor)
-    }
+def _shape(entries: Mapping[str, Any]) -> tuple[int, ...] | None:
+    found = {tuple(v.shape) for key, v in entries.items() if key in _SHAPED and isinstance(v, Tensor)}
+    if {"row_var", "col_var"} <= set(entries):  # Adafactor's, each without one dimension
+        row, column = entries["row_var"].shape, entries["col_var"].shape
+        found.add(tuple(map(max, row, column)))
     return found.pop() if len(found) == 1 else None

@@ -75,6 +75,9 @@ def _given(options: Any) -> Recipe:
     for key in _UNUSED[options.to]:
         if options[key] is not None:
             raise ArgumentRefused(key, f"it means nothing with --to {options.to}. Leave it out.")
+    for key in ("steps", "steps_per_epoch"):
+        if options[key] is not None and options[key] < 1:
+            raise ArgumentRefused(key, f"it must be positive, got {options[key]}.")
     settings = {key: options[key] for key in _SETTINGS if options[key] is not None}
     unit = {key: options[key] for key in OF_THE_UNIT if options[key] is not None}
     recipe = _from_arguments(options) if options.recipe is None else _from_file(options)
@@ -91,11 +94,10 @@ def _wanted(options: Any) -> dict[str, float]:
 
 def _from_file(options: Any) -> Recipe:
     with refusals_of("recipe"):
-        read = read_recipe(options.recipe, options.steps, options.steps_per_epoch)
-        given = ("optimizer", "lr", *(("radius",) if options.to == "decay" else ("weight_decay",)))
-        for key in given:
+        for key in ("optimizer", "lr", "radius" if options.to == "decay" else "weight_decay"):
             if options[key] is not None:
                 raise ValueError(f"it says {key} itself. Leave --{key} out, or the file.")
+        read = read_recipe(options.recipe, options.steps, options.steps_per_epoch)
         if read.form == "decay" and options.to == "schedule" and not isinstance(read.lr, list):
             raise ValueError("a schedule has a rate for each step. Say by --steps how many.")
     return replace(read, undo=read.undo | _wanted(options)) if options.to == "decay" else read

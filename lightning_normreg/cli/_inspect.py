@@ -10,7 +10,7 @@ from lightning_normreg._invariance import load_verdict
 from lightning_normreg._matching import match_parameters
 from lightning_normreg._saved_optimizers import saved_groups
 from lightning_normreg._watch import Verdict
-from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
+from lightning_normreg.cli._errors import ArgumentRefused, blamed_on, refusals_of
 from lightning_normreg.cli._examples import epilog
 from lightning_normreg.cli._inspect_model import inspect_model
 from lightning_normreg.cli._inspect_report import NAME, Report, add_output_arguments, show
@@ -52,10 +52,11 @@ def inspect_checkpoint(path: str, optimizer: str | None, invariance: str | None)
         checkpoint = read_checkpoint(path)
     with refusals_of("invariance"):
         verdict = checkpoint.verdict or {} if invariance is None else load_verdict(invariance)
-    with refusals_of("optimizer"):
-        groups, said = saved_groups(checkpoint.optimizers, [w for w in (optimizer or "").split(",") if w])
-    owners, matched = match_parameters(groups, checkpoint.tensors, checkpoint.aliases)
-    rows, blanks = inspect_parameters(as_parameters(checkpoint.tensors), owners, verdict)
+    with blamed_on("ckpt_path"):  # what is in the file need make no sense
+        with refusals_of("optimizer"):
+            groups, said = saved_groups(checkpoint.optimizers, [w for w in (optimizer or "").split(",") if w])
+        owners, matched = match_parameters(groups, checkpoint.tensors, checkpoint.aliases)
+        rows, blanks = inspect_parameters(as_parameters(checkpoint.tensors), owners, verdict)
     notes = [*_about_weights(checkpoint, verdict, given=invariance is not None), *said, *matched, *blanks]
     return Report(rows, notes, verdict, f"{path}: {checkpoint.about}")
 
