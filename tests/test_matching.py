@@ -53,7 +53,7 @@ def stepped(name: str, parameters: Any, **options: Any) -> torch.optim.Optimizer
 @pytest.mark.parametrize("key", list(OPTIMIZERS))
 def test_classes_of_torch_are_recognized(key: str) -> None:
     """Each by its own settings and state, and no other claims them; what is assumed is said."""
-    name = key.split()[0]
+    name = key.split(maxsplit=1)[0]
     state = stepped(name, [nn.Parameter(torch.randn(4, 3))], **OPTIMIZERS[key]).state_dict()
     (group,), (said,) = saved_groups([state])
     assert group.optimizer == name

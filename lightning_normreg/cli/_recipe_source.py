@@ -53,8 +53,8 @@ def _of_config(config: Mapping[str, Any], steps: int | None, steps_per_epoch: in
     if config.get("lr_scheduler"):
         if steps is None:
             raise ValueError(
-                "it has an lr_scheduler. Say by --steps how many steps of it to convert to a schedule; for a projection "
-                "give its largest rate by --lr, without the file."
+                "it has an lr_scheduler. Say by --steps how many steps of it to convert to a schedule; for a "
+                "projection give its largest rate by --lr, without the file."
             )
         rates = _followed(config, optimizer_class, settings, steps, steps_per_epoch)
     elif steps is not None:

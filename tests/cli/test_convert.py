@@ -71,7 +71,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_projection_and_back(key: str, radius: float | None, capsys: pytest.CaptureFixture[str]) -> None:
     """The functions' numbers to the last digit, and the recipe again, from the file and from the numbers alone."""
     words, settings = UNITS[key]
-    lr, decay, name = 1e-3, 0.02, key.split()[0]
+    lr, decay, name = 1e-3, 0.02, key.split(maxsplit=1)[0]
     given = [f"--optimizer={name}", *words]
     more = [] if radius is None else [f"--radius={radius}"]
     found = convert(capsys, "--to=projection", f"--lr={lr}", f"--weight_decay={decay}", *given, *more)

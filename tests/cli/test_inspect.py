@@ -1,4 +1,4 @@
-"""``inspect`` on checkpoints of runs that have never heard of the package: every number against float64 from the file."""
+"""``inspect`` on checkpoints of runs that never heard of the package: every number against float64 from the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, cli, find_scale_invariance, load_verdict
+from lightning_normreg import EffectiveLRMonitor, NormProjection, cli, find_scale_invariance, load_verdict, save_verdict
 from tests.harness import Net, RecordingLogger, images, loader, trainer
 
 FLOAT32 = 1e-6
@@ -98,7 +98,7 @@ def test_equilibrium_of_adamw(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_equilibrium_of_sgd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """cos θ = 1 − η(1 − τ)λ/(1 + β); the norm depends on the gradients, and is left blank with this reason."""
+    """1 − cos θ = η(1 − τ)λ/(1 + β); the norm depends on the gradients, and is left blank with this reason."""
     path = trained(tmp_path, Net(make("SGD", momentum=0.9, dampening=0.5, weight_decay=0.01)))
     rows, notes = inspected(capsys, str(path))
     row = rows["up.weight"]
@@ -173,9 +173,6 @@ def test_agrees_with_what_the_monitor_logs_next(
     words = [str(path)]
     if not observed:
         x, y = images()[:4]
-        (tmp_path / "verdict.json").write_text("")
-        from lightning_normreg import save_verdict
-
         save_verdict(find_scale_invariance(Net(make(name)), (x, y)), tmp_path / "verdict.json")
         words += ["--invariance", str(tmp_path / "verdict.json")]
     rows, _ = inspected(capsys, *words)

@@ -144,7 +144,7 @@ def test_plain_types_are_asked_for(here: Path, capsys: pytest.CaptureFixture[str
         ([1, 2], "holds a list"),
         ({"epoch": 3, "weights": 4}, "its keys are 'epoch', 'weights'"),
         ({}, "its keys are none"),
-        ({"state_dict": {"w": torch.ones(2, 2)}, "optimizer_states": [{"master": 1}]}, "is no state of a torch optimizer"),
+        ({"state_dict": {"w": torch.ones(2, 2)}, "optimizer_states": [{"master": 1}]}, "is no state of a torch optim"),
         ({"state_dict": {"weight": torch.ones(2, 2)},
           "optimizer_states": [{"state": {}, "param_groups": [{"params": [0], "lr": "fast"}]}]}, "could not convert"),
         ({"state_dict": {"weight": torch.ones(2, 2)},
@@ -155,6 +155,9 @@ def test_other_content(made: Any, said: str, here: Path, capsys: pytest.CaptureF
     """Plain types in the wrong places."""
     torch.save(made, "file.ckpt")
     assert said in refused(capsys, "inspect", "file.ckpt")
+
+
+DEMO = ["--seed_everything=0", "--model=DemoConvNet", "--data=DigitsDataModule"]
 
 
 @pytest.mark.parametrize(
@@ -169,9 +172,9 @@ def test_other_content(made: Any, said: str, here: Path, capsys: pytest.CaptureF
         (["run.ckpt", "--save=verdict.json"], "save: which units are scale-invariant is not known"),
         (["run.ckpt", "--invariance=none.json"], "invariance: "),
         (["run.ckpt", "--jsn"], "--jsn"),
-        (["--seed_everything=0", "--model=DemoConvNet", "--data=DigitsDataModule", "--ckpt_path=run.ckpt"], "it does not go with the model"),
-        (["--seed_everything=0", "--model=DemoConvNet", "--data=DigitsDataModule", "--ckpt_path=none.ckpt"], "there is no file 'none.ckpt'"),
-        (["--seed_everything=0", "--model=DemoConvNet", "--data=DigitsDataModule", "--invariance=run.yaml"], "invariance: "),
+        ([*DEMO, "--ckpt_path=run.ckpt"], "it does not go with the model"),
+        ([*DEMO, "--ckpt_path=none.ckpt"], "there is no file 'none.ckpt'"),
+        ([*DEMO, "--invariance=run.yaml"], "invariance: "),
     ],
 )  # fmt: skip
 def test_arguments(words: list[str], said: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
