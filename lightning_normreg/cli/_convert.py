@@ -181,13 +181,15 @@ def _words(before: Recipe, after: Recipe, matched: float | None) -> list[str]:
     said = [reason, *said]
     try:
         half = equilibrium_half_life(decay.family, **settings)
-        said.append(f"Valid at the equilibrium, half of the way to which takes decay {half:.4g} steps.")
+        said.append(f"Valid at the equilibrium, which decay comes half-way to in {half:.4g} steps.")
     except ValueError as error:
         said.append(f"Not valid here: {error}")
     said.append(
         f"To first order in lr·weight_decay = {decay.rate() * decay.weight_decay:.3g}, and within about {noise} where "
         "gradients have a signal."
     )
+    if "entries" in decay.unit:
+        said.append(f"The radius is that of units of {decay.unit['entries']:g} entries: others settle elsewhere.")
     said.append(
         "Under a schedule the rotation goes with lr under projection, and with its square root under slow decay: take "
         "the root of the schedule's factors."

@@ -156,7 +156,7 @@ class _Look(StepCallback):
         }
         title = "The next step"
         if self._checkpoint is not None:
-            title += f", {self._checkpoint.about}"
+            title += f" of a checkpoint: {self._checkpoint.about}"
         self.report = Report(rows, [meaning, *blanks], verdict, title, [summary_table(summary)], more)
         raise _Seen
 

@@ -172,7 +172,7 @@ def test_yaml_that_is_printed_is_read(capsys: pytest.CaptureFixture[str]) -> Non
     back = convert(capsys, "--to=decay", "--recipe=fit.yaml", "--entries=576")
     assert back["weight_decay"] == pytest.approx(0.1, rel=ROUNDING)
     assert "turns by 0.003245 rad per step" in out  # √(2ηλ(1 − β)/(1 + β))
-    assert "takes decay 3466 steps" in out  # ln 2 / (2ηλ)
+    assert "half-way to in 3466 steps" in out  # ln 2 / (2ηλ)
 
 
 def test_the_next_step_from_another_norm(capsys: pytest.CaptureFixture[str]) -> None:

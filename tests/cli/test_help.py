@@ -68,7 +68,7 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:No seed found")
 def test_examples_run_as_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the order of the subcommands, for some go on where ``fit`` ended."""
     for subcommand in SUBCOMMANDS:
