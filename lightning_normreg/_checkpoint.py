@@ -16,7 +16,8 @@ from torch import Tensor
 from lightning_normreg._invariance import ScaleInvariance, load_verdict
 from lightning_normreg._selection import clean_name
 
-_WEIGHTS = ("state_dict", "model_state_dict", "model")
+_TRAINED = "current_model_state"  # where Lightning's averaging has put it, with the averages in its usual place
+_WEIGHTS = (_TRAINED, "state_dict", "model_state_dict", "model")
 _OPTIMIZERS = ("optimizer_states", "optimizer_state_dict", "optimizer")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -128,8 +129,8 @@ def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         return content  # type: ignore[return-value]
     keys = ", ".join(map(repr, list(content)[:6])) or "none"
     raise CheckpointError(
-        f"{str(path)!r} has no weights: it must be a state dict, or have one under {' or '.join(map(repr, _WEIGHTS))}, "
-        f"but its keys are {keys}."
+        f"{str(path)!r} has no weights: it must be a state dict, or have one under "
+        f"{' or '.join(map(repr, _WEIGHTS[1:]))}, but its keys are {keys}."
     )
 
 
@@ -206,4 +207,6 @@ def _about(content: Mapping[str, Any]) -> str:
     for key, word in (("epoch", "epoch"), ("global_step", "step")):
         if isinstance(content.get(key), int):
             words.append(f"{word} {content[key]}")
+    if _TRAINED in content:
+        words.append("the weights in training, not their averages")
     return ", ".join(words) or "a state dict"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from lightning_normreg._equilibrium import Formulas
-from lightning_normreg._optimizers import UpdateRule
+from lightning_normreg._optimizers import NoRule, UpdateRule
 from lightning_normreg._roles import ParameterRole, role_by_shape
 from lightning_normreg._saved_optimizers import SavedGroup
 from lightning_normreg._summary import units_in_words
@@ -127,24 +127,27 @@ def _spread(norms: Tensor) -> tuple[float, float, float]:
 def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blank: Blank) -> dict[str, Any]:
     """What follows from the optimizer's settings."""
     rules = [rule for rule in group.rules if isinstance(rule, UpdateRule)]
-    if len(rules) < len(group.rules) or not rules:
-        rules = []
+    whys = [rule.why for rule in group.rules if isinstance(rule, NoRule)]
     lrs = {_number(rule.lr(group.settings)) for rule in rules if rule.lr_key in group.settings}
     lr = lrs.pop() if len(lrs) == 1 else None if rules else _number(group.settings.get("lr"))
     decay = _number(group.settings.get("weight_decay"))
     found: dict[str, Any] = {"optimizer": group.optimizer or None, "group": group.label, "lr": lr}
     found["weight_decay"] = decay
-    if watched.role.role not in ("weight", "embedding") or lr is None or not rules:
+    if watched.role.role not in ("weight", "embedding") or lr is None:
         return found
-    exponents = {rule.exponent for rule in rules if rule.lr_is_used}
-    if len(exponents) == 1 and all(rule.lr_is_used for rule in rules):
+    whys += [rule.note for rule in rules if not rule.lr_is_used]
+    exponents = {rule.exponent for rule in rules}
+    if whys:
+        blank(f"{group.optimizer} {whys[0]}, so there is no lr/n^p.")
+        return found
+    if len(exponents) == 1:
         (found["exponent"],) = exponents
     if found.get("exponent") and norm > 0:
         key = "effective_lr_not_invariant" if watched.invariant is False else "effective_lr"
         found[key] = float(effective_lr(lr, torch.tensor(norm, dtype=torch.float64), found["exponent"]))
     elif found.get("exponent") == 0:
         blank(f"{group.optimizer} steps in proportion to the weight (p = 0), so there is no lr/n^p.")
-    if decay and watched.invariant is not False and not held:
+    if rules and decay and watched.invariant is not False and not held:
         found |= _equilibrium(watched, rules, group, (lr, decay), blank)
     return found
 

@@ -176,6 +176,18 @@ def test_named_groups() -> None:
     assert found == {f"net.{name}": "0" for name, _ in net.named_parameters()}
 
 
+def test_sharded_runs_number_by_name() -> None:
+    """Their state has the names of the parameters where others have numbers."""
+    net = Net()
+    state = stepped("AdamW", net.parameters()).state_dict()
+    names = [name for name, _ in net.named_parameters()]
+    state["state"] = {names[index]: entry for index, entry in state["state"].items()}
+    state["param_groups"][0]["params"] = names[::-1]
+    groups, _ = saved_groups([state])
+    found, said = match_parameters(groups, {n: p.data for n, p in net.named_parameters()}, {})
+    assert (sorted(found), said) == (sorted(names), [])
+
+
 def test_names_that_the_weights_do_not_have() -> None:
     """A renamed layer, and one of another shape, are said and left out."""
     net = Net()

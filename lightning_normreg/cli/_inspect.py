@@ -66,6 +66,10 @@ def _about_weights(checkpoint: Checkpoint, verdict: Verdict, given: bool) -> lis
     if verdict:
         source = "the file that you gave" if given else "what a callback of the run has noted in the checkpoint"
         said.append(f"Which units are scale-invariant is from {source}.")
+        unknown = [name for name in checkpoint.tensors if name not in verdict]
+        if unknown:
+            names = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+            said.append(f"It says nothing of {names}, whose rows are taken for units.")
     else:
         said.append(
             "Which weights are scale-invariant is not known, so rows are taken for units (for a transposed convolution "

@@ -13,9 +13,18 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, cli, find_scale_invariance, load_verdict, save_verdict
+from lightning_normreg import (
+    EffectiveLRMonitor,
+    NormProjection,
+    ScaleInvariance,
+    cli,
+    find_scale_invariance,
+    load_verdict,
+    save_verdict,
+)
 from tests.harness import Net, RecordingLogger, images, loader, trainer
 
 FLOAT32 = 1e-6
@@ -232,6 +241,42 @@ def test_the_class_may_be_said_or_stay_open(tmp_path: Path, capsys: pytest.Captu
     assert (row["effective_lr"], row["exponent"], row["optimizer"]) == (None, None, None)
     assert (row["lr"], row["weight_decay"]) == (pytest.approx(1e-3 * 0.9**6), 0.05)
     assert "lr_scale" in notes
+
+
+@pytest.mark.parametrize(
+    "name, reason", [("LBFGS", "takes steps of the size that its closure"), ("Rprop", "uses its learning rate only to")]
+)
+def test_optimizers_without_effective_rate(
+    name: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Blank, with the reason."""
+    net = nn.Linear(4, 3)
+    optimizer = getattr(torch.optim, name)(net.parameters())
+    torch.save({"state_dict": net.state_dict(), "optimizer_states": [optimizer.state_dict()]}, tmp_path / "a.ckpt")
+    rows, notes = inspected(capsys, str(tmp_path / "a.ckpt"))
+    assert (rows["weight"]["optimizer"], rows["weight"]["effective_lr"]) == (name, None)
+    assert f"weight: {name} {reason}" in notes
+
+
+def test_averaged_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where Lightning keeps averages in the place of the weights, the weights are what the next step starts from."""
+    average = EMAWeightAveraging(decay=0.99, update_every_n_steps=1)
+    saved = ModelCheckpoint(dirpath=tmp_path, filename="run")
+    trainer(average, saved, enable_checkpointing=True).fit(Net(make("AdamW")), loader())
+    content = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    rows, _ = inspected(capsys, str(tmp_path / "run.ckpt"))
+    norms = {key: content[key]["conv1.weight"].double().norm().item() for key in ("state_dict", "current_model_state")}
+    assert norms["state_dict"] != pytest.approx(norms["current_model_state"], rel=10 * FLOAT32)
+    assert rows["conv1.weight"]["norm"] == pytest.approx(norms["current_model_state"], rel=FLOAT32)
+
+
+def test_a_verdict_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it does not speak of is said to be unknown."""
+    path = trained(tmp_path, Net(make("AdamW")))
+    save_verdict({"conv1.weight": ScaleInvariance("neuron", dim=0)}, tmp_path / "verdict.json")
+    rows, notes = inspected(capsys, str(path), "--invariance", str(tmp_path / "verdict.json"))
+    assert (rows["conv1.weight"]["units"], rows["up.weight"]["units"]) == ("each neuron", "unknown")
+    assert "It says nothing of norm1.weight, norm1.bias, up.weight, norm2.weight and 3 more" in notes
 
 
 @pytest.mark.parametrize("form", ["plain", "script"])
