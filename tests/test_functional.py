@@ -147,7 +147,7 @@ EXTREMES = [  # entry, how many of them, norm
 @pytest.mark.parametrize("entry, count, expected", EXTREMES)
 def test_norms_of_extreme_entries(entry: float, count: int, expected: float, free: bool, monkeypatch) -> None:
     """Norms neither overflow nor underflow before the type does, alone or beside ordinary rows, reading or not."""
-    monkeypatch.setattr(_norms, "_host_reads_are_free", lambda tensor: free)
+    monkeypatch.setattr(_norms, "host_reads_are_free", lambda tensor: free)
     row = torch.full((count,), entry)
     beside = torch.stack([torch.ones(count), row, torch.ones(count)])
     tolerances = {"rtol": noise(row), "atol": 2.0**-149}  # the smallest number, of which a subnormal norm is a multiple
@@ -163,9 +163,9 @@ def test_both_ways_to_row_norms_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     scales = 10.0 ** torch.arange(-44.0, 37.0, 2.0, dtype=torch.float64)
     batches = [random((9, 300)), (random((41, 300), torch.float64) * scales.unsqueeze(1)).float(), torch.zeros(3, 5)]
     for rows in batches:
-        monkeypatch.setattr(_norms, "_host_reads_are_free", lambda tensor: True)
+        monkeypatch.setattr(_norms, "host_reads_are_free", lambda tensor: True)
         free = row_norms(rows)
-        monkeypatch.setattr(_norms, "_host_reads_are_free", lambda tensor: False)
+        monkeypatch.setattr(_norms, "host_reads_are_free", lambda tensor: False)
         assert torch.equal(free, row_norms(rows))
         close(reference.unit_norms(exact(rows)), free, rtol=noise(rows), atol=1e-44)
 
@@ -190,11 +190,15 @@ def test_norm_of_16_million_entries() -> None:
     close(expected, F.unit_norms(weight.reshape(1, -1))[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("free", [True, False], ids=["sums", "every-row-as-if-radial"])
 @pytest.mark.parametrize("length", [2, 9, 576])
 @pytest.mark.parametrize("decay", [0.0, 10.0, 1000.0])
 @pytest.mark.parametrize("angle_rad", [1e-5, 1e-3, 0.1, 1.0, 2.0, 3.0])
-def test_rotation_keeps_its_digits(angle_rad: float, decay: float, length: int) -> None:
+def test_rotation_keeps_its_digits(
+    angle_rad: float, decay: float, length: int, free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rotation is right in all but its last digits, also where the radial part is 1000 times the tangential one."""
+    monkeypatch.setattr(_updates, "host_reads_are_free", lambda tensor: free)
     start = random((3, length), torch.float64)
     along = start / start.norm(dim=1, keepdim=True)
     across = random(tuple(start.shape), torch.float64, SEED + 1)
@@ -221,6 +225,22 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_updates, "BLOCK", entries)
         assert torch.equal(whole[0], F.angular_update(before, after))
         assert torch.equal(whole[1], F.relative_update(before, after))
+
+
+def test_rows_that_moved_along_themselves_beside_rows_that_turned() -> None:
+    """Each row is measured by itself, whichever way its neighbours need; long rows as short ones."""
+    before = random((6, 700))
+    turned = before + 1e-3 * random((6, 700), seed=SEED + 1)
+    after = torch.where(torch.tensor([True, False] * 3).unsqueeze(1), turned, 0.9 * turned)
+    for rows in (slice(0, 6), slice(0, 1), slice(1, 2)):
+        expected = reference.angular_update(exact(before[rows]), exact(after[rows]))
+        close(expected, F.angular_update(before[rows], after[rows]), rtol=4 * noise(before))
+    rows = before.reshape(1, -1), after.reshape(1, -1)
+    whole = reference.angular_update(*(exact(r) for r in rows))
+    for columns in (64, 700, _updates.COLUMNS):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_updates, "COLUMNS", columns)
+            close(whole, F.angular_update(*rows), rtol=4 * noise(rows[0]))
 
 
 def test_steps_from_and_to_zero_have_no_angle() -> None:

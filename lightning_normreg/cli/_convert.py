@@ -196,7 +196,8 @@ def _words(before: Recipe, after: Recipe, matched: float | None) -> list[str]:
     )
     if matched is not None:
         said.append(
-            f"From the norm that it has now, the next step of decay is that of projection at lr {matched:.17g}."
+            f"From the norm that it has now, the next step of decay is that of projection at lr {matched:.17g}, if the "
+            "optimizer's state follows the ratio of the norms, as DecayFreeLR lets it."
         )
     return said
 

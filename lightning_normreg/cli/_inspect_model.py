@@ -75,11 +75,14 @@ class _Inspection(Commands):
         add_output_arguments(parser)
 
     def _parse_ckpt_path(self) -> None:
-        path = self._settings("config")["fit"].get("ckpt_path")
-        if path:
+        self._read_checkpoint()  # before Lightning does
+        super()._parse_ckpt_path()
+
+    def _read_checkpoint(self) -> None:
+        path = self.config["fit"].get("ckpt_path")
+        if path and self._checkpoint is None:
             with refusals_of("ckpt_path"):
                 self._checkpoint = read_checkpoint(path)
-        super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer that writes nothing."""
@@ -91,6 +94,7 @@ class _Inspection(Commands):
 
     def _run_subcommand(self, subcommand: str) -> None:
         options = self._settings("config_init")
+        self._read_checkpoint()  # Lightning before 2.6 does not ask for it
         with refusals_of("invariance"):
             look = _Look(options["invariance"], self._checkpoint)
         trainer: Any = self.trainer

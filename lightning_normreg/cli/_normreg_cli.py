@@ -43,7 +43,6 @@ class Commands(Base):
     def __init__(self, model_class: Any = None, datamodule_class: Any = None, **options: Any) -> None:
         helps = {name: {"description": text, "epilog": epilog(name)} for name, text in SUMMARIES.items()}
         options["parser_kwargs"] = helps | options.get("parser_kwargs", {})
-        options.setdefault("parser_class", parser_class(self.namespace))
         self._makes_optimizers = options.pop("auto_configure_optimizers", True)
         with self.explained_errors():
             super().__init__(model_class, datamodule_class, auto_configure_optimizers=False, **options)
@@ -61,6 +60,14 @@ class Commands(Base):
             if said is None or not hasattr(self, "parser"):
                 raise
             self._parser(getattr(self, "subcommand", None)).error(said, error)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make our parser, which Lightning before 2.6 has no argument for."""
+        module = import_module(self.namespace)
+        kwargs.setdefault("dump_header", [f"{module.__name__}=={module.__version__}"])
+        parser = parser_class(self.namespace)(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="Path to a configuration file, YAML or JSON.")
+        return parser
 
     def _settings(self, which: str) -> Any:
         """Those of the subcommand: as parsed (``config``), or as objects (``config_init``)."""

@@ -25,17 +25,17 @@ def row_norms(rows: Tensor) -> Tensor:
     """L2 norm of each row, shape ``(rows,)``, for entries of any size that the type can hold."""
     rows = rows.to(accumulator(rows.dtype))
     plain = _chunked_norms(rows)
-    if _host_reads_are_free(rows) and bool(_squares_fit(plain).all()):
+    if host_reads_are_free(rows) and bool(squares_fit(plain).all()):
         return plain
-    return torch.where(_squares_fit(plain), plain, _rescaled_norms(rows))
+    return torch.where(squares_fit(plain), plain, _rescaled_norms(rows))
 
 
-def _host_reads_are_free(tensor: Tensor) -> bool:
+def host_reads_are_free(tensor: Tensor) -> bool:
     # Elsewhere a read waits for the device, which costs more than the second pass that it could save.
     return tensor.device.type == "cpu"
 
 
-def _squares_fit(norms: Tensor) -> Tensor:
+def squares_fit(norms: Tensor) -> Tensor:
     # Outside of this range the sum of squares overflows, or loses digits to underflow even with a million terms.
     info = torch.finfo(norms.dtype)
     low, high = (info.tiny / info.eps) ** 0.5 * 1024, info.max**0.5 / 2

@@ -68,7 +68,8 @@ def test_projection_alone_on_other_steps(operations: list[Counter[str]]) -> None
 
 def test_hooks_never_wait_for_a_device(operations: list[Counter[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where reads are not free, no hook reads a value back, on logged steps either."""
-    monkeypatch.setattr("lightning_normreg.functional._norms._host_reads_are_free", lambda tensor: False)
+    for module in ("_norms", "_updates"):
+        monkeypatch.setattr(f"lightning_normreg.functional.{module}.host_reads_are_free", lambda tensor: False)
     everything = [WeightNormMonitor(), EffectiveLRMonitor(gradient=True), NormProjection(include=["conv1.weight"])]
     trainer(*everything).fit(Net(sgd()), loader())
     assert len(operations) == 6

@@ -136,7 +136,8 @@ def test_hooks_could_run_on_any_accelerator(
                 return plain(self, *args)
 
         monkeypatch.setattr(owner, hook, checked)
-    monkeypatch.setattr("lightning_normreg.functional._norms._host_reads_are_free", lambda tensor: False)
+    for module in ("_norms", "_updates"):
+        monkeypatch.setattr(f"lightning_normreg.functional.{module}.host_reads_are_free", lambda tensor: False)
     monkeypatch.setattr("lightning_normreg._observer.InvarianceWatchdog.is_due", lambda self, step: True)
     if not given:
         monkeypatch.setattr("lightning_normreg.callbacks._base.probe", lambda *args: {})

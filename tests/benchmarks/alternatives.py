@@ -1,0 +1,310 @@
+"""What holding and logging norms costs beside what one would write or install instead: one run, ratios, medians.
+
+    python tests/benchmarks/alternatives.py [--device cuda] [--rounds 15] [--shapes resnet18] [--scaling]
+
+Every case of a table does the same work on the same weights, in turns, so that what else the machine does hits all
+alike. The floor is one read and one write of every weight (``mul_``). On a GPU times are those of CUDA events.
+Cases whose package is not installed are named as left out: geoopt, wandb, and Composer (``mosaicml``), which needs
+torchvision and so an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lightning_normreg.functional import project_all_
+from lightning_normreg.steps import NormTracker, Projector, RotationTracker, StepDispatcher, tags, watch
+
+Case = Callable[[], object]
+
+
+def resnet18_shapes() -> list[tuple[int, ...]]:
+    """The convolutions: 11 million weights."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 3, 3)]
+    for inner, outer in ((64, 64), (64, 128), (128, 256), (256, 512)):
+        shapes += [(outer, inner, 3, 3), *[(outer, outer, 3, 3)] * 3]
+        shapes += [(outer, inner, 1, 1)] if inner != outer else []
+    return shapes
+
+
+def gpt2_shapes() -> list[tuple[int, ...]]:
+    """Matrices and embeddings of GPT-2 with 124 million weights."""
+    block: list[tuple[int, ...]] = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
+    return [(50257, 768), (1024, 768), *block * 12]
+
+
+SHAPES = {"resnet18": resnet18_shapes, "gpt2": gpt2_shapes}
+
+
+class Weights(nn.Module):
+    """Weights of given shapes, each the weight of a layer of its own, with gradients."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], device: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for shape in shapes:
+            layer = nn.Linear(1, 1, bias=False)
+            layer.weight = nn.Parameter(torch.randn(shape, device=device) * 0.05)
+            layer.weight.grad = torch.randn_like(layer.weight) * 1e-3
+            self.layers.append(layer)
+
+    def weights(self) -> list[nn.Parameter]:
+        """All of them."""
+        return [layer.weight for layer in self.layers]  # type: ignore[misc]
+
+
+def seconds(case: Case, device: str) -> float:
+    """Of one call; on a GPU those of the GPU."""
+    if device == "cpu":
+        start = time.perf_counter()
+        case()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    case()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+@torch.no_grad()
+def in_turns(cases: dict[str, Case], rounds: int, device: str, prepare: Case = lambda: None) -> dict[str, list[float]]:
+    """Seconds of each case in each round, after a warm-up of two; what is prepared before each does not count."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 2):
+        for name, case in cases.items():
+            prepare()
+            took = seconds(case, device)
+            if number >= 2:
+                times[name].append(took)
+    return times
+
+
+def show(title: str, times: dict[str, list[float]]) -> None:
+    """A table of ratios to the first case, round by round."""
+    base = next(iter(times))
+    table = Table(title=f"{title}; ratios to {base!r}")
+    for column in ("case", "ms (median)", "min", "median", "max"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for name, values in times.items():
+        ratios = [value / floor for value, floor in zip(values, times[base], strict=True)]
+        spread = (min(ratios), statistics.median(ratios), max(ratios))
+        table.add_row(name, f"{statistics.median(values) * 1e3:.3g}", *(f"{r:.3g}" for r in spread))
+    Console().print(table)
+
+
+def optional(name: str) -> Any:
+    """A package, or None, said."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        print(f"left out: {name} is not installed")
+        return None
+
+
+def holding(module: Weights) -> dict[str, Case]:
+    """Ways to put the norm of every row back to 1."""
+    weights = module.weights()
+    dispatcher, optimizer = StepDispatcher(), torch.optim.SGD(weights, lr=0.0)
+    dispatcher.subscribe(Projector(watch(module), 1.0))
+
+    def ours() -> None:
+        dispatcher.enter(0, optimizer)
+        dispatcher.leave(0, optimizer)
+
+    def floor() -> None:
+        for w in weights:
+            w.mul_(1.001)
+
+    def normalize() -> None:
+        for w in weights:
+            w.copy_(nn.functional.normalize(w.flatten(1)).view_as(w))
+
+    return {
+        "floor: one read and one write (mul_)": floor,
+        "NormProjection": ours,
+        "functional.project_all_": lambda: project_all_(weights, 1.0),
+        "F.normalize and copy_": normalize,
+        "foreach norm and div, whole tensors only": lambda: torch._foreach_div_(weights, torch._foreach_norm(weights)),
+    }
+
+
+def drift(module: Weights) -> Case:
+    """What an update does to norms, so that there is something to put back."""
+    return torch.no_grad()(lambda: torch._foreach_mul_(module.weights(), 1.001))
+
+
+def with_update(shapes: list[tuple[int, ...]], device: str) -> dict[str, Case]:
+    """A step of SGD with norms held, beside optimizers and parametrizations that hold them by construction."""
+    cases: dict[str, Case] = {}
+
+    cases["SGD"] = torch.optim.SGD(Weights(shapes, device).weights(), lr=1e-3).step
+    held = Weights(shapes, device)
+    optimizer = torch.optim.SGD(held.weights(), lr=1e-3)
+    dispatcher = StepDispatcher()
+    projector = Projector(watch(held), 1.0)
+    projector.project(projector.targets)
+    dispatcher.subscribe(projector)
+    dispatcher.attach([optimizer])
+    cases["SGD and NormProjection"] = optimizer.step
+    cases |= _weight_norm(shapes, device)
+    geoopt = optional("geoopt")
+    if geoopt is not None:
+        manifold = geoopt.Sphere()
+        rows = [w.flatten(1) for w in Weights(shapes, device).weights()]
+        points = [geoopt.ManifoldParameter(nn.functional.normalize(r.detach()), manifold=manifold) for r in rows]
+        for point in points:
+            point.grad = torch.randn_like(point) * 1e-3
+        cases["geoopt RiemannianSGD on spheres"] = geoopt.optim.RiemannianSGD(points, lr=1e-3).step
+    return cases
+
+
+def _weight_norm(shapes: list[tuple[int, ...]], device: str) -> dict[str, Case]:
+    """The weight made from direction and gain in each forward, its gradient taken back, and a step of both."""
+    module = Weights(shapes, device)
+    for layer in module.layers:
+        parametrizations.weight_norm(layer)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    gradients = [torch.randn_like(w) * 1e-3 for w in module.weights()]
+
+    @torch.enable_grad()
+    def case() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(module.weights(), gradients)
+        optimizer.step()
+
+    return {"SGD and parametrizations.weight_norm": case}
+
+
+def logging(module: Weights) -> dict[str, Case]:
+    """Ways to know every layer's norm; the values end on the host."""
+    weights = module.weights()
+    optimizer = torch.optim.SGD(weights, lr=1e-3)
+
+    def tracked(tracker: NormTracker | RotationTracker, due: bool) -> Case:
+        dispatcher = StepDispatcher()
+        dispatcher.subscribe(tracker)
+
+        def case() -> None:
+            tracker.arm(due)
+            dispatcher.enter(0, optimizer)
+            dispatcher.leave(0, optimizer)
+            tags(tracker.collect())
+
+        return case
+
+    def loop() -> None:
+        for w in weights:
+            w.detach().norm().item()
+
+    def loop_twice() -> None:
+        for w in weights:
+            w.detach().norm().item()
+            w.grad.norm().item()  # type: ignore[union-attr]
+
+    def histograms() -> None:
+        for w in weights:
+            flat = w.detach().flatten()
+            low, high = flat.min().item(), flat.max().item()
+            torch.histc(flat, bins=64, min=low, max=high).cpu().tolist()
+
+    watched = watch(module)
+    cases: dict[str, Case] = {
+        "a copy of every weight (copy_)": _copies(weights),
+        "WeightNormMonitor, step logged": tracked(NormTracker(watched), True),
+        "EffectiveLRMonitor, step logged": tracked(RotationTracker(watched), True),
+        "EffectiveLRMonitor, step not logged": tracked(RotationTracker(watched), False),
+        "for w: w.norm().item()": loop,
+        "for w: w.norm().item(), w.grad.norm().item()": loop_twice,
+        "for w: histogram (what wandb.watch computes)": histograms,
+    }
+    composer = optional("composer")
+    if composer is not None:
+        cases["Composer OptimizerMonitor"] = _composer(module)
+    return cases
+
+
+def _copies(weights: list[nn.Parameter]) -> Case:
+    buffers = [torch.empty_like(w) for w in weights]
+
+    def case() -> None:
+        for buffer, w in zip(buffers, weights, strict=True):
+            buffer.copy_(w)
+
+    return case
+
+
+def _composer(module: Weights) -> Case:
+    """The norms that Composer's monitor takes on a step with its default setting: of gradients and weights."""
+    from composer.callbacks.optimizer_monitor import OptimizerMonitor
+
+    monitor = OptimizerMonitor(log_optimizer_metrics=False)
+
+    class State:
+        model, optimizers, deepspeed_enabled = module, (torch.optim.SGD(module.parameters(), lr=1e-3),), False
+
+    class Logger:
+        @staticmethod
+        def log_metrics(values: dict[str, Any]) -> None:
+            for value in values.values():
+                float(value)
+
+    return lambda: monitor.batch_end(State(), Logger())  # type: ignore[arg-type]
+
+
+def scaling(device: str, rounds: int) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """From one layer to a thousand, and from a million weights to 500 million."""
+    for layers, size in ((1, 1000), (10, 316), (100, 100), (1000, 32)):
+        yield f"{layers} layers of {size} × {size}", _scaled([(size, size)] * layers, device, rounds)
+    for layers in (1, 10, 100, 500):
+        yield f"{layers} M weights", _scaled([(1000, 1000)] * layers, device, rounds)
+
+
+def _scaled(shapes: list[tuple[int, ...]], device: str, rounds: int) -> dict[str, list[float]]:
+    module = Weights(shapes, device)
+    cases = holding(module) | logging(module)
+    kept = [name for name in cases if name.startswith(("floor", "NormProjection", "EffectiveLRMonitor, step logged"))]
+    return in_turns({name: cases[name] for name in kept}, rounds, device, drift(module))
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", choices=tuple(SHAPES), nargs="+", default=list(SHAPES))
+    parser.add_argument("--scaling", action="store_true", help="also from 1 to 1000 layers and 1 M to 500 M weights")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}, {options.rounds} rounds")
+    for name in options.shapes:
+        shapes = SHAPES[name]()
+        module = Weights(shapes, options.device)
+        size = f"{name}, {sum(w.numel() for w in module.weights()) / 1e6:.0f} M weights"
+        for title, cases in (
+            (f"norms of rows put back, {size}", holding(module)),
+            (f"an update with norms held, {size}", with_update(shapes, options.device)),
+            (f"values of each layer on the host, {size}", logging(module)),
+        ):
+            show(title, in_turns(cases, options.rounds, options.device, drift(module)))
+    if options.scaling:
+        for title, times in scaling(options.device, options.rounds):
+            show(title, times)
+
+
+if __name__ == "__main__":
+    main()
