@@ -70,11 +70,19 @@ class Formulas:
     def at(self, norm: float, step: Step) -> tuple[dict[Curve, float], float]:
         """Curves of the equilibrium at a learning rate, and the rotation of a step from a given norm."""
         settings = self.settings | {"lr": step[0], "weight_decay": step[1]}
-        curves = {_metrics.EQUILIBRIUM_ROTATION: equilibrium_rotation(self.family, **settings)}
+        curves = {_metrics.EQUILIBRIUM_ROTATION: self.rotation(step)}
         if self.family != "adafactor":  # its log-norm drifts
-            curves[_metrics.EQUILIBRIUM_NORM] = equilibrium_norm(self.family, **settings) / self._scale
+            curves[_metrics.EQUILIBRIUM_NORM] = self.norm(step)
             curves[_metrics.EQUILIBRIUM_HALF_LIFE] = equilibrium_half_life(self.family, **settings)
         return curves, predicted_rotation(self.family, norm * self._scale, **settings)
+
+    def rotation(self, step: Step) -> float:
+        """Rotation per step at the equilibrium of a learning rate and decay."""
+        return equilibrium_rotation(self.family, **self.settings, lr=step[0], weight_decay=step[1])
+
+    def norm(self, step: Step) -> float:
+        """Norm at that equilibrium."""
+        return equilibrium_norm(self.family, **self.settings, lr=step[0], weight_decay=step[1]) / self._scale
 
     def advance(self, norm: float, steps: Sequence[Step]) -> tuple[float, float]:
         """Norm after some steps, and the relaxation times that they have lasted."""

@@ -125,10 +125,11 @@ def _decide(owner: nn.Module, name: str, parameter: Parameter) -> tuple[Role, st
         return _gain_or_shift(tensor, "by the name of its class")
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding", "table of an embedding"
-    return _by_shape(tensor, parameter)
+    return role_by_shape(tensor, parameter)
 
 
-def _by_shape(tensor: str, parameter: Parameter) -> tuple[Role, str]:
+def role_by_shape(tensor: str, parameter: Parameter) -> tuple[Role, str]:
+    """What a parameter is by its own name and shape, where nothing more is known of it."""
     words = tensor.split("_")
     if "bias" in (words[0], words[-1]) and is_vector(parameter):
         return "bias", "named as a bias"

@@ -57,10 +57,41 @@ def acting(optimizer: Optimizer) -> Optimizer:
     return inner if shares and isinstance(inner, Optimizer) else optimizer
 
 
+def named_rules(name: str, group: Group) -> list[UpdateRule | NoRule]:
+    """Rules that an optimizer may have, judging by its class's name and the settings of a parameter group alone.
+
+    Args:
+        name: A class of torch.optim, or a dotted path such as ``"lion_pytorch.Lion"``; nothing is imported.
+        group: The settings, as a checkpoint has them.
+
+    Returns:
+        Empty for an unknown name; several where an attribute of the optimizer decides, which a group does not say.
+    """
+    dotted = name if "." in name else f"torch.optim.{name}"
+    registered = [rule for cls, rule in _REGISTERED.items() if f"{cls.__module__}.{cls.__qualname__}" == dotted]
+    rule = registered[0] if registered else _listed_as(dotted)
+    # All that decides is in the groups of torch's own; a setting that an old one lacks is off.
+    return [] if rule is None else _possible(rule, group, complete=dotted.startswith("torch."))
+
+
+def _possible(rule: UpdateRule | NoRule, group: Group, complete: bool) -> list[UpdateRule | NoRule]:
+    found: list[UpdateRule | NoRule] = []
+    for key, variant in rule.variants if isinstance(rule, UpdateRule) else ():
+        if group.get(key) or not (key in group or complete):
+            found += _possible(variant, group, complete)
+            if key in group:
+                return found
+    return [*found, rule]
+
+
 def _listed(cls: type) -> UpdateRule | NoRule | None:
-    package, _, module = cls.__module__.partition(".")
+    return _listed_as(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def _listed_as(dotted: str) -> UpdateRule | NoRule | None:
+    package, _, rest = dotted.partition(".")
     names = RULES.get(package, {})
-    parts = [*module.split("."), cls.__qualname__]
+    parts = rest.split(".")
     return next((names[key] for start in range(len(parts)) if (key := ".".join(parts[start:])) in names), None)
 
 

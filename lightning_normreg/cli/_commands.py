@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lightning_normreg.cli._convert import convert
 from lightning_normreg.cli._demo import demo
 from lightning_normreg.cli._examples import PROGRAM, SUMMARIES
+from lightning_normreg.cli._inspect import inspect
 from lightning_normreg.cli._plot import plot
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
+    "inspect": inspect,
     "plot": plot,
+    "convert": convert,
 }
 """Subcommands by name; the first line of a function's docstring is its help."""
 

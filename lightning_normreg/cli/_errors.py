@@ -38,6 +38,17 @@ def blamed_on(key: str) -> Iterator[None]:
         raise ArgumentRefused(key, f"{error} {DEBUG_HINT}") from error
 
 
+@contextmanager
+def refusals_of(key: str) -> Iterator[None]:
+    """Name the key of an argument that one of this package's functions or a file refuses."""
+    try:
+        yield
+    except ArgumentRefused:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        raise ArgumentRefused(key, error) from error
+
+
 def explain(
     error: BaseException, config: Mapping[str, Any], defaults: Mapping[str, str], constructing: bool
 ) -> str | None:

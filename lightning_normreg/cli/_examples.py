@@ -28,6 +28,17 @@ EXAMPLES = {
     "predict": [_TRAINED],
     "demo": ["", "--projection true --model.weight_decay 0 --trainer.max_epochs 2"],
     "plot": [_RUN, "lightning_logs --layers 'block*' --output curves.svg"],
+    "inspect": [
+        f"{_RUN}/checkpoints/epoch=1-step=40.ckpt",
+        f"{_RUN}/checkpoints/epoch=1-step=40.ckpt --optimizer SGD --json",
+        "--model DemoConvNet --data DigitsDataModule --save verdict.json",
+        _TRAINED,
+    ],
+    "convert": [
+        "--to projection --optimizer AdamW --lr 1e-3 --weight_decay 0.1 --entries 576",
+        "--to decay --optimizer AdamW --lr 1e-3 --radius 1.0 --entries 576",
+        "--to schedule --optimizer SGD --lr 0.1 --weight_decay 5e-4 --momentum 0.9 --steps 1000",
+    ],
 }
 """Arguments by subcommand. Those with a checkpoint need the first command of ``fit`` to have been run."""
 

@@ -65,7 +65,7 @@ class Commands(Base):
         """Make our parser, which Lightning before 2.6 has no argument for."""
         module = import_module(self.namespace)
         kwargs.setdefault("dump_header", [f"{module.__name__}=={module.__version__}"])
-        parser = _parser_class(self.namespace)(**kwargs)
+        parser = parser_class(self.namespace)(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file, YAML or JSON.")
         return parser
 
@@ -276,5 +276,5 @@ def _scheduler_type(namespace: str) -> Any:
 
 
 @cache
-def _parser_class(namespace: str) -> type[LightningArgumentParser]:
+def parser_class(namespace: str) -> type[LightningArgumentParser]:
     return type("Parser", (Parser, import_module(f"{namespace}.cli").LightningArgumentParser), {})

@@ -66,3 +66,62 @@ def suggest_projection(family: Family, *, radius: float | None = None, **setting
     if not 0 < radius < math.inf:
         raise ValueError(f"`radius` must be positive, got {radius}. Leave it out for the equilibrium norm.")
     return Projection(radius, lr * (radius / norm) ** balance.exponent)
+
+
+def suggest_decay(
+    family: Family, *, radius: float, lr: float, decayed_lr: float | None = None, **settings: Any
+) -> float:
+    r"""Weight decay whose equilibrium turns a unit per step as far as projection to a radius does.
+
+    The inverse of :func:`suggest_projection`: the λ for which :math:`N_*(\eta,\lambda)=R\,(\eta/\eta_R)^{1/p}`, where
+    :math:`\eta_R` is the learning rate under projection. Found by bisection of :math:`\log\lambda`, down to rounding.
+
+    Args:
+        family: Which optimizer, see :func:`equilibrium_norm`.
+        radius: R, norm at which units are held, positive.
+        lr: :math:`\eta_R`, positive.
+        decayed_lr: η that the recipe with decay is to have; by default ``lr``.
+        **settings: See :func:`equilibrium_norm`, without ``lr`` and ``weight_decay``.
+
+    Returns:
+        Weight decay λ, positive.
+
+    Raises:
+        TypeError: For a setting that the family does not have, or one that it lacks.
+        ValueError: As :func:`suggest_projection`, and where no decay with η·λ below 1 leads to that norm.
+
+    Examples:
+        >>> round(suggest_decay("adam_decoupled", radius=1.0, lr=0.000707, decayed_lr=1e-3, entries=400), 4)
+        0.0999
+
+    Reference:
+        Derived here, see :func:`suggest_projection`.
+    """
+    for name, value in (("radius", radius), ("lr", lr), ("decayed_lr", lr if decayed_lr is None else decayed_lr)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"`{name}` must be positive, got {value}.")
+    rate = lr if decayed_lr is None else decayed_lr
+    weak = _WEAKEST / rate
+    exponent = settled(family, settings | {"lr": rate, "weight_decay": weak}).exponent
+    suggest_projection(family, lr=rate, weight_decay=weak, **settings)  # refuses what has no such recipe
+    norm = radius * (rate / lr) ** (1 / exponent)
+
+    def is_weak(decay: float) -> bool:
+        try:
+            return bool(suggest_projection(family, lr=rate, weight_decay=decay, **settings).radius > norm)
+        except ValueError:  # too strong to leave anything of the weight
+            return False
+
+    low, high = math.log(weak), -math.log(rate)
+    if not is_weak(weak) or is_weak(math.exp(high) * (1 - 1e-12)):
+        raise ValueError(
+            f"`radius` must be a norm that a decay with {_WEAKEST:g} < lr·weight_decay < 1 settles at, got {radius:g}, "
+            f"which stands for {norm:g} at lr {rate:g}. Use another `radius` or `decayed_lr`."
+        )
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if is_weak(math.exp(middle)) else (low, middle)
+    return math.exp(low)
+
+
+_WEAKEST = 1e-16
+"""Smallest lr·weight_decay that is looked at: below it rounding in float64 outweighs decay."""

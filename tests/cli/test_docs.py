@@ -15,7 +15,13 @@ from lightning_normreg import cli
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "cli.md").read_text()
 BLOCKS = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-COMMANDS = re.findall(r"^lightning-normreg (.*)$", PAGE, re.MULTILINE)
+CONSOLES = re.findall(r"^```console\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    (command, shown)
+    for block in CONSOLES
+    for command, shown in re.findall(r"^(?:\$ )?lightning-normreg (.*)\n((?:(?!lightning-normreg).*\n)*)", block, re.M)
+]
+"""What stands in the blocks for the console, each with the output that is shown."""
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
@@ -31,13 +37,22 @@ def test_yaml_of_the_page(number: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_commands_of_the_page(folder: Path) -> None:
-    """In their order: what is shown of a run needs the first to have trained one."""
-    for command in COMMANDS:
-        cli.main([*shlex.split(command), *["--seed_everything=0"] * command.startswith("fit")])
-    trained = [command for command in COMMANDS if command.startswith("fit")]
-    assert len(list(folder.glob("lightning_logs/version_*"))) == len(trained) == 1
+@pytest.mark.filterwarnings("ignore:No seed found")
+def test_commands_of_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In their order: the first trains, and others show what the page shows, but for the digits."""
+    for command, shown in COMMANDS:
+        words = shlex.split(command)
+        capsys.readouterr()
+        cli.main([*words, "--seed_everything=0"] if words[0] == "fit" else words)
+        if shown:
+            assert _without_digits(capsys.readouterr().out) == _without_digits(shown), command
+    assert len(list(folder.glob("lightning_logs/version_*"))) == 1
     assert Path("curves.png").exists()
+    assert len([shown for _, shown in COMMANDS if shown]) == 3
+
+
+def _without_digits(text: str) -> list[str]:
+    return re.sub(r"[\d.]+(e-?\d+)?", "N", re.sub(r"[━─]+", "", text)).split()
 
 
 @pytest.mark.slow
