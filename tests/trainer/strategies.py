@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -37,7 +38,8 @@ class FSDP1(FSDPStrategy):
 class Model(LightningModule):
     """Rows that are odd in number, a whole layer with its bias, blocks of rows, and a head of a single row.
 
-    Over two processes the five rows of the first layer are split 3 : 2, and the row of the head 1 : 0.
+    Over two processes the five rows of the first layer are split 3 : 2, and the row of the head 1 : 0, in each of the
+    copies under "hsdp".
     """
 
     def __init__(self, strategy: str, optimizer: str) -> None:
@@ -64,10 +66,11 @@ class Model(LightningModule):
                 "third": RowwiseParallel(input_layouts=torch.distributed.tensor.Replicate()),
             }
             parallelize_module(self, mesh["tensor_parallel"], plan)
-        if "fsdp" in self.strategy:
-            for layer in (self.second, self.third):
-                fully_shard(layer, mesh=mesh["data_parallel"])
-            fully_shard(self, mesh=mesh["data_parallel"])
+        if self.strategy in ("fsdp", "fsdp+tp", "hsdp"):
+            # With two dimensions, weights are copied along the first and spread along the second.
+            spread = mesh if self.strategy == "hsdp" else mesh["data_parallel"]
+            for part in (self.second, self.third, self):
+                fully_shard(part, mesh=spread)
 
     def forward(self, x: Tensor) -> Tensor:
         """One number for each sample."""
@@ -121,17 +124,15 @@ def main() -> None:
     strategy, optimizer, unit, project, folder, *rest = sys.argv[1:]
     dtype = torch.float64 if "64" in rest else torch.float32
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    parts = {"single": (1, 1), "ddp": (2, 1), "fsdp": (2, 1), "fsdp1": (2, 1), "tp": (1, 2), "fsdp+tp": (2, 2)}[
-        strategy
-    ]
+    parts = {"single": (1, 1), "tp": (1, 2), "fsdp+tp": (2, 2), "hsdp": (2, 2)}.get(strategy, (2, 1))
     torch.manual_seed(0)
     torch.set_num_threads(1)
     counts = count_collectives()
     model = Model(strategy, optimizer).to(dtype)
     copy = Model("single", optimizer).to(dtype)
     copy.load_state_dict(model.state_dict())
-    replicas = 1 if strategy == "tp" else parts[0]
-    loader = data(rank // parts[1] if strategy == "fsdp+tp" else rank % replicas, replicas, dtype)
+    shared = parts[1] if "tp" in strategy else 1  # processes that see the same batches
+    loader = data(rank // shared, math.prod(parts) // shared, dtype)
     verdict: Any = find_scale_invariance(copy, next(iter(loader)))
     if project == "observe":  # nobody can be probed: the gradients of the first steps have to do
         verdict, _verdict.LARGEST = None, 0
