@@ -81,6 +81,7 @@ def differences(strategy: str, config: Config) -> tuple[float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.pitfall(11, 12, 13, 14, 15, 21)
 @pytest.mark.parametrize(
     "strategy, config", RUNS, ids=lambda value: value if isinstance(value, str) else "-".join(value)
 )
