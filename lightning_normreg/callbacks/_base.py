@@ -150,7 +150,8 @@ class StepCallback(CallbackBase):
             return
         if self._given is None and run.verdict is None:
             run.verdict = probe(trainer, pl_module, batch)
-        verdict = self._given or run.verdict or {}
+        # What is given may have been found out by each process on batches of its own.
+        verdict = same_on_all_ranks(trainer, self._given) if self._given else run.verdict or {}
         if not verdict and self.waits_for_observer:
             verdict = run.observed(trainer, pl_module) or {}
             if not verdict:

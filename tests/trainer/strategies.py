@@ -22,7 +22,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, find_scale_invariance
+from lightning_normreg import (
+    CorrectedDecay,
+    EffectiveLRMonitor,
+    NormProjection,
+    WeightNormMonitor,
+    decay_groups,
+    find_scale_invariance,
+)
 from lightning_normreg.callbacks import _verdict
 
 STEPS_PER_EPOCH, BATCH = 6, 8
@@ -87,11 +94,13 @@ class Model(LightningModule):
         """Makes the root of FSDP keep its weights unsharded."""
         self(batch[0])
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Of one family."""
+    def configure_optimizers(self) -> Any:
+        """Plain, or with decay groups and a schedule."""
         if self.kind == "sgd":
             return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
-        return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(decay_groups(self, 0.1, bias=0.02), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def data(rank: int, world: int, dtype: torch.dtype) -> DataLoader[Any]:
@@ -134,14 +143,24 @@ def main() -> None:
     shared = parts[1] if "tp" in strategy else 1  # processes that see the same batches
     loader = data(rank // shared, math.prod(parts) // shared, dtype)
     verdict: Any = find_scale_invariance(copy, next(iter(loader)))
+    if rank > 0:  # what the first process was given counts
+        verdict = dict.fromkeys(verdict, verdict["head.weight"])
     if project == "observe":  # nobody can be probed: the gradients of the first steps have to do
         verdict, _verdict.LARGEST = None, 0
     chosen: Any = {"single": "auto", "ddp": "ddp"}.get(strategy)
     chosen = chosen or (FSDP1() if strategy == "fsdp1" else ModelParallelStrategy(*parts))
     callbacks: list[Any] = [
         WeightNormMonitor(invariance=verdict, unit=unit),
-        EffectiveLRMonitor(invariance=verdict, unit=unit, gradient=True, equilibrium=unit == "auto"),
+        EffectiveLRMonitor(
+            invariance=verdict,
+            unit=unit,
+            gradient=True,
+            equilibrium=unit == "auto",
+            scale_exponent=optimizer == "sgd",  # others have it in a state that is spread as well
+        ),
     ]
+    if optimizer == "adamw" and project != "observe":
+        callbacks.append(CorrectedDecay(invariance=verdict))
     if project == "project":
         named = None if unit == "auto" else ["second.weight", "third.weight", "head.weight"]
         callbacks.append(NormProjection(invariance=verdict, unit=unit, include=named, on_not_invariant="allow"))
@@ -152,7 +171,7 @@ def main() -> None:
         precision="32-true",  # which converts nothing; ModelParallelStrategy does not know "64-true"
         max_epochs=6 if project == "observe" else 2,
         log_every_n_steps=3,
-        num_sanity_val_steps=1,
+        num_sanity_val_steps=0 if optimizer == "sgd" else 1,  # nothing has been unsharded before the first step
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
