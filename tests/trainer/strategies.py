@@ -180,13 +180,14 @@ def main() -> None:
         callbacks=callbacks,
     )
     trainer.fit(model, loader, loader)
-    weights = _weights(trainer, model)
+    weights = whole_weights(trainer, model)
     history = callbacks[1].history().to_dict("records") + callbacks[0].history().to_dict("records")
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump({"history": history, "weights": weights, "collectives": counts["all_reduce"]}, file)
 
 
-def _weights(trainer: Trainer, model: LightningModule) -> dict[str, Any]:
+def whole_weights(trainer: Trainer, model: LightningModule) -> dict[str, Any]:
+    """Every parameter, put together from all processes."""
     if not isinstance(trainer.strategy, FSDP1):
         return {name: _whole(p) for name, p in model.named_parameters()}
     with FullyShardedDataParallel.summon_full_params(trainer.model):

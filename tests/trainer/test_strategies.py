@@ -116,6 +116,20 @@ def test_collectives_do_not_grow_with_the_number_of_layers(strategy: str) -> Non
         assert first["collectives"] == logged
 
 
+@pytest.mark.slow
+@pytest.mark.pitfall(19)
+def test_a_sharded_run_resumes(tmp_path: Path) -> None:
+    """Under FSDP2, from a distributed checkpoint: weights and curves bit for bit, with radii of the first run."""
+    command = [sys.executable, str(SCRIPT.with_name("sharded_resume.py")), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=240, capture_output=True, cwd=SCRIPT.parent.parent.parent)
+    for rank in (0, 1):
+        whole, resumed = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert resumed[0] == whole[0]
+        for before, after in zip(whole[1:], resumed[1:], strict=True):
+            assert len(after) == 6
+            assert json.dumps(after) == json.dumps(before[6:])  # as text, because of NaN
+
+
 def main() -> None:
     """The table."""
     from rich.console import Console
