@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.nn.parameter import Parameter
 
+from lightning_normreg._flat_shards import find_flat_pieces, whole_shape
 from lightning_normreg._regroup import load_by_name
 from lightning_normreg._roles import ROLES, ParameterRole, named_roles
 from lightning_normreg._selection import clean_name, match
@@ -68,6 +69,8 @@ def decay_groups(
     for argument, decay in by_role.items():
         if not (decay is None or (argument == "other" and decay == "auto")):
             _check_decay(argument, decay)
+    trainer = getattr(module, "_trainer", None)  # which has wrapped the module, where it is FSDP's first version
+    find_flat_pieces(getattr(trainer, "model", None) or module)
     found = named_roles(module)
     trainable = [(name, p, role) for name, p, role in found if p.requires_grad]
     if not trainable:
@@ -80,7 +83,7 @@ def decay_groups(
     for name, parameter, role in sorted(trainable, key=lambda entry: ROLES.index(entry[2].role)):
         base = by_role.get(role.role)
         usual = weight_decay if base is None or base == "auto" else base
-        decay = 0.0 if base == "auto" and parameter.ndim <= 1 else usual
+        decay = 0.0 if base == "auto" and len(whole_shape(parameter)) <= 1 else usual
         decay = float(forced.get(name, decay))
         label = role.role if decay == usual else f"{role.role}_wd_{repr(decay).removesuffix('.0')}"
         group = groups.setdefault(
@@ -209,7 +212,7 @@ def _say(
     groups: list[dict[str, Any]], trainable: list[tuple[str, Parameter, ParameterRole]], frozen: list[str]
 ) -> None:
     role = {name: r.role for name, _, r in trainable}
-    shape = {name: "×".join(map(str, p.shape)) or "scalar" for name, p, _ in trainable}
+    shape = {name: "×".join(map(str, whole_shape(p))) or "scalar" for name, p, _ in trainable}
     sizes = ", ".join(f"{g['name']} {g['weight_decay']:g} ({len(g['params'])} parameters)" for g in groups)
     rank_zero_info(f"Decay groups: {sizes}.")
     bare = [f"{n} ({shape[n]})" for g in groups if g["weight_decay"] for n in g["param_names"] if role[n] == "other"]

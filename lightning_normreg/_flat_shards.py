@@ -83,6 +83,21 @@ def flat_piece(parameter: Tensor) -> FlatPiece | None:
     return piece
 
 
+def known_piece(parameter: Tensor, name: str) -> FlatPiece:
+    """Where the piece lies.
+
+    Raises:
+        NotImplementedError: If nobody knows.
+    """
+    piece = flat_piece(parameter)
+    if piece is None:
+        raise NotImplementedError(
+            f"{name!r} is a piece of FSDP's first version that belongs to no wrapper of the Trainer's model. Use "
+            "FSDPStrategy, or ModelParallelStrategy with fully_shard (FSDP2)."
+        )
+    return piece
+
+
 def whole_shape(parameter: Tensor) -> torch.Size:
     """Shape of the whole parameter, of which this process may have a piece."""
     piece = flat_piece(parameter)

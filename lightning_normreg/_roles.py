@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import Parameter, UninitializedParameter
 from torch.nn.utils import parametrize
 
-from lightning_normreg._flat_shards import whole_shape
+from lightning_normreg._flat_shards import is_flat, known_piece, whole_shape
 from lightning_normreg._selection import clean_name
 
 Role = Literal["weight", "gamma", "beta", "bias", "embedding", "other"]
@@ -82,6 +82,9 @@ def named_roles(module: nn.Module) -> list[tuple[str, Parameter, ParameterRole]]
                 f"`module` must be materialized, but {type(owner).__name__} has an uninitialized {name!r}. "
                 "Run one batch through the model first, for example in `configure_model`."
             )
+    for name, parameter in module.named_parameters():
+        if is_flat(parameter):
+            known_piece(parameter, clean_name(name))  # else a matrix would pass for a vector
     decided: dict[Parameter, ParameterRole] = {}
     for owner, name, parameter in owned:
         decided.setdefault(parameter, _role(owner, name, parameter))

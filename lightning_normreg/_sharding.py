@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_normreg._flat_shards import flat_piece, is_flat
+from lightning_normreg._flat_shards import is_flat, known_piece
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ def reshard(model: nn.Module) -> None:
     """Let FSDP forget the whole weights that it keeps after a validation: they would hide what is written to shards."""
     for part in model.modules():
         names = [cls.__name__ for cls in type(part).__mro__]
-        handle = getattr(part, "_handle", None)
+        handle: Any = getattr(part, "_handle", None)
         if "FSDPModule" in names:
             part.reshard()  # type: ignore[operator]
-        elif "FullyShardedDataParallel" in names and handle is not None:
-            handle.reshard(True)
+        elif "FullyShardedDataParallel" in names and hasattr(getattr(handle, "flat_param", None), "_local_shard"):
+            handle.reshard(True)  # before the first forward pass there is nothing to forget
 
 
 def shard_of(parameter: Any, name: str) -> Shard | None:
@@ -63,12 +63,7 @@ def shard_of(parameter: Any, name: str) -> Shard | None:
         NotImplementedError: If it is spread in a way that is not understood.
     """
     if is_flat(parameter):
-        piece = flat_piece(parameter)
-        if piece is None:
-            raise NotImplementedError(
-                f"{name!r} is a piece of FSDP's first version that belongs to no wrapper of the Trainer's model. Use "
-                "FSDPStrategy, or ModelParallelStrategy with fully_shard (FSDP2)."
-            )
+        piece = known_piece(parameter, name)
         dims = frozenset(range(len(piece.shape)))
         return Shard(piece.shape, (), piece.groups, dims, (piece.start, piece.stop))
     if not hasattr(parameter, "placements"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -84,6 +84,11 @@ class StepDispatcher:
         self._handles.clear()
         self._optimizers = ()
 
+    @property
+    def has_seen_updates(self) -> bool:
+        """Whether any optimizer has updated its parameters."""
+        return bool(self._updates)
+
     def updates(self, index: int) -> int:
         """How often an optimizer has really updated its parameters; reads the device under a gradient scaler."""
         skipped = self._skipped.get(index)
@@ -110,6 +115,41 @@ class StepDispatcher:
             self._skipped[index] = self._skipped.get(index, torch.zeros_like(skipped)) + skipped
         for subscriber in self._subscribers:
             subscriber.after_step(index, optimizer, skipped)
+
+
+class BackwardGuard:
+    """Notices parameters that are updated during the backward pass, by optimizers that nobody knows of.
+
+    Gradients may be gone when such an optimizer has used them, and its step is none of the Trainer's: without this,
+    nothing would be measured or held, and nothing said. Counters of in-place writes tell, which cost no tensor
+    operation.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        # The pieces of FSDP's first version are exchanged during the backward pass.
+        self._parameters = [(name, p) for name, p in named if p.requires_grad and not is_flat(p)]
+        self._writes: list[int] = []
+
+    def begin(self) -> None:
+        """The backward pass is about to begin."""
+        self._writes = [p._version for _, p in self._parameters]
+
+    def end(self) -> None:
+        """The backward pass has ended, and no optimizer that is known has stepped.
+
+        Raises:
+            NotImplementedError: If parameters have been written all the same.
+        """
+        pairs = zip(self._parameters, self._writes, strict=True)
+        written = [name for (name, p), writes in pairs if p._version != writes]
+        if written:
+            raise NotImplementedError(
+                f"`configure_optimizers` must return the optimizers that update the weights, but {written[0]!r} and "
+                f"{len(written) - 1} more parameters were written during the backward pass (an optimizer that steps "
+                "in hooks of gradients): such steps can neither be measured nor followed by a projection. Let one "
+                "optimizer of the Trainer step after it; or return those of the hooks from `configure_optimizers`, "
+                "with automatic_optimization = False."
+            )
 
 
 class _Hook:

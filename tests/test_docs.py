@@ -106,11 +106,15 @@ def parse(words: list[str]) -> None:
 def test_commands_are_there(page: Path) -> None:
     """The package's own are parsed; files, targets of make and extras that others name exist."""
     for block in blocks(page, "console"):
-        for line in block.code.replace("\\\n", " ").splitlines():
+        lines = block.code.replace("\\\n", " ").splitlines()
+        typed = [line[2:] for line in lines if line.startswith("$ ")]  # the others are what the terminal shows
+        for line in typed or lines:
             program, *words = shlex.split(line, comments=True) or ["#"]
             program = program.rpartition("/")[2]
             if program == "lightning-normreg" and words[0] == "plot":
                 make_parser().parse_args(words[1:])
+            elif program == "lightning-normreg" and words[0] in ("inspect", "convert"):
+                assert page.name == "cli.md", "tests/cli runs those of that page"
             elif program == "lightning-normreg":
                 parse(words)
             elif program == "make":

@@ -182,6 +182,7 @@ def test_nothing_waits_for_a_device() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.pitfall(23)
 def test_norm_of_16_million_entries() -> None:
     """A float32 weight of 16 million entries keeps six digits, as one row and as many."""
     weight = random((4096, 4096))

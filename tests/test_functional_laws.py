@@ -206,6 +206,7 @@ SPREADS = {
 DISTANCES = {torch.float64: 2e-15, torch.float32: 1e-6, torch.bfloat16: 2**-8 + 1e-6, torch.float16: 2**-11 + 1e-6}
 
 
+@pytest.mark.pitfall(19)
 @pytest.mark.parametrize("length", [1, 2, 3, 9, 64, 65, 255, 257, 768, 4608, 50257])
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("dtype", DISTANCES, ids=str)
@@ -269,6 +270,7 @@ def test_projection_reaches_far(dtype: str) -> None:
             assert max(reference.angular_update(exact(start), exact(weight))) <= tolerance
 
 
+@pytest.mark.pitfall(24)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
 def test_projection_leaves_rows_without_direction(bad: float) -> None:
     """A zero, infinite or NaN row keeps its bits, its neighbours are projected."""
@@ -282,6 +284,7 @@ def test_projection_leaves_rows_without_direction(bad: float) -> None:
 
 def test_projecting_many_is_projecting_each() -> None:
     """Many weights end where each by itself does, for one radius, one each, and one per unit."""
+    assert F.project_all_([]) == []
     shapes = [(4, 9), (3, 2, 3, 3), (5,)]
     for radius in (2.0, [1.0, 2.0, 3.0], torch.tensor([1.0, 2.0, 3.0]), [torch.arange(1.0, 5.0), 3.0, 0.5]):
         weights, copies = ([random(shape) for shape in shapes] for _ in range(2))

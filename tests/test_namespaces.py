@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from lightning_normreg import EffectiveLRMonitor
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPET = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "trainer.fit" in block)
@@ -42,6 +45,15 @@ def test_the_snippet_of_the_readme(namespace: str, blocked: bool, tmp_path: Path
     block = f"import sys\nsys.modules[{NAMESPACES[namespace]!r}] = None\n" if blocked else ""
     loaded = run(block + code + CHECK, tmp_path).rpartition("loaded ")[2].split()
     assert (NAMESPACES[namespace] in loaded) is not blocked
+
+
+@pytest.mark.pitfall(22)
+@pytest.mark.parametrize("namespace", list(NAMESPACES))
+def test_callbacks_are_of_both(namespace: str) -> None:
+    """A Trainer knows a single one by its class."""
+    callback = EffectiveLRMonitor()
+    run = import_module(namespace).Trainer(accelerator="cpu", logger=False, callbacks=callback)
+    assert callback in run.callbacks
 
 
 @pytest.mark.slow

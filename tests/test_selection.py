@@ -15,6 +15,7 @@ NAMES = {
 }
 
 
+@pytest.mark.pitfall(21)
 @pytest.mark.parametrize(
     "name, clean",
     [

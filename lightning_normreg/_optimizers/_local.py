@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_normreg._optimizers._lookup import acting, group_of, update_rule
 from lightning_normreg._optimizers._rule import Group, Local, UpdateRule
+from lightning_normreg._sharding import is_sharded, local
 from lightning_normreg.functional._norms import accumulator
 
 State = dict[str, Any]
@@ -30,19 +31,20 @@ def scale_exponent(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
 
     Returns:
         A 0-dimensional tensor on the parameter's device, which is not waited for; None where the exponent is not
-        known: without a rule, without state, and for optimizers whose constants are too entangled.
+        known: without a rule, without state, where processes have parts of it only, and for optimizers whose constants
+        are too entangled.
     """
     group, state = group_of(optimizer, parameter), optimizer.state.get(parameter, {})
     rule = None if group is None else update_rule(optimizer, group)
     if group is None or rule is None or rule.local == "unknown" or (rule.local != "exact" and not state):
         return None
-    if rule.local != "exact" and acting(optimizer) is not optimizer:
-        return None  # each rank has the state of its own share only
+    if rule.local != "exact" and (acting(optimizer) is not optimizer or is_sharded(parameter)):
+        return None  # each process has the state of its own share only
     return _FORMULAS[rule.local](rule, group, state, parameter)
 
 
 def _exact(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:
-    return _real(parameter).new_full((), float(rule.exponent))
+    return _real(local(parameter)).new_full((), float(rule.exponent))
 
 
 def _adam(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:

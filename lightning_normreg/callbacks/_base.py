@@ -16,11 +16,12 @@ from lightning_normreg._invariance import load_verdict, summarize, verdict_to_di
 from lightning_normreg._observer import GradientObserver, InvarianceWatchdog
 from lightning_normreg._regroup import load_by_name
 from lightning_normreg._roles import ParameterRole, named_roles
-from lightning_normreg._step_hooks import StepDispatcher, torch_optimizer
+from lightning_normreg._step_hooks import BackwardGuard, StepDispatcher, torch_optimizer
 from lightning_normreg.callbacks._verdict import Verdict, observer_limits, probe, same_on_all_ranks, say_lost
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
+    from torch import Tensor
     from torch.nn.parameter import Parameter
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
@@ -34,9 +35,11 @@ class Run:
         self.claims: dict[Parameter, str] = {}
         self.named: list[tuple[str, Parameter, ParameterRole]] = []
         self.layout_written = False
+        self.has_batches = False
         self.verdict: Verdict | None = None
         self.observer: GradientObserver | None = None
         self.watchdog: InvarianceWatchdog | None = None
+        self.backward: BackwardGuard | None = None
         self.restored_schedulers: list[dict[str, Any]] | None = None
         self.temporary: list[RemovableHandle] = []
 
@@ -139,6 +142,7 @@ class StepCallback(CallbackBase):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Hook them again where they have been replaced; on the first batch find out what is scale-invariant."""
         run = run_of(trainer)
+        run.has_batches = True
         run.dispatcher.attach(trainer.optimizers)
         if run.watchdog is not None:
             say_lost(run.watchdog.lost())
@@ -146,7 +150,8 @@ class StepCallback(CallbackBase):
             return
         if self._given is None and run.verdict is None:
             run.verdict = probe(trainer, pl_module, batch)
-        verdict = self._given or run.verdict or {}
+        # What is given may have been found out by each process on batches of its own.
+        verdict = same_on_all_ranks(trainer, self._given) if self._given else run.verdict or {}
         if not verdict and self.waits_for_observer:
             verdict = run.observed(trainer, pl_module) or {}
             if not verdict:
@@ -154,6 +159,21 @@ class StepCallback(CallbackBase):
         self._begun, self._verdict = True, verdict
         run.guard(trainer, pl_module, verdict)
         self._begin(trainer, pl_module, verdict)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Until an optimizer has been seen to step, look whether others do so in the backward pass."""
+        run = run_of(trainer)
+        if not run.dispatcher.has_seen_updates:
+            run.backward = run.backward or BackwardGuard((name, p) for name, p, _ in run.named)
+            run.backward.begin()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a run whose steps cannot be seen."""
+        run = run_of(trainer)
+        if run.backward is not None and not run.dispatcher.has_seen_updates:
+            run.backward.end()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -165,7 +185,13 @@ class StepCallback(CallbackBase):
                 watch.gradients_ready(index, optimizers_of(trainer)[index])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where the run was too short to begin."""
+        """Say so where nothing was done, because no optimizer has stepped or the run was too short to begin."""
+        if run_of(trainer).has_batches and not run_of(trainer).dispatcher.has_seen_updates:
+            rank_zero_warn(
+                f"No optimizer of the Trainer has updated a weight, so {type(self).__name__} had nothing to do. Return "
+                "the optimizers that step from `configure_optimizers`."
+            )
+            return
         observer = run_of(trainer).observer
         if observer is not None and not self._begun:
             rank_zero_warn(

@@ -71,7 +71,8 @@ class EffectiveLRMonitor(Monitor):
         equilibrium: Predict the equilibrium of decay.
         momentum_gain: Multiply the effective learning rate by the gain of momentum, (1 − τ)/(1 − β) for SGD with
             dampening τ; 1 for optimizers whose momentum is an average.
-        scale_exponent: Log the exponent of each logged step. Reads the optimizer's state.
+        scale_exponent: Log the exponent of each logged step. Reads the optimizer's state, so there is no curve where
+            processes have parts of it only: of sharded weights, and under ZeroRedundancyOptimizer.
         on_unhealthy: What to do when a logged step shows updates that are lost to rounding, units that become zero or
             grow a hundredfold, or infinite or NaN entries: ``"warn"`` once of each, with the layer's name;
             ``"stop"``: warn, and stop the training after this batch; ``"ignore"``.

@@ -146,6 +146,7 @@ def test_the_interval_where_none_is_given() -> None:
     assert natural_interval(SchedulerChain(optimizer, parts[:1])) == "epoch"
 
 
+@pytest.mark.pitfall(17)
 def test_flags_alone(folder: Path) -> None:
     """The first example of the issue, on the command line; the scheduler steps after each epoch by default."""
     run = fit(
@@ -181,6 +182,15 @@ def test_decay(decay: Any, expected: list[Any], folder: Path) -> None:
     """One group on request, or the decay of each role."""
     made = fit({"optimizer": OPTIMIZER, "decay": decay, "monitor": False})
     assert [(g.get("name"), g["weight_decay"], g.get("param_names")) for g in groups(made)] == expected
+
+
+@pytest.mark.pitfall(29)
+def test_another_optimizer_takes_over_what_was_written_and_no_default(folder: Path) -> None:
+    """AdamW decays by 0.01 if nothing is said, SGD does not, whichever was named before it."""
+    args = ["--optimizer=AdamW", "--optimizer=SGD", "--optimizer.lr=0.25"]
+    assert [(g["lr"], g["weight_decay"]) for g in groups(fit({"monitor": False}, *args))] == [(0.25, 0.0)] * 5
+    weights, *_ = groups(fit({"monitor": False, "optimizer": OPTIMIZER}, "--optimizer=SGD"))
+    assert (weights["lr"], weights["weight_decay"]) == (BASE, 0.05)
 
 
 def test_without_an_optimizer_the_models_own_is_used(folder: Path) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -21,7 +22,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, find_scale_invariance
+from lightning_normreg import (
+    CorrectedDecay,
+    EffectiveLRMonitor,
+    NormProjection,
+    WeightNormMonitor,
+    decay_groups,
+    find_scale_invariance,
+)
 from lightning_normreg.callbacks import _verdict
 
 STEPS_PER_EPOCH, BATCH = 6, 8
@@ -37,7 +45,8 @@ class FSDP1(FSDPStrategy):
 class Model(LightningModule):
     """Rows that are odd in number, a whole layer with its bias, blocks of rows, and a head of a single row.
 
-    Over two processes the five rows of the first layer are split 3 : 2, and the row of the head 1 : 0.
+    Over two processes the five rows of the first layer are split 3 : 2, and the row of the head 1 : 0, in each of the
+    copies under "hsdp".
     """
 
     def __init__(self, strategy: str, optimizer: str) -> None:
@@ -64,10 +73,11 @@ class Model(LightningModule):
                 "third": RowwiseParallel(input_layouts=torch.distributed.tensor.Replicate()),
             }
             parallelize_module(self, mesh["tensor_parallel"], plan)
-        if "fsdp" in self.strategy:
-            for layer in (self.second, self.third):
-                fully_shard(layer, mesh=mesh["data_parallel"])
-            fully_shard(self, mesh=mesh["data_parallel"])
+        if self.strategy in ("fsdp", "fsdp+tp", "hsdp"):
+            # With two dimensions, weights are copied along the first and spread along the second.
+            spread = mesh if self.strategy == "hsdp" else mesh["data_parallel"]
+            for part in (self.second, self.third, self):
+                fully_shard(part, mesh=spread)
 
     def forward(self, x: Tensor) -> Tensor:
         """One number for each sample."""
@@ -84,11 +94,13 @@ class Model(LightningModule):
         """Makes the root of FSDP keep its weights unsharded."""
         self(batch[0])
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Of one family."""
+    def configure_optimizers(self) -> Any:
+        """Plain, or with decay groups and a schedule."""
         if self.kind == "sgd":
             return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
-        return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(decay_groups(self, 0.1, bias=0.02), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def data(rank: int, world: int, dtype: torch.dtype) -> DataLoader[Any]:
@@ -121,26 +133,34 @@ def main() -> None:
     strategy, optimizer, unit, project, folder, *rest = sys.argv[1:]
     dtype = torch.float64 if "64" in rest else torch.float32
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    parts = {"single": (1, 1), "ddp": (2, 1), "fsdp": (2, 1), "fsdp1": (2, 1), "tp": (1, 2), "fsdp+tp": (2, 2)}[
-        strategy
-    ]
+    parts = {"single": (1, 1), "tp": (1, 2), "fsdp+tp": (2, 2), "hsdp": (2, 2)}.get(strategy, (2, 1))
     torch.manual_seed(0)
     torch.set_num_threads(1)
     counts = count_collectives()
     model = Model(strategy, optimizer).to(dtype)
     copy = Model("single", optimizer).to(dtype)
     copy.load_state_dict(model.state_dict())
-    replicas = 1 if strategy == "tp" else parts[0]
-    loader = data(rank // parts[1] if strategy == "fsdp+tp" else rank % replicas, replicas, dtype)
+    shared = parts[1] if "tp" in strategy else 1  # processes that see the same batches
+    loader = data(rank // shared, math.prod(parts) // shared, dtype)
     verdict: Any = find_scale_invariance(copy, next(iter(loader)))
+    if rank > 0:  # what the first process was given counts
+        verdict = dict.fromkeys(verdict, verdict["head.weight"])
     if project == "observe":  # nobody can be probed: the gradients of the first steps have to do
         verdict, _verdict.LARGEST = None, 0
     chosen: Any = {"single": "auto", "ddp": "ddp"}.get(strategy)
     chosen = chosen or (FSDP1() if strategy == "fsdp1" else ModelParallelStrategy(*parts))
     callbacks: list[Any] = [
         WeightNormMonitor(invariance=verdict, unit=unit),
-        EffectiveLRMonitor(invariance=verdict, unit=unit, gradient=True, equilibrium=unit == "auto"),
+        EffectiveLRMonitor(
+            invariance=verdict,
+            unit=unit,
+            gradient=True,
+            equilibrium=unit == "auto",
+            scale_exponent=optimizer == "sgd",  # others have it in a state that is spread as well
+        ),
     ]
+    if optimizer == "adamw" and project != "observe":
+        callbacks.append(CorrectedDecay(invariance=verdict))
     if project == "project":
         named = None if unit == "auto" else ["second.weight", "third.weight", "head.weight"]
         callbacks.append(NormProjection(invariance=verdict, unit=unit, include=named, on_not_invariant="allow"))
@@ -151,7 +171,7 @@ def main() -> None:
         precision="32-true",  # which converts nothing; ModelParallelStrategy does not know "64-true"
         max_epochs=6 if project == "observe" else 2,
         log_every_n_steps=3,
-        num_sanity_val_steps=1,
+        num_sanity_val_steps=0 if optimizer == "sgd" else 1,  # nothing has been unsharded before the first step
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -160,13 +180,14 @@ def main() -> None:
         callbacks=callbacks,
     )
     trainer.fit(model, loader, loader)
-    weights = _weights(trainer, model)
+    weights = whole_weights(trainer, model)
     history = callbacks[1].history().to_dict("records") + callbacks[0].history().to_dict("records")
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump({"history": history, "weights": weights, "collectives": counts["all_reduce"]}, file)
 
 
-def _weights(trainer: Trainer, model: LightningModule) -> dict[str, Any]:
+def whole_weights(trainer: Trainer, model: LightningModule) -> dict[str, Any]:
+    """Every parameter, put together from all processes."""
     if not isinstance(trainer.strategy, FSDP1):
         return {name: _whole(p) for name, p in model.named_parameters()}
     with FullyShardedDataParallel.summon_full_params(trainer.model):

@@ -73,6 +73,7 @@ def test_without_the_argument_it_is_said() -> None:
     assert off(net.seen[-1]) > 1e-4
 
 
+@pytest.mark.pitfall(20)
 def test_an_average_is_projected_where_it_is_used(tmp_path: Path) -> None:
     """In validation, in the checkpoint and at the end; what is averaged are the weights of the steps, as without it.
 
@@ -107,6 +108,7 @@ def test_a_resumed_average_is_the_one_that_was_saved(tmp_path: Path) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@pytest.mark.pitfall(20)
 @pytest.mark.parametrize("averaged", [False, True])
 def test_stochastic_weight_averaging(averaged: bool) -> None:
     """It copies its average into the module, for one more epoch of BatchNorm statistics and for good."""
@@ -150,6 +152,7 @@ def test_nothing_to_project_and_the_wrong_order() -> None:
         fit(NormProjection(project_averaged=True), EMAWeightAveraging(decay=DECAY))
 
 
+@pytest.mark.pitfall(10)
 def test_weights_that_somebody_else_writes() -> None:
     """An average of one's own, or clipping: the norms at hand tell, once, and name the weight."""
 

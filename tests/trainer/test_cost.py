@@ -121,6 +121,7 @@ def test_notes_of_steps_do_not_pile_up(held: bool) -> None:
     assert "equilibria" not in monitor.state_dict()
 
 
+@pytest.mark.pitfall(6)
 def test_hooks_are_gone_after_the_run() -> None:
     """After fit, and after an exception, the optimizer has no hook of ours."""
 

@@ -10,7 +10,7 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, find_scale_invariance
+from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, find_scale_invariance
 from lightning_normreg._step_hooks import StepDispatcher
 from lightning_normreg.callbacks._base import run_of
 from tests.harness import Net, RecordingLogger, loader, sgd, trainer
@@ -43,6 +43,7 @@ def really_changed(net: Net) -> int:
     return sum(not torch.equal(s.before["head.weight"], s.after["head.weight"]) for s in net.steps)
 
 
+@pytest.mark.pitfall(9)
 @pytest.mark.parametrize(
     "options, updates",
     [
@@ -61,6 +62,7 @@ def test_automatic_optimization(options: dict[str, Any], updates: int) -> None:
     assert really_changed(net) == updates
 
 
+@pytest.mark.pitfall(1, 7)
 def test_lbfgs_counts_steps_not_closures() -> None:
     """LBFGS evaluates its closure several times in a step, and steps once."""
 
@@ -83,6 +85,7 @@ def test_lbfgs_counts_steps_not_closures() -> None:
     assert monitor.history()["gradient_norm/head.weight"].tolist() == pytest.approx(first, rel=1e-6)
 
 
+@pytest.mark.pitfall(3)
 def test_training_step_that_returns_none() -> None:
     """Lightning calls the optimizer all the same, which updates nothing."""
 
@@ -97,6 +100,7 @@ def test_training_step_that_returns_none() -> None:
     assert really_changed(net) == 5
 
 
+@pytest.mark.pitfall(3)
 @pytest.mark.parametrize("fused", [False, True], ids=["skips-the-call", "skips-in-the-kernel"])
 def test_gradient_scaler_that_skips(fused: bool) -> None:
     """A step with infinite gradients is skipped by the scaler, in a fused optimizer inside its kernel."""
@@ -165,6 +169,7 @@ class Gan(LightningModule):
         return torch.optim.Adam(self.conv1.parameters()), torch.optim.SGD(self.critic.parameters(), lr=0.1)
 
 
+@pytest.mark.pitfall(8)
 @pytest.mark.parametrize("wrapped", [True, False], ids=["lightning-optimizers", "raw-optimizers"])
 def test_manual_optimization_with_two_optimizers(wrapped: bool) -> None:
     """All steps are counted; of several steps in a batch the last is logged, at one x for both optimizers."""
@@ -183,6 +188,20 @@ def test_manual_optimization_with_two_optimizers(wrapped: bool) -> None:
     assert [value for _, value in curve] == pytest.approx(gan.angles, rel=1e-5)
 
 
+@pytest.mark.pitfall(24)
+@pytest.mark.filterwarnings("ignore:BatchNorm could not follow")
+def test_an_optimizer_of_which_nothing_is_watched() -> None:
+    """Its steps have an empty list of weights; those of the other one are measured and held."""
+    gan, chosen = Gan(), ["conv1.weight"]
+    verdict = find_scale_invariance(gan, next(iter(loader())), forward=lambda net, batch: net.loss(batch[0]))
+    choice: dict[str, Any] = {"include": chosen, "invariance": verdict}
+    monitors = [EffectiveLRMonitor(gradient=True, **choice), WeightNormMonitor(**choice)]
+    trainer(*monitors, NormProjection(unit="neuron", on_not_invariant="allow", **choice)).fit(gan, loader())
+    assert len(monitors[0].history()) == len(monitors[1].history()) == 6
+    assert gan.conv1.weight.detach().flatten(1).norm(dim=1) == pytest.approx(torch.ones(4), abs=1e-6)
+
+
+@pytest.mark.pitfall(2)
 def test_a_subclass_that_calls_super_step_counts_once() -> None:
     """Its hooks fire twice once the parent class has been instantiated: only the outer pair counts."""
     parameter = nn.Parameter(torch.ones(2, 2))
@@ -204,6 +223,7 @@ def test_a_subclass_that_calls_super_step_counts_once() -> None:
     assert dispatcher.updates(0) == 3
 
 
+@pytest.mark.pitfall(5)
 def test_an_optimizer_that_is_replaced_is_hooked_again() -> None:
     """Finetuning schedulers put another optimizer into the running Trainer."""
 

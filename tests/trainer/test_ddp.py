@@ -59,6 +59,7 @@ def run(world: int, folder: Path, norm: str = "LayerNorm") -> list[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.pitfall(28)
 def test_ddp_gives_the_numbers_of_one_process(tmp_path: Path) -> None:
     """Key sets are the same on both ranks and the values those of one process.
 

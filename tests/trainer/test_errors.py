@@ -156,6 +156,7 @@ def test_an_optimizer_that_is_no_torch_optimizer(callback: Any) -> None:
         trainer(callback).fit(Strange(sgd()), loader())
 
 
+@pytest.mark.pitfall(10)
 def test_a_wrapper_around_a_torch_optimizer_is_seen_through() -> None:
     """A wrapper without hooks of its own: the inner optimizer's steps are counted."""
 
@@ -219,6 +220,7 @@ def test_a_flat_shard_is_refused() -> None:
         trainer(EffectiveLRMonitor()).fit(net, loader())
 
 
+@pytest.mark.pitfall(10)
 def test_deepspeed_is_refused() -> None:
     """Its optimizer wraps one of torch, whose parameters are flat partitions."""
     inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])

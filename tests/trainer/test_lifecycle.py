@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import LightningModule
-from pytorch_lightning.callbacks import BaseFinetuning, LearningRateFinder, ModelCheckpoint
+from pytorch_lightning.callbacks import BaseFinetuning, BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -134,6 +134,7 @@ def test_a_second_fit_on_one_module_counts_every_step_once() -> None:
         assert not run.optimizers[0]._optimizer_step_post_hooks
 
 
+@pytest.mark.pitfall(21)
 @pytest.mark.parametrize("compiled", ["module", "submodule", "nn.Module.compile"])
 def test_compiled_modules_have_the_same_curves_under_the_same_names(compiled: str) -> None:
     """The probe asks a private copy, also of a LightningModule whose methods have been replaced by compiled ones."""
@@ -198,12 +199,19 @@ def test_hooks_stay_out_of_a_compiled_step() -> None:
     assert torch.equal(weight, other)
 
 
-def test_the_learning_rate_finder_runs_without_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes all other callbacks away for its own steps: none is projected or logged, and the fit after it is."""
+@pytest.mark.pitfall(27)
+@pytest.mark.parametrize(
+    "finder", [LearningRateFinder(num_training_steps=5, update_attr=False), BatchSizeFinder(max_trials=1)]
+)
+def test_finders_run_without_us(finder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take all other callbacks away for their own steps: none is projected or logged, and the fit after it is."""
 
     class Tuned(Net):
-        lr = 1e-3
+        lr, batch_size = 1e-3, 4
         stepped = 0
+
+        def train_dataloader(self) -> Any:
+            return loader(self.batch_size)
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=self.lr)
@@ -216,13 +224,14 @@ def test_the_learning_rate_finder_runs_without_us(tmp_path: Path, monkeypatch: p
     enter = StepDispatcher.enter
     monkeypatch.setattr(StepDispatcher, "enter", lambda *args: (seen.append(1), enter(*args)))
     net = Tuned(sgd())
-    finder = LearningRateFinder(num_training_steps=5, update_attr=False)
     run = trainer(EffectiveLRMonitor(), NormProjection(), finder, default_root_dir=tmp_path)
-    run.fit(net, loader())
-    assert net.stepped == 6 + 5
-    assert len(seen) == len(rows(run)) == 6
+    run.fit(net)
+    steps = 24 // net.batch_size
+    assert net.stepped > steps
+    assert len(seen) == len(rows(run)) == steps
 
 
+@pytest.mark.pitfall(18)
 def test_all_states_are_of_plain_types(tmp_path: Path) -> None:
     """A checkpoint of all callbacks with all their options loads with ``weights_only=True``."""
     everything = {"gradient": True, "scale_exponent": True, "logging_interval": "epoch"}

@@ -118,6 +118,7 @@ def test_layer_units_see_the_whole_tensor() -> None:
         assert torch.equal(run.callback_metrics[f"unit_norm_rms/{name}"], whole)
 
 
+@pytest.mark.pitfall(1)
 def test_gradient_curves_are_taken_before_clipping() -> None:
     """Norm and alignment of the gradients as backward left them, though the optimizer sees clipped ones."""
     seen: list[dict[str, torch.Tensor]] = []

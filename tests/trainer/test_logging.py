@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import Tensor, nn
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor
+from lightning_normreg import CorrectedDecay, EffectiveLRMonitor, NormProjection, NormSummary, WeightNormMonitor
 from lightning_normreg._metrics import CURVES, STATISTICS
 from tests.harness import Net, RecordingLogger, images, loader, sgd, trainer
 
@@ -137,6 +137,7 @@ def test_without_a_logger_values_are_still_there() -> None:
     assert frame["angular_update/head.weight"].iloc[-1] == run.callback_metrics["angular_update/head.weight"].item()
 
 
+@pytest.mark.pitfall(16)
 def test_tensorboard_layout_shows_all_layers_in_one_chart(tmp_path: Any) -> None:
     """One layout for both monitors, its regexes match the tags of all layers, and the user's own layout stands."""
     logger = TensorBoardLogger(tmp_path, prefix="my.run")
@@ -188,6 +189,19 @@ def test_a_logger_with_its_own_separator() -> None:
     run = trainer(WeightNormMonitor(), logger=Dashes())
     run.fit(Net(sgd()), loader())
     assert steps_of(run, "weight_norm-up.weight") == list(range(6))
+
+
+@pytest.mark.pitfall(25)
+def test_lightning_replaces_no_attribute_of_a_callback() -> None:
+    """It gives each of them methods of the module, whatever they had under these names."""
+    callbacks = [WeightNormMonitor(), EffectiveLRMonitor(), NormProjection(), CorrectedDecay(), NormSummary()]
+    own = [set(dir(callback)) for callback in callbacks]
+    net = Net(sgd(weight_decay=0.1))
+    trainer(*callbacks).fit(net, loader())
+    for callback, names in zip(callbacks, own, strict=True):
+        given = {name for name, value in vars(callback).items() if getattr(value, "__self__", None) is net}
+        assert given == {"log", "log_dict"}
+        assert not given & names
 
 
 def test_fast_dev_run_and_all_zero_layers() -> None:

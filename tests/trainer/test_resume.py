@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor
+from lightning_normreg import CorrectedDecay, EffectiveLRMonitor, NormProjection, WeightNormMonitor
 from tests.harness import Net, RecordingLogger, images, sgd, trainer
 
 
@@ -60,6 +61,7 @@ def run(folder: Any, extra: list[Any], epochs: int, resume: Any = None, stateful
     return net.state_dict(), logger.rows
 
 
+@pytest.mark.pitfall(19)
 @pytest.mark.filterwarnings(
     # Lightning on a checkpoint folder that the first half of the run has filled, and on resuming inside an epoch.
     "ignore:Checkpoint directory",
@@ -89,6 +91,7 @@ def test_two_epochs_equal_one_saved_loaded_and_one(
     assert bool(tail) == (radius is not None)
 
 
+@pytest.mark.pitfall(18)
 def test_state_is_of_plain_types(tmp_path: Any) -> None:
     """The checkpoint loads with ``weights_only=True``, radii and running means included."""
     run(tmp_path, callbacks("initial", "epoch"), 1)
@@ -97,6 +100,30 @@ def test_state_is_of_plain_types(tmp_path: Any) -> None:
     assert set(mine["NormProjection"]["initial"]) == {"conv1.weight", "up.weight"}
     assert len(mine["EffectiveLRMonitor"]["sums"]) == 3 * 3 + 2 * 3  # 3 curves of 3 layers, 2 summaries of 3
     assert set(mine["EffectiveLRMonitor"]["first"]) == {"conv1.weight", "up.weight"}
+
+
+@pytest.mark.pitfall(4)
+def test_settings_are_those_of_the_groups_as_they_are_now() -> None:
+    """A state that is loaded in the middle of a run puts other dictionaries in their place, with other settings."""
+
+    class Reload(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                (optimizer,) = trainer.optimizers
+                state = optimizer.state_dict()
+                for group in state["param_groups"]:
+                    group["lr"] *= 7
+                before = optimizer.param_groups
+                optimizer.load_state_dict(state)
+                assert all(old is not new for old, new in zip(before, optimizer.param_groups, strict=True))
+
+    net = Net(sgd(momentum=0.9, weight_decay=0.1), schedule=False)
+    monitor = EffectiveLRMonitor()
+    run_of_six = trainer(Reload(), monitor, NormProjection(include=["conv1.weight"]), CorrectedDecay())
+    run_of_six.fit(net, DataLoader(images(), batch_size=4))
+    # At radius 1 it is the learning rate, in float32.
+    assert monitor.history()["effective_lr/conv1.weight"].tolist() == pytest.approx([1e-3] * 2 + [7e-3] * 4, rel=1e-6)
+    assert [group["lr"] for group in run_of_six.optimizers[0].param_groups] == pytest.approx([7e-3, 21e-3])
 
 
 def test_a_second_fit_starts_afresh() -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("strategies.py")
-STRATEGIES = {"ddp": 2, "fsdp": 2, "fsdp1": 2, "tp": 2, "fsdp+tp": 4}
+STRATEGIES = {"ddp": 2, "fsdp": 2, "fsdp1": 2, "tp": 2, "fsdp+tp": 4, "hsdp": 4}
 
 
 class Config(NamedTuple):
@@ -81,6 +81,7 @@ def differences(strategy: str, config: Config) -> tuple[float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.pitfall(11, 12, 13, 14, 15, 21)
 @pytest.mark.parametrize(
     "strategy, config", RUNS, ids=lambda value: value if isinstance(value, str) else "-".join(value)
 )
@@ -92,9 +93,11 @@ def test_the_numbers_are_those_of_a_single_device(strategy: str, config: Config)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "tp", "fsdp+tp"])
+@pytest.mark.parametrize("strategy", ["fsdp", "tp", "fsdp+tp", "hsdp"])
 def test_collectives_do_not_grow_with_the_number_of_layers(strategy: str) -> None:
     """One all-reduce for each dimension of the mesh that a tensor is spread over, whatever is measured of all layers.
+
+    Along a dimension that weights are only copied along, as in "hsdp", there is none.
 
     A logged step has three of them, for the norms, the gradients and the rotations; a projected step one, where a unit
     is spread over processes, and none for rows under row sharding. Every third step the projection also looks whether
@@ -105,11 +108,26 @@ def test_collectives_do_not_grow_with_the_number_of_layers(strategy: str) -> Non
     logged, steps, looked = 3 * LOGGED, 12, 4
     (first, *_) = run(strategy, CONFIGS[0])
     assert first["collectives"] == dimensions * (logged + looked + steps + 5)
-    if strategy == "fsdp":
+    if strategy in ("fsdp", "hsdp"):
         (first, *_) = run(strategy, CONFIGS[1])
         assert first["collectives"] == logged + looked + 4
+    if strategy == "fsdp":
         (first, *_) = run(strategy, CONFIGS[2])
         assert first["collectives"] == logged
+
+
+@pytest.mark.slow
+@pytest.mark.pitfall(19)
+def test_a_sharded_run_resumes(tmp_path: Path) -> None:
+    """Under FSDP2, from a distributed checkpoint: weights and curves bit for bit, with radii of the first run."""
+    command = [sys.executable, str(SCRIPT.with_name("sharded_resume.py")), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=240, capture_output=True, cwd=SCRIPT.parent.parent.parent)
+    for rank in (0, 1):
+        whole, resumed = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert resumed[0] == whole[0]
+        for before, after in zip(whole[1:], resumed[1:], strict=True):
+            assert len(after) == 6
+            assert json.dumps(after) == json.dumps(before[6:])  # as text, because of NaN
 
 
 def main() -> None:
