@@ -92,9 +92,9 @@ class Tracker(ABC):
         if not stepping:
             return
         measured = self.measure(index, optimizer, stepping)
-        device = stepping[0][0].parameter.device
-        flat = [v.to(device, self.dtype) for m in measured for v in m.values.values()]
-        signs = [m.signs.to(device, self.dtype) for m in measured]
+        device, dtype = stepping[0][0].parameter.device, self.dtype
+        flat = [v.to(device, dtype) for m in measured for v in m.values.values()]
+        signs = [m.signs.to(device, dtype) for m in measured]
         self._pending[index] = _Pending(
             [watched.name for watched, _ in stepping],
             [list(m.values) for m in measured],
