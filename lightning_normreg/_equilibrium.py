@@ -146,7 +146,8 @@ class Course:
         if self.since is not None:
             return f"consistent with equilibrium since step {self.since:,}".replace(",", " ")
         if self.relaxed < SETTLED:
-            return f"too short to settle: half-life of {self.half_life:.3g} steps, {self.steps} were run up to the last logged one"
+            run = f"{self.steps} were run up to the last logged one"
+            return f"too short to settle: half-life of {self.half_life:.3g} steps, {run}"
         rotation = math.sqrt(self.rotation_sq or 0.0)
         return f"not at equilibrium: norm {self.norm_ratio:.2f} and rotation {rotation:.2f} times what is predicted"
 

@@ -220,7 +220,8 @@ class Monitor(StepCallback):
             separator = logger.group_separator
             named = values if separator == "/" else {tag.replace("/", separator, 1): v for tag, v in values.items()}
             logger.log_metrics(named, step=self._step)
-        trainer.callback_metrics.update({t: torch.tensor(v, dtype=self._tracker.dtype) for t, v in values.items()})
+        dtype = self._tracker.dtype
+        trainer.callback_metrics.update({t: torch.tensor(v, dtype=dtype) for t, v in values.items()})
         self._history.add({"step": self._step, "epoch": trainer.current_epoch, **values})
 
     def state_dict(self) -> dict[str, Any]:
