@@ -103,7 +103,11 @@ class Projector:
         targets = list(targets)
         self._prepare(targets)
         pairs = zip(targets, norms_of(targets), strict=True)
-        return [t for t, norms in pairs if bool(((norms / self._target(t) - 1).abs() > t.dead_band()).any())]
+        return [t for t, norms in pairs if bool(((norms / self._target(t) - 1).abs() > self._band(t)).any())]
+
+    def _band(self, target: Watched) -> float:
+        """Relative distance from the radius within which a target counts as being there at the start."""
+        return target.dead_band()
 
     def announce(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
         """Say by what factor projecting changes the effective learning rates, per optimizer. Reads the device."""

@@ -42,6 +42,8 @@ FLOORS = {
     "_rotation_tracker": 3,
     "_equilibrium": 3,
     "_projector": 3,
+    "_angles": 3,
+    "_rotator": 3,
     "_regroup": 3,
     "_decay_groups": 3,
     "_corrected_decay": 3,
@@ -62,6 +64,7 @@ PUBLIC = {
     "NormRegCLI",
     "NormSummary",
     "ParameterRole",
+    "RotationControl",
     "ScaleInvariance",
     "SchedulerChain",
     "SchedulerSequence",
@@ -89,13 +92,14 @@ PUBLIC_FUNCTIONAL = {
     "project_",
     "project_all_",
     "relative_update",
+    "rotate_",
     "suggest_projection",
     "unit_norms",
     "weight_norm",
     "with_decay",
     "without_decay",
 }
-PUBLIC_STEPS = {"NormTracker", "Projector", "RotationTracker", "StepDispatcher", "tags", "watch"}
+PUBLIC_STEPS = {"NormTracker", "Projector", "RotationTracker", "Rotator", "StepDispatcher", "tags", "watch"}
 
 
 def top(path: Path) -> str:

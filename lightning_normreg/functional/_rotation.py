@@ -43,7 +43,7 @@ class Turn:
     radial: Tensor
     tangent: Tensor
 
-    def speeds(self, eps: float) -> Tensor:
+    def speeds(self, eps: float | Tensor) -> Tensor:
         """Length of the tangential part over the norm; 0 for a unit without direction, and for rounding alone.
 
         Args:
@@ -52,7 +52,7 @@ class Turn:
         turns = (self.tangent > _ROUNDING * eps * self.norm) & self.ordinary()
         return torch.where(turns, self.tangent / torch.where(turns, self.norm, 1.0), 0.0)
 
-    def steered(self, eps: float) -> Tensor:
+    def steered(self, eps: float | Tensor) -> Tensor:
         """Which units have an update so small that the rounding of the weights shows in its direction."""
         return (self.tangent > 0) & (self.tangent <= _STEERED * eps * self.norm)
 
@@ -162,7 +162,7 @@ def check_angle(angle: float | Tensor) -> None:
 
 def layer_speeds(speeds: Tensor, counted: Tensor, sizes: Sequence[int]) -> Tensor:
     """Root mean square of the speeds of those units of a layer that count, for each layer of some sizes."""
-    norms = torch._foreach_norm(torch.cat([speeds, counted.to(speeds.dtype)]).split([*sizes, *sizes]))
+    norms = torch._foreach_norm(torch.split(torch.cat([speeds, counted.to(speeds.dtype)]), [*sizes, *sizes]))
     lengths, roots = torch.stack(norms).chunk(2)  # the root of a number is the norm of so many ones
     return lengths / roots.clamp_min(1)
 
@@ -228,8 +228,9 @@ class _Tiles:
             height = max(1, self._block // max(1, starts.shape[1]))
             for top in range(0, self._units, height):
                 at = slice(top, top + height)
-                for start, end in zip(*(rows[at].split(self._block, 1) for rows in (starts, ends)), strict=True):
-                    start, end = (self._scaled(rows, at) for rows in (start, end))
+                tiles = (torch.split(rows[at], self._block, 1) for rows in (starts, ends))
+                for pair in zip(*tiles, strict=True):
+                    start, end = (self._scaled(rows, at) for rows in pair)
                     update = torch.sub(end, start, out=self._update[: start.numel()].view(start.shape))
                     yield at, start, update if taken is None else update.addcmul_(start, taken[at, None], value=-1)
 
@@ -286,5 +287,5 @@ def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tensors
         return
     step = max(1, block * first.shape[0] // first.numel())
-    parts = (t.split(step) if len(t) > 1 else [t] * -(-first.shape[0] // step) for t in tensors)
+    parts = (torch.split(t, step) if len(t) > 1 else [t] * -(-first.shape[0] // step) for t in tensors)
     yield from zip(*parts, strict=True)
