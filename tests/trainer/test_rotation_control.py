@@ -24,6 +24,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lion": (Lion, {}),
     "muon": (torch.optim.Muon, {}),
 }
+pytestmark = pytest.mark.filterwarnings("ignore:Weight decay of .* still turns")
 DECAY = 0.1
 CONTROLLED = ("first.weight", "second.weight")
 # Relative and absolute, for the rotation of a layer: roundings of the sums, and those of the stored weights, some
