@@ -22,7 +22,7 @@ from lightning_normreg.functional._projection import check_radius
 
 Radius = float | Literal["auto", "initial"]
 
-_ASTRAY = 1e-4
+ASTRAY = 1e-4
 """Relative distance from the radius that is worth a warning, beyond what rounding explains."""
 
 
@@ -172,7 +172,7 @@ class Projector:
             return self._norms[target.name].new_zeros((), dtype=torch.long)
         radius = torch.ones_like(norms) * self._target(target)
         possible = norms.isfinite() & (norms > 0) & radius.isfinite()
-        return (possible & ((norms / radius - 1).abs() > target.dead_band() + _ASTRAY)).sum()
+        return (possible & ((norms / radius - 1).abs() > target.dead_band() + ASTRAY)).sum()
 
     def _target(self, target: Watched) -> float | Tensor:
         if isinstance(self._argument, (int, float)):

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_normreg._angles import Angle, Angles
 from lightning_normreg._optimizers import Group, update_rule
-from lightning_normreg._projector import Projector, Radius
+from lightning_normreg._projector import ASTRAY, Projector, Radius
 from lightning_normreg._sharding import at_once
 from lightning_normreg._step_hooks import Phase, Recording, has_gradient
 from lightning_normreg._watched import Watched
@@ -88,8 +88,9 @@ class Rotator(Projector, Recording):
             )
 
     def _band(self, target: Watched) -> float:
-        # A mixture has some more roundings than a quotient; what a step has left is not to be moved at a resume.
-        return 2 * target.dead_band()
+        # What a step has left is not to be moved at a resume, and a mixture has more roundings than a quotient: the more,
+        # the more the update is radial. The next step makes them good.
+        return target.dead_band() + ASTRAY
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Copy the weights."""

@@ -190,10 +190,11 @@ def measure_turn(views: Sequence[View], starts: Sequence[View]) -> Turn:
     ]
     norms = [row_norms(start) for start, _ in pairs]
     norm = norms[0] if len(norms) == 1 else row_norms(torch.stack(norms, dim=1))
-    tiles, length, scale = _Tiles(pairs), torch.where(norm > 0, norm, 1.0), None
-    if not known_unset((norm < _SMALL) | (norm > 1 / _SMALL)):  # products may overflow, or lose digits to underflow
-        scale = 1 / _power_of_two(norm)
-        tiles, length = _Tiles(pairs, scale.unsqueeze(1)), torch.where(norm > 0, norm * scale, 1.0)
+    length = torch.where(norm > 0, norm, 1.0)
+    tiles, scale = _Tiles(pairs), None
+    if not known_unset((length < _SMALL) | (length > 1 / _SMALL)):  # products may overflow, or underflow
+        scale = 1 / _power_of_two(length)
+        tiles, length = _Tiles(pairs, scale.unsqueeze(1)), length * scale
     products, squares = tiles.sums(None)
     along = products / length.square()
     tangent = (squares - (along * length).square()).clamp_min(0).sqrt()
