@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normreg._equilibrium import Formulas, needs_gradient
+from lightning_normreg._equilibrium import Formulas
 from lightning_normreg._optimizers import Group, update_rule
 from lightning_normreg._watched import Watched
 from lightning_normreg.functional import equilibrium_rotation
@@ -20,6 +20,9 @@ from lightning_normreg.functional._rotation import check_angle
 
 Angle = float | Literal["lr", "equilibrium"]
 Stepping = Sequence[tuple[Watched, Group, Optimizer]]
+
+_NEED_GRADIENT = ("adam_l2", "rmsprop_l2")
+"""Families whose rotation under decay depends on the size of the gradients."""
 
 
 class Angles:
@@ -68,7 +71,7 @@ class Angles:
 
     def _equilibrium(self, watched: Watched, group: Group, optimizer: Optimizer) -> float:
         rule = update_rule(optimizer, group)
-        if rule is None or not rule.family or needs_gradient(rule):
+        if rule is None or not rule.family or rule.family in _NEED_GRADIENT:
             raise ValueError(
                 f"`angle` must be computable from the recipe for 'equilibrium', but what {type(optimizer).__name__} "
                 "turns a weight by under decay depends on its gradients, or is not known. Give a number, such as the "

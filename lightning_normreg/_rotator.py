@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal, get_args
@@ -122,9 +123,9 @@ class Rotator(Projector, Recording):
         layers = layer_speeds(torch.where(counted, speeds, 0.0), counted, batch.sizes)
         typical = self._typical(batch, speeds, layers, stepping, skipped)
         angles = unit_angles(speeds, self.angles.tensor(stepping, speeds)[batch.layer], typical)
-        capped = angles > LARGEST
-        if self.per == "layer" or self.hold == "mean":
-            angles = angles.clamp(max=LARGEST)
+        limit = LARGEST if self.per == "layer" or self.hold == "mean" else math.pi
+        capped = angles > limit
+        angles = angles.clamp(max=limit)
         mix = mixture(turn, angles, batch.radius, batch.limits)
         for target, *own in zip(targets, *(torch.split(values, batch.sizes) for values in mix), strict=True):
             target.mix(Mixture(*own), self.record.copies.__getitem__)

@@ -21,7 +21,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, find_scale_invariance
+from lightning_normreg import (
+    EffectiveLRMonitor,
+    NormProjection,
+    RotationControl,
+    WeightNormMonitor,
+    find_scale_invariance,
+)
 from lightning_normreg.callbacks import _verdict
 
 STEPS_PER_EPOCH, BATCH = 6, 8
@@ -135,19 +141,22 @@ def main() -> None:
     verdict: Any = find_scale_invariance(copy, next(iter(loader)))
     if project == "observe":  # nobody can be probed: the gradients of the first steps have to do
         verdict, _verdict.LARGEST = None, 0
-    chosen: Any = {"single": "auto", "ddp": "ddp"}.get(strategy)
-    chosen = chosen or (FSDP1() if strategy == "fsdp1" else ModelParallelStrategy(*parts))
+    used: Any = {"single": "auto", "ddp": "ddp"}.get(strategy)
+    used = used or (FSDP1() if strategy == "fsdp1" else ModelParallelStrategy(*parts))
     callbacks: list[Any] = [
         WeightNormMonitor(invariance=verdict, unit=unit),
         EffectiveLRMonitor(invariance=verdict, unit=unit, gradient=True, equilibrium=unit == "auto"),
     ]
+    named = None if unit == "auto" else ["second.weight", "third.weight", "head.weight"]
+    chosen: Any = {"invariance": verdict, "unit": unit, "include": named, "on_not_invariant": "allow"}
     if project == "project":
-        named = None if unit == "auto" else ["second.weight", "third.weight", "head.weight"]
-        callbacks.append(NormProjection(invariance=verdict, unit=unit, include=named, on_not_invariant="allow"))
+        callbacks.append(NormProjection(**chosen))
+    if project.startswith("rotate"):
+        callbacks.append(RotationControl(0.03, **chosen, **({"per": "unit", "hold": "mean"} if "mean" in project else {})))
     trainer = Trainer(
         accelerator="cpu",
         devices=parts[0] * parts[1],
-        strategy=chosen,
+        strategy=used,
         precision="32-true",  # which converts nothing; ModelParallelStrategy does not know "64-true"
         max_epochs=6 if project == "observe" else 2,
         log_every_n_steps=3,

@@ -105,6 +105,7 @@ def test_every_layer_turns_by_the_learning_rate_at_every_step(name: str, dtype: 
     assert turned == 36
 
 
+@pytest.mark.filterwarnings("ignore:BatchNorm could not follow")  # no loss of a manual step can be asked for
 def test_two_optimizers_have_their_own_angles() -> None:
     """Stepped by hand, each with its own schedule, one of them every second batch."""
 
@@ -201,7 +202,7 @@ def test_on_average_quiet_steps_stay_quiet(per: str) -> None:
 )
 def test_the_angle_of_a_recipe_with_decay(name: str, options: Any, expected: Any) -> None:
     """``angle="equilibrium"`` follows the live learning rate, to first order as the literature has it."""
-    net = Mlp(name, peak=0.01)
+    net = Mlp(name, peak=1e-3)  # the terms of higher order are below 1 % then
     fit(net, RotationControl("equilibrium"), max_epochs=2)
     for step in net.steps:
         lr = step.lr["first.weight"]
@@ -276,7 +277,7 @@ def test_what_cannot_be_turned_as_asked_is_reported_once() -> None:
     net = Mlp("sgd")
     net.first.weight.register_hook(lambda g: g * torch.tensor([1.0] + [1e-6] * 9, dtype=g.dtype).unsqueeze(1))
     with pytest.warns(UserWarning, match="a unit of 'first.weight' was to turn by more than π/2 in a step"):
-        fit(net, RotationControl(1.0))
+        fit(net, RotationControl(1.0, include=["first.weight"]))
     first = [unit_rotations(s.before["first.weight"], s.after["first.weight"]).max() for s in net.steps]
     assert max(first) == pytest.approx(math.pi / 2, rel=1e-9)
 
@@ -318,7 +319,7 @@ def test_a_learning_rate_that_grows_out_of_range() -> None:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     with pytest.raises(ValueError, match=r"`lr` of group 'all' must be in \[0, π\) radians for angle='lr', got 4"):
-        fit(Growing(), RotationControl())
+        fit(Growing(), RotationControl(per="unit"))
 
 
 def test_a_learning_rate_on_the_device() -> None:
