@@ -202,8 +202,10 @@ class Rotator(Projector, Recording):
         device = next(iter(self._counts.values())).device
         counts = torch.stack([count.to(device) for count in self._counts.values()]).tolist()
         for name, numbers in zip(self._counts, counts, strict=True):
+            # At the end of a schedule a few updates are that small, and turn by next to nothing anyway.
+            enough = {"capped": 1, "steered": 3 * self._named[name].units()}
             for what, number in zip(_COUNTED, numbers, strict=True):
-                if number and f"{what} {name}" not in self._told:
+                if number >= enough[what] and f"{what} {name}" not in self._told:
                     self._told.add(f"{what} {name}")
                     rank_zero_warn(_why_not_turned(what, name, number, self._named[name].parameter.dtype))
 

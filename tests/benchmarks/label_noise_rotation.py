@@ -115,7 +115,10 @@ def main() -> int:
     results = Results(Path(sys.argv[1] if len(sys.argv) > 1 else "label_noise_rotation.json"))
     chosen = {how: choose(results, how) for how in CALLBACKS}
     bad = False
-    for title, settings in (("initial scale", [("scale", s) for s in SCALES]), ("decay", [("decay", d) for d in DECAYS])):
+    for title, settings in (
+        ("initial scale", [("scale", s) for s in SCALES]),
+        ("decay", [("decay", d) for d in DECAYS]),
+    ):
         table = Table(title=f"test error in %, mean of {len(FRESH)} seeds, by {title}")
         for column in ("recipe", *(f"{value:g}" for _, value in settings), "largest − smallest", "F / F₉₉"):
             table.add_column(column, justify="right")

@@ -152,7 +152,9 @@ def main() -> None:
     if project == "project":
         callbacks.append(NormProjection(**chosen))
     if project.startswith("rotate"):
-        callbacks.append(RotationControl(0.03, **chosen, **({"per": "unit", "hold": "mean"} if "mean" in project else {})))
+        callbacks.append(
+            RotationControl(0.03, **chosen, **({"per": "unit", "hold": "mean"} if "mean" in project else {}))
+        )
     trainer = Trainer(
         accelerator="cpu",
         devices=parts[0] * parts[1],

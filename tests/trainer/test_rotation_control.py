@@ -181,9 +181,9 @@ def test_on_average_quiet_steps_stay_quiet(per: str) -> None:
 
     net = Quiet(peak=0.02, decay=0.0)
     fit(net, RotationControl(hold="mean", per=per), max_epochs=2)  # type: ignore[arg-type]
-    ratios = np.array([
-        unit_rotations(s.before["first.weight"], s.after["first.weight"]) / s.lr["first.weight"] for s in net.steps
-    ])
+    ratios = np.array(
+        [unit_rotations(s.before["first.weight"], s.after["first.weight"]) / s.lr["first.weight"] for s in net.steps]
+    )
     ratios = np.sqrt((ratios**2).mean(1, keepdims=True)) if per == "layer" else ratios
     assert ratios[0] == pytest.approx(1.0, rel=1e-10)  # the bias is corrected
     loud = [i for i in range(12) if i % 6 != 4]
@@ -206,7 +206,9 @@ def test_the_angle_of_a_recipe_with_decay(name: str, options: Any, expected: Any
     fit(net, RotationControl("equilibrium"), max_epochs=2)
     for step in net.steps:
         lr = step.lr["first.weight"]
-        assert rotation(step.before["first.weight"], step.after["first.weight"]) == pytest.approx(expected(lr), rel=0.02)
+        assert rotation(step.before["first.weight"], step.after["first.weight"]) == pytest.approx(
+            expected(lr), rel=0.02
+        )
 
 
 def test_a_number_is_the_angle_whatever_the_learning_rate() -> None:
@@ -269,7 +271,9 @@ def test_what_cannot_be_turned_as_asked_is_reported_once() -> None:
     """Updates below the rounding of float32, and a unit that has almost all of its layer's."""
     net = Mlp("sgd", peak=1e-9, decay=0.0)
     control = RotationControl(0.01)
-    with pytest.warns(UserWarning, match="a unit of 'first.weight' had an update so small that the rounding of") as found:
+    with pytest.warns(
+        UserWarning, match="a unit of 'first.weight' had an update so small that the rounding of"
+    ) as found:
         fit(net, control, dtype=torch.float32)
     assert len([w for w in found if "'first.weight'" in str(w.message)]) == 1
     assert control.counts()["first.weight"]["steered"] > 0
