@@ -72,7 +72,7 @@ class Rotator(Projector, Recording):
         self.means = dict(means or {})
         self._named = {target.name: target for target in self.targets}
         self._batches: dict[tuple[str, ...], _Batch] = {}
-        self._counts: dict[str, Tensor] = {}
+        self._last: list[tuple[Watched, Group, Optimizer]] = []
 
     def allocate(self, optimizers: Iterable[Optimizer]) -> int:
         """Make room for copies of the weights, so that memory runs out at the start or never; the new bytes."""
@@ -89,8 +89,8 @@ class Rotator(Projector, Recording):
             )
 
     def _band(self, target: Watched) -> float:
-        # What a step has left is not to be moved at a resume, and a mixture has more roundings than a quotient: the more,
-        # the more the update is radial. The next step makes them good.
+        # What a step has left is not to be moved at a resume. A mixture has more roundings than a quotient, above all
+        # where the update is mostly radial; the next step makes them good.
         return target.dead_band() + ASTRAY
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
@@ -99,7 +99,7 @@ class Rotator(Projector, Recording):
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Turn what the optimizer has updated."""
-        stepping = self._stepping([optimizer], ready=True)
+        stepping = self._last = self._stepping([optimizer], ready=True)
         targets = [target for target, _, _ in stepping]
         self._prepare(targets)
         copies = self.record.copies.__getitem__
@@ -185,10 +185,7 @@ class Rotator(Projector, Recording):
 
     def _note(self, batch: _Batch, turn: Turn, flags: Tensor) -> None:
         """Keep on the device what the next report reads."""
-        counts = torch.zeros(len(_COUNTED), len(batch.names), dtype=torch.long, device=flags.device)
-        counts.index_add_(1, batch.layer, flags.long())
-        for name, count in zip(batch.names, counts.unbind(1), strict=True):
-            self._counts[name] = self._counts.get(name, 0) + count
+        batch.counts.index_add_(1, batch.layer, flags.long())
         self._norms.update(zip(batch.names, torch.split(turn.after(), batch.sizes), strict=True))
         if self.looking:
             before = zip(batch.names, torch.split(turn.norm, batch.sizes), strict=True)
@@ -197,21 +194,23 @@ class Rotator(Projector, Recording):
     def report(self) -> None:
         """Warn once of units that cannot be turned, or not as asked. Reads the device."""
         super().report()
-        if not self._counts:
-            return
-        device = next(iter(self._counts.values())).device
-        counts = torch.stack([count.to(device) for count in self._counts.values()]).tolist()
-        for name, numbers in zip(self._counts, counts, strict=True):
+        self.angles.check(self._last)
+        for name, numbers in self.counts().items():
             # At the end of a schedule a few updates are that small, and turn by next to nothing anyway.
             enough = {"capped": 1, "steered": 3 * self._named[name].units()}
-            for what, number in zip(_COUNTED, numbers, strict=True):
+            for what, number in numbers.items():
                 if number >= enough[what] and f"{what} {name}" not in self._told:
                     self._told.add(f"{what} {name}")
                     rank_zero_warn(_why_not_turned(what, name, number, self._named[name].parameter.dtype))
 
     def counts(self) -> dict[str, dict[str, int]]:
         """For each weight how often so far a unit was capped at π/2, or had an update that rounding steers."""
-        return {name: dict(zip(_COUNTED, numbers.tolist(), strict=True)) for name, numbers in self._counts.items()}
+        found: dict[str, dict[str, int]] = {}
+        for batch in self._batches.values():
+            for name, numbers in zip(batch.names, batch.counts.T.tolist(), strict=True):
+                so_far = found.get(name, {})
+                found[name] = {what: n + so_far.get(what, 0) for what, n in zip(_COUNTED, numbers, strict=True)}
+        return found
 
 
 @dataclass(frozen=True)
@@ -225,6 +224,7 @@ class _Batch:
     radius: Tensor
     limits: Limits
     held: Tensor
+    counts: Tensor
 
     @classmethod
     def of(cls, targets: Sequence[Watched], radii: Sequence[float | Tensor], norms: Sequence[Tensor]) -> _Batch:
@@ -239,7 +239,8 @@ class _Batch:
         limits = [Limits.of(t.parameter.dtype.to_real(), t.longest()) for t in targets]
         bounds = Limits(*(spread([float(x) for x in bound]) for bound in zip(*limits, strict=True)))
         eps = spread([torch.finfo(t.parameter.dtype).eps for t in targets])
-        return cls([t.name for t in targets], sizes, layer, eps, radius, bounds, bounds.hold(radius))
+        counts = torch.zeros(len(_COUNTED), len(sizes), dtype=torch.long, device=like.device)
+        return cls([t.name for t in targets], sizes, layer, eps, radius, bounds, bounds.hold(radius), counts)
 
 
 def _decay_share(optimizer: Optimizer, group: Group) -> float | Tensor:

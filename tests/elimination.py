@@ -18,14 +18,14 @@ STEPS, ANGLE, DECAY = 50, 0.03, 0.1
 FACTORS = (1e-3, 0.03, 7.0, 1e3)
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "SGD": lambda p, **k: torch.optim.SGD(p, **k),
+    "SGD": torch.optim.SGD,
     "SGD, momentum": lambda p, **k: torch.optim.SGD(p, momentum=0.9, **k),
     "SGD, Nesterov": lambda p, **k: torch.optim.SGD(p, momentum=0.9, nesterov=True, **k),
-    "AdamW": lambda p, **k: torch.optim.AdamW(p, **k),
-    "Adam": lambda p, **k: torch.optim.Adam(p, **k),
-    "RMSprop": lambda p, **k: torch.optim.RMSprop(p, **k),
-    "Lion": lambda p, **k: Lion(p, **k),
-    "Muon": lambda p, **k: torch.optim.Muon(p, **k),
+    "AdamW": torch.optim.AdamW,
+    "Adam": torch.optim.Adam,
+    "RMSprop": torch.optim.RMSprop,
+    "Lion": Lion,
+    "Muon": torch.optim.Muon,
 }
 # With which a bare or projected run turns by about ANGLE per step, at first.
 LRS = {"SGD": 0.3, "SGD, momentum": 0.05, "SGD, Nesterov": 0.05, "Adam": 5e-3, "AdamW": 5e-3, "RMSprop": 5e-3,

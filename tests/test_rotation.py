@@ -28,23 +28,25 @@ def oracle(weight: Tensor, before: Tensor, angle: float, per: str) -> np.ndarray
     return norm * (direction * np.cos(theta) + across / length * np.sin(theta))
 
 
-@pytest.mark.parametrize("free", [True, False], ids=["host", "device"])
+@pytest.fixture(params=[True, False], ids=["host", "device"])
+def free(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads are free, or they would wait for a device."""
+    monkeypatch.setattr(_norms, "_host_reads_are_free", lambda tensor: request.param)
+
+
+@pytest.mark.usefixtures("free")
 @pytest.mark.parametrize("per", ["layer", "unit"])
 @pytest.mark.parametrize("shape", [(5, 7), (4, 3, 3, 3), (2, 600), (2, 300_000)], ids=str)
-@pytest.mark.parametrize("radial", [0.0, -0.5, -30.0])
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_against_the_formula(
-    scale: float, radial: float, shape: Any, per: str, free: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("radial, scale", [(0.0, 1.0), (-0.5, 1.0), (-30.0, 1.0), (-0.5, 1e-12), (-30.0, 1e12)])
+def test_against_the_formula(radial: float, scale: float, shape: Any, per: Any) -> None:
     """In float32, at any scale, with updates that are mostly radial, as on devices that are not to be waited for."""
-    monkeypatch.setattr(_norms, "_host_reads_are_free", lambda tensor: free)
     generator = torch.Generator().manual_seed(0)
     before = scale * torch.randn(shape, generator=generator)
     step = 1e-3
     weight = before * (1 + radial * step) + step * scale * torch.randn(shape, generator=generator)
     for angle in (1e-4, 0.03, 1.0):
         found = weight.clone()
-        rotate_(found, before, angle, per=per)  # type: ignore[arg-type]
+        rotate_(found, before, angle, per=per)
         expected = oracle(weight, before, angle, per)
         # Both start from the rounded weights. Factors and entries have ten roundings of ε/2, of the result and of the
         # radial part, which is up to 1.5 · |radial| times the tangential one and cancels.
@@ -81,10 +83,9 @@ def test_units_of_every_kind(unit: Any, dim: int, groups: int, shape: Any) -> No
     torch.testing.assert_close(norms, torch.full_like(norms, 2.0), rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("free", [True, False], ids=["host", "device"])
-def test_the_edges(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("free")
+def test_the_edges() -> None:
     """No update, one that is radial, decay alone, zero units, infinite and NaN ones: beside an ordinary unit."""
-    monkeypatch.setattr(_norms, "_host_reads_are_free", lambda tensor: free)
     before = torch.tensor([[3.0, 4.0], [0.6, 0.8], [0.6, 0.8], [0.3, 0.7], [0.0, 0.0], [0.0, 0.0], [1.0, 2.0],
                            [1.0, NAN], [1.0, 0.0]])  # fmt: skip
     weight = before.clone()

@@ -1,4 +1,4 @@
-"""The argument groups ``--monitor``, ``--projection``, ``--rotation`` and ``--decay``: what they take, and what they make.
+"""The argument groups ``--monitor``, ``--projection``, ``--rotation`` and ``--decay``: what they take, and make.
 
 Their arguments are those of the classes and the function that they call; the command line finds them out from the code.
 """

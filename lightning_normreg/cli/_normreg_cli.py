@@ -95,8 +95,8 @@ class Commands(Base):
             "--rotation",
             type=bool | RotationGroup,
             default=False,
-            help="Turn scale-invariant weights by an angle per step, the learning rate in radians: true, false, or with "
-            "arguments such as --rotation.angle 0.01 or --rotation.angle equilibrium.",
+            help="Turn scale-invariant weights by an angle per step, the learning rate in radians: true, false, or "
+            "with arguments such as --rotation.angle 0.01 or --rotation.angle equilibrium.",
         )
         if self._makes_optimizers:
             self._add_optimizer_arguments(parser)

@@ -3,10 +3,11 @@
 ``python -m tests.benchmarks.label_noise_rotation [RESULTS.json]``, half an hour on two cores; what is in RESULTS.json
 (by default ``label_noise_rotation.json``) is not run again, so it can be interrupted.
 
-The set-up is that of ``label_noise.py``, with BatchNorm's eps at 1e-12, so that small weights stay scale-invariant. Each
-recipe gets the learning rate (and decay) with the least mean error over the seeds ``SELECTION``: plain SGD over learning
-rates and decays, projection and control over learning rates alone; for control they are angles. With them the initial
-weights of the convolutions are multiplied by ``SCALES``, and the decay set to ``DECAYS``, on the seeds ``FRESH``.
+The set-up is that of ``label_noise.py``, with BatchNorm's eps at 1e-12, so that small weights stay scale-invariant.
+Each recipe gets the learning rate (and decay) with the least mean error over the seeds ``SELECTION``: plain SGD over
+learning rates and decays, projection and control over learning rates alone; for control they are angles. With them the
+initial weights of the convolutions are multiplied by ``SCALES``, and the decay set to ``DECAYS``, on the seeds
+``FRESH``.
 
 Exit status 1 if control's best mean is above that of the better baseline by more than 2 standard errors of the
 difference, paired by seed, or if its means over scales, or over decays, differ by more than chance explains: a one-way

@@ -92,7 +92,7 @@ def test_control_never_waits_for_a_device(
     """Nor does it need float64 there, with logged steps and without."""
     monkeypatch.setattr("lightning_normreg.functional._norms._host_reads_are_free", lambda tensor: False)
     both = [RotationControl(**options), EffectiveLRMonitor()]
-    trainer(*both, log_every_n_steps=2).fit(Net(lambda groups: torch.optim.AdamW(groups)), loader())
+    trainer(*both, log_every_n_steps=2).fit(Net(torch.optim.AdamW), loader())
     assert len(operations) == 6
     for counts in operations:
         assert counts["lerp.Tensor"] > 0
