@@ -27,7 +27,7 @@ Mean = tuple[Tensor, Tensor]
 
 MEMORY = 0.99
 """Of the mean over steps that ``hold="mean"`` holds."""
-_COUNTED = ("capped", "steered")
+_COUNTED = ("capped", "steered", "still")
 
 
 def check_control_arguments(per: str, hold: str) -> None:
@@ -122,14 +122,16 @@ class Rotator(Projector, Recording):
         counted = turn.finite() & batch.held
         layers = layer_speeds(torch.where(counted, speeds, 0.0), counted, batch.sizes)
         typical = self._typical(batch, speeds, layers, stepping, skipped)
-        angles = unit_angles(speeds, self.angles.tensor(stepping, speeds)[batch.layer], typical)
+        wanted = self.angles.tensor(stepping, speeds)
+        angles = unit_angles(speeds, wanted[batch.layer], typical)
         limit = LARGEST if self.per == "layer" or self.hold == "mean" else math.pi
         capped = angles > limit
         angles = angles.clamp(max=limit)
         mix = mixture(turn, angles, batch.radius, batch.limits)
         for target, *own in zip(targets, *(torch.split(values, batch.sizes) for values in mix), strict=True):
             target.mix(Mixture(*own), self.record.copies.__getitem__)
-        self._note(batch, turn, torch.stack([capped, turn.steered(batch.eps) & counted]))
+        still = ((layers == 0) & (wanted > 0))[batch.layer]
+        self._note(batch, turn, torch.stack([capped, turn.steered(batch.eps) & counted, still]))
         factors = layer_speeds(torch.where(counted, angles, 0.0), counted, batch.sizes) / layers
         for target, factor in zip(targets, torch.where(layers > 0, factors, 0.0), strict=True):
             self.record.factors[target.parameter] = factor
@@ -197,14 +199,15 @@ class Rotator(Projector, Recording):
         self.angles.check(self._last)
         for name, numbers in self.counts().items():
             # At the end of a schedule a few updates are that small, and turn by next to nothing anyway.
-            enough = {"capped": 1, "steered": 3 * self._named[name].units()}
+            often = 3 * self._named[name].units()
+            enough = {"capped": 1, "steered": often, "still": often}
             for what, number in numbers.items():
                 if number >= enough[what] and f"{what} {name}" not in self._told:
                     self._told.add(f"{what} {name}")
                     rank_zero_warn(_why_not_turned(what, name, number, self._named[name].parameter.dtype))
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each weight how often so far a unit was capped at π/2, or had an update that rounding steers."""
+        """For each weight how often so far a unit was capped at π/2, was steered by rounding, or stood still with all."""
         found: dict[str, dict[str, int]] = {}
         for batch in self._batches.values():
             for name, numbers in zip(batch.names, batch.counts.T.tolist(), strict=True):
@@ -254,8 +257,13 @@ def _why_not_turned(what: str, name: str, number: int, dtype: torch.dtype) -> st
             f"{number} times so far a unit of {name!r} was to turn by more than π/2 in a step, and was turned by π/2: "
             "its update is much larger than those of the other units. Use a smaller angle, or per='unit'."
         )
+    had = {
+        "steered": f"{number} times so far a unit of {name!r} had an update so small that the rounding of {dtype} shows "
+        "in its direction; where it is no longer than rounding, the unit does not turn.",
+        "still": f"In several steps no unit of {name!r} has turned: its updates are zero, or lost to the rounding of "
+        f"{dtype}.",
+    }
     return (
-        f"{number} times so far a unit of {name!r} had an update so small that the rounding of {dtype} shows in its "
-        "direction; where it is no longer than rounding, the unit does not turn. Give the optimizer a larger learning "
+        f"{had[what]} Give the optimizer a larger learning "
         "rate and `angle` a number, or, for SGD, multiply the loss: neither changes the angle."
     )

@@ -269,14 +269,18 @@ def test_what_decay_does_is_announced(name: str, words: str, caplog: Any) -> Non
 
 def test_what_cannot_be_turned_as_asked_is_reported_once() -> None:
     """Updates below the rounding of float32, and a unit that has almost all of its layer's."""
-    net = Mlp("sgd", peak=1e-9, decay=0.0)
-    control = RotationControl(0.01)
+    net = Mlp("sgd", peak=1e-6, decay=0.0)
+    control = RotationControl(0.01, include=["first.weight"])
     with pytest.warns(
         UserWarning, match="a unit of 'first.weight' had an update so small that the rounding of"
     ) as found:
         fit(net, control, dtype=torch.float32)
     assert len([w for w in found if "'first.weight'" in str(w.message)]) == 1
     assert control.counts()["first.weight"]["steered"] > 0
+
+    net = Mlp("sgd", peak=1e-12, decay=0.0)
+    with pytest.warns(UserWarning, match="In several steps no unit of 'first.weight' has turned"):
+        fit(net, RotationControl(0.01, include=["first.weight"]), dtype=torch.float32)
 
     net = Mlp("sgd")
     net.first.weight.register_hook(lambda g: g * torch.tensor([1.0] + [1e-6] * 9, dtype=g.dtype).unsqueeze(1))
