@@ -207,7 +207,7 @@ class Rotator(Projector, Recording):
                     rank_zero_warn(_why_not_turned(what, name, number, self._named[name].parameter.dtype))
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each weight how often so far a unit was capped at π/2, was steered by rounding, or stood still with all."""
+        """For each weight how often a unit was capped at π/2, was steered by rounding, or stood still with all."""
         found: dict[str, dict[str, int]] = {}
         for batch in self._batches.values():
             for name, numbers in zip(batch.names, batch.counts.T.tolist(), strict=True):
@@ -258,8 +258,8 @@ def _why_not_turned(what: str, name: str, number: int, dtype: torch.dtype) -> st
             "its update is much larger than those of the other units. Use a smaller angle, or per='unit'."
         )
     had = {
-        "steered": f"{number} times so far a unit of {name!r} had an update so small that the rounding of {dtype} shows "
-        "in its direction; where it is no longer than rounding, the unit does not turn.",
+        "steered": f"{number} times so far a unit of {name!r} had an update so small that the rounding of {dtype} "
+        "shows in its direction; where it is no longer than rounding, the unit does not turn.",
         "still": f"In several steps no unit of {name!r} has turned: its updates are zero, or lost to the rounding of "
         f"{dtype}.",
     }

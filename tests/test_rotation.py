@@ -90,7 +90,7 @@ def test_the_edges() -> None:
                            [1.0, NAN], [1.0, 0.0]])  # fmt: skip
     weight = before.clone()
     weight[1] *= 2
-    weight[2] *= -0.5
+    weight[2] *= -30.7
     weight[3] *= 0.99  # rounds, so that the update is not exactly radial
     weight[5] = torch.tensor([0.0, 0.5])
     weight[6, 0], weight[7, 0] = INF, 7.0

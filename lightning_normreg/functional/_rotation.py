@@ -20,8 +20,8 @@ BLOCK = 2**18
 """Entries of a weight that a CPU works on at a time, so that temporaries stay in its cache."""
 LARGEST = math.pi / 2
 """Angle that no unit exceeds which turns by its share of its layer's rotation: from there on it would turn back."""
-_ROUNDING = 1.0
-"""Tangential part, in ε‖w‖, up to which it is taken for rounding: at most ε/2 in each of two roundings of a weight."""
+_ROUNDING = 0.5
+"""Tangential part, in ε‖w‖, up to which it may be nothing but the rounding of each entry by at most ε/2."""
 _STEERED = 4.0
 """Likewise, up to which rounding, about 0.2 ε‖w‖ long, makes up 5 % of it or more."""
 
@@ -49,12 +49,16 @@ class Turn:
         Args:
             eps: Of the type that the weight is kept in.
         """
-        turns = (self.tangent > _ROUNDING * eps * self.norm) & self.ordinary()
+        turns = (self.tangent > _ROUNDING * eps * self._rounded()) & self.ordinary()
         return torch.where(turns, self.tangent / torch.where(turns, self.norm, 1.0), 0.0)
 
     def steered(self, eps: float | Tensor) -> Tensor:
         """Which units have an update so small that the rounding of the weights shows in its direction."""
-        return (self.tangent > 0) & (self.tangent <= _STEERED * eps * self.norm)
+        return (self.tangent > 0) & (self.tangent <= _STEERED * eps * self._rounded())
+
+    def _rounded(self) -> Tensor:
+        """Length of what was rounded: the weight after the update, or before it where that is longer."""
+        return self.norm + self.radial.abs()
 
     def ordinary(self) -> Tensor:
         """Which units have a direction, and a finite update."""
@@ -101,8 +105,8 @@ def rotate_(
     units keep their relative speeds, none above π/2; ``per="unit"``: each turns by ``angle``. What is radial in the
     update, such as decoupled weight decay, has no effect.
 
-    A unit whose update has no tangential part, or none above the rounding of the weight (ε‖w‖), does not turn: so does
-    a unit of one entry. A zero unit has nothing to turn: if the update has moved it, it is put at the radius. A unit
+    A unit whose update has no tangential part, or none above the rounding of the weight (ε/2·‖w‖), does not turn; nor
+    does a unit of one entry. A zero unit has nothing to turn: if the update has moved it, it is put at the radius. A unit
     with an infinite or NaN entry on either side stays as it is.
 
     Args:
