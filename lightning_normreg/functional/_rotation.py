@@ -106,7 +106,7 @@ def rotate_(
     update, such as decoupled weight decay, has no effect.
 
     A unit whose update has no tangential part, or none above the rounding of the weight (ε/2·‖w‖), does not turn; nor
-    does a unit of one entry. A zero unit has nothing to turn: if the update has moved it, it is put at the radius. A unit
+    does a unit of one entry. A zero unit has nothing to turn: if the update has moved it, it is put at the radius. One
     with an infinite or NaN entry on either side stays as it is.
 
     Args:
