@@ -27,7 +27,7 @@ Mean = tuple[Tensor, Tensor]
 
 MEMORY = 0.99
 """Of the mean over steps that ``hold="mean"`` holds."""
-_COUNTED = ("capped", "steered", "still")
+_COUNTED = ("updates", "capped", "steered", "still")
 
 
 def check_control_arguments(per: str, hold: str) -> None:
@@ -131,7 +131,7 @@ class Rotator(Projector, Recording):
         for target, *own in zip(targets, *(torch.split(values, batch.sizes) for values in mix), strict=True):
             target.mix(Mixture(*own), self.record.copies.__getitem__)
         still = ((layers == 0) & (wanted > 0))[batch.layer]
-        self._note(batch, turn, torch.stack([capped, turn.steered(batch.eps) & counted, still]))
+        self._note(batch, turn, torch.stack([counted, capped, turn.steered(batch.eps) & counted, still]))
         factors = layer_speeds(torch.where(counted, angles, 0.0), counted, batch.sizes) / layers
         for target, factor in zip(targets, torch.where(layers > 0, factors, 0.0), strict=True):
             self.record.factors[target.parameter] = factor
@@ -199,15 +199,15 @@ class Rotator(Projector, Recording):
         self.angles.check(self._last)
         for name, numbers in self.counts().items():
             # At the end of a schedule a few updates are that small, and turn by next to nothing anyway.
-            often = 3 * self._named[name].units()
-            enough = {"capped": 1, "steered": often, "still": often}
+            often = max(3 * self._named[name].units(), 0.05 * numbers["updates"])
+            enough = {"updates": math.inf, "capped": 1, "steered": often, "still": often}
             for what, number in numbers.items():
                 if number >= enough[what] and f"{what} {name}" not in self._told:
                     self._told.add(f"{what} {name}")
                     rank_zero_warn(_why_not_turned(what, name, number, self._named[name].parameter.dtype))
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each weight how often a unit was capped at π/2, was steered by rounding, or stood still with all."""
+        """For each weight how often a unit was updated, capped at π/2, steered by rounding, or stood still with all."""
         found: dict[str, dict[str, int]] = {}
         for batch in self._batches.values():
             for name, numbers in zip(batch.names, batch.counts.T.tolist(), strict=True):

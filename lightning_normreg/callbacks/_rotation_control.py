@@ -145,7 +145,7 @@ class RotationControl(SphereCallback):
         return self._projector
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each weight how often a unit was ``capped``, ``steered`` by rounding, or ``still`` with all others."""
+        """Of each weight, in units and steps: ``updates``, ``capped``, ``steered`` by rounding, ``still`` with all."""
         return {} if self._projector is None else self._rotator().counts()
 
     def state_dict(self) -> dict[str, Any]:
