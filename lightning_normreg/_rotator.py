@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -19,7 +19,8 @@ from lightning_normreg._sharding import at_once
 from lightning_normreg._step_hooks import Phase, Recording, has_gradient
 from lightning_normreg._watched import Watched
 from lightning_normreg.functional._projection import Limits
-from lightning_normreg.functional._rotation import LARGEST, Mixture, Per, Turn, layer_speeds, mixture, unit_angles
+from lightning_normreg.functional._rotation import LARGEST, Mixture, Per, layer_speeds, mixture, unit_angles
+from lightning_normreg.functional._turn import Turn
 
 Hold = Literal["step", "mean"]
 Mean = tuple[Tensor, Tensor]
@@ -99,7 +100,8 @@ class Rotator(Projector, Recording):
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Turn what the optimizer has updated."""
-        stepping = self._last = self._stepping([optimizer], ready=True)
+        stepping = self._stepping([optimizer], ready=True)
+        self._last = stepping or self._last
         targets = [target for target, _, _ in stepping]
         self._prepare(targets)
         copies = self.record.copies.__getitem__
@@ -117,7 +119,7 @@ class Rotator(Projector, Recording):
     ) -> None:
         targets = [target for target, _, _ in stepping]
         batch = self._batch(targets, turns)
-        turn = Turn(*map(torch.cat, zip(*map(astuple, turns), strict=True)))
+        turn = Turn.joined(turns)
         speeds = turn.speeds(batch.eps)
         counted = turn.finite() & batch.held
         layers = layer_speeds(torch.where(counted, speeds, 0.0), counted, batch.sizes)

@@ -15,7 +15,8 @@ from lightning_normreg._sharding import Later, Shard, SumOverShards, local, shar
 from lightning_normreg._watched import Part, Watched, gradient_of, itself
 from lightning_normreg.functional._norms import accumulator, weight_norm
 from lightning_normreg.functional._projection import Limits, divisors
-from lightning_normreg.functional._rotation import Mixture, Turn
+from lightning_normreg.functional._rotation import Mixture
+from lightning_normreg.functional._turn import Turn
 from lightning_normreg.functional._updates import Step
 
 _SUM_ROUNDING = 16.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from lightning_normreg._roles import ParameterRole
 from lightning_normreg._sharding import Later, SumOverShards, at_once
 from lightning_normreg.functional._norms import accumulator, row_norms, weight_norm
 from lightning_normreg.functional._projection import dead_band, project_views_
-from lightning_normreg.functional._rotation import Mixture, Turn, measure_turn, mix_
+from lightning_normreg.functional._rotation import Mixture, mix_
+from lightning_normreg.functional._turn import Turn, measure_turn
 from lightning_normreg.functional._units import Unit, View, count_units, over_units, split_units, unit_rows
 from lightning_normreg.functional._updates import Step, align_rows, measure_rows
 
@@ -134,7 +135,7 @@ class Watched:
     ) -> Later[Turn]:
         """What the update since ``before`` has done along and across the units; arguments as of :meth:`step_later`."""
         turns = [measure_turn(self._views(part, itself), self._views(part, before)) for part in self.parts]
-        turn = turns[0] if len(turns) == 1 else Turn(*map(torch.cat, zip(*map(astuple, turns), strict=True)))
+        turn = Turn.joined(turns)
         return lambda: turn
 
     def mix(self, mix: Mixture, before: Callable[[Parameter], Tensor]) -> None:

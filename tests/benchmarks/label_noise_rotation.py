@@ -39,7 +39,7 @@ CALLBACKS = {"plain": lambda: [], "projection": lambda: [NormProjection()], "con
 GRIDS = {
     "plain": list(product((0.1, 0.3, 1.0, 3.0), (1e-3, 1e-2, 1e-1))),
     "projection": [(lr, 0.0) for lr in (1.0, 3.0, 10.0, 30.0)],
-    "control": [(angle, 0.0) for angle in (0.03, 0.1, 0.2, 0.4, 0.8)],
+    "control": [(angle, 0.0) for angle in (0.1, 0.2, 0.4, 0.8, 1.2)],
 }
 SCALES = (0.01, 0.1, 1.0, 10.0, 100.0)
 DECAYS = (0.0, 1e-3, 1e-2, 1e-1)
