@@ -42,7 +42,8 @@ class RotationControl(SphereCallback):
     a published recipe (:class:`NormProjection` or decay keep it), and where the size of gradients is to end the
     training by itself: a step never gets small unless the schedule does.
 
-    How to tune: start at 0.01 to 0.03 with ``angle="lr"``, and let the schedule go to 0. From a recipe with decay:
+    How to tune: start at 0.01 to 0.03 with ``angle="lr"`` (more for a few hundred steps only), and let the schedule go
+    to 0. From a recipe with decay:
     ``angle="equilibrium"``. All other weights keep the learning rate as it is: give them a group of their own where the
     two differ.
 
@@ -55,7 +56,7 @@ class RotationControl(SphereCallback):
 
     What it costs: one copy of the controlled weights, allocated at the start and shared with EffectiveLRMonitor. On a
     CPU 4 to 5 times the time of NormProjection, and about as many times that of an SGD update
-    (``tests/benchmarks/rotation_cost.py``: ResNet-18 29 ms, GPT-2 0.25 s on one core). No transfer; of sharded weights
+    (``tests/benchmarks/rotation_cost.py``: ResNet-18 25 ms, GPT-2 0.22 s on one core). No transfer; of sharded weights
     one all-reduce per step.
 
     Args:

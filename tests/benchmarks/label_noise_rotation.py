@@ -1,6 +1,6 @@
 """Rotation control on noisy labels: is the test error the same over initial scales and decays, and as good as others'?
 
-``python -m tests.benchmarks.label_noise_rotation [RESULTS.json]``, half an hour on two cores; what is in RESULTS.json
+``python -m tests.benchmarks.label_noise_rotation [RESULTS.json]``, 10 minutes on two cores; what is in RESULTS.json
 (by default ``label_noise_rotation.json``) is not run again, so it can be interrupted.
 
 The set-up is that of ``label_noise.py``, with BatchNorm's eps at 1e-12, so that small weights stay scale-invariant.
