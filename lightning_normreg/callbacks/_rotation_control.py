@@ -38,14 +38,13 @@ class RotationControl(SphereCallback):
     that an optimizer adds to the gradient, and so to momentum or second moments, still turns weights; it is said.
 
     When to use it: to tune one learning rate for all layers, to compare optimizers at the same rotation, to go from
-    one optimizer, width or loss scale to another without a new search, to do without warm-up. When not: to reproduce
-    a published recipe (:class:`NormProjection` or decay keep it), and where the size of gradients is to end the
-    training by itself: a step never gets small unless the schedule does.
+    one optimizer or loss scale to another without a search from scratch. When not: to reproduce a published recipe
+    (:class:`NormProjection` or decay keep it), and where the size of gradients is to end the training by itself: a
+    step never gets small unless the schedule does.
 
     How to tune: start at 0.01 to 0.03 with ``angle="lr"`` (more for a few hundred steps only), and let the schedule go
-    to 0. From a recipe with decay:
-    ``angle="equilibrium"``. All other weights keep the learning rate as it is: give them a group of their own where the
-    two differ.
+    to 0. From a recipe with decay: ``angle="equilibrium"``. All other weights keep the learning rate as it is: give
+    them a group of their own where the two differ.
 
     When it runs: before the first step as :class:`NormProjection`, then in the optimizer's step post-hook, before the
     monitors measure the step. The optimizer's state is left as it is.
