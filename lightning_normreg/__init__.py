@@ -18,6 +18,7 @@ from lightning_normreg.callbacks._corrected_decay import CorrectedDecay as Corre
 from lightning_normreg.callbacks._effective_lr_monitor import EffectiveLRMonitor as EffectiveLRMonitor
 from lightning_normreg.callbacks._norm_projection import NormProjection as NormProjection
 from lightning_normreg.callbacks._norm_summary import NormSummary as NormSummary
+from lightning_normreg.callbacks._rotation_control import RotationControl as RotationControl
 from lightning_normreg.callbacks._weight_norm_monitor import WeightNormMonitor as WeightNormMonitor
 from lightning_normreg.cli._normreg_cli import NormRegCLI as NormRegCLI
 from lightning_normreg.cli._schedulers import SchedulerChain as SchedulerChain

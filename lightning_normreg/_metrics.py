@@ -38,6 +38,12 @@ EFFECTIVE_LR_NOT_INVARIANT = Curve(
 ANGULAR_UPDATE = Curve(
     "angular_update", "θ", "rad", "√(mean_u atan2(‖Δ_u⊥‖, ‖w_u‖ + ⟨w_u, Δ_u⟩/‖w_u‖)²)", summary="angular_update"
 )
+ROTATION_FACTOR = Curve(
+    "rotation_factor",
+    "c",
+    "1",
+    "angular_update / √(mean_u (‖Δ_u⊥‖/‖w_u‖)²) with the optimizer's own Δ: by what RotationControl has multiplied it",
+)
 RELATIVE_UPDATE = Curve("relative_update", "‖Δ‖/‖w‖", "1", "√(mean_u (‖Δ_u‖ / ‖w_u‖)²)")
 GRADIENT_NORM = Curve("gradient_norm", "‖g‖", "loss / w", "‖g‖ of the whole tensor, before clipping")
 GRADIENT_ALIGNMENT = Curve("gradient_alignment", "|cos(w, g)|", "1", "√(mean_u (⟨w_u, g_u⟩ / (‖w_u‖ ‖g_u‖))²)")
@@ -69,6 +75,7 @@ CURVES = (
     EFFECTIVE_LR,
     EFFECTIVE_LR_NOT_INVARIANT,
     ANGULAR_UPDATE,
+    ROTATION_FACTOR,
     RELATIVE_UPDATE,
     GRADIENT_NORM,
     GRADIENT_ALIGNMENT,

@@ -22,7 +22,7 @@ from lightning_normreg.functional._projection import check_radius
 
 Radius = float | Literal["auto", "initial"]
 
-_ASTRAY = 1e-4
+ASTRAY = 1e-4
 """Relative distance from the radius that is worth a warning, beyond what rounding explains."""
 
 
@@ -103,7 +103,11 @@ class Projector:
         targets = list(targets)
         self._prepare(targets)
         pairs = zip(targets, norms_of(targets), strict=True)
-        return [t for t, norms in pairs if bool(((norms / self._target(t) - 1).abs() > t.dead_band()).any())]
+        return [t for t, norms in pairs if bool(((norms / self._target(t) - 1).abs() > self._band(t)).any())]
+
+    def _band(self, target: Watched) -> float:
+        """Relative distance from the radius within which a target counts as being there at the start."""
+        return target.dead_band()
 
     def announce(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
         """Say by what factor projecting changes the effective learning rates, per optimizer. Reads the device."""
@@ -168,7 +172,7 @@ class Projector:
             return self._norms[target.name].new_zeros((), dtype=torch.long)
         radius = torch.ones_like(norms) * self._target(target)
         possible = norms.isfinite() & (norms > 0) & radius.isfinite()
-        return (possible & ((norms / radius - 1).abs() > target.dead_band() + _ASTRAY)).sum()
+        return (possible & ((norms / radius - 1).abs() > target.dead_band() + ASTRAY)).sum()
 
     def _target(self, target: Watched) -> float | Tensor:
         if isinstance(self._argument, (int, float)):

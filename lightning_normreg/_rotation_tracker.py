@@ -17,7 +17,8 @@ from lightning_normreg._equilibrium import GRADIENT_AT_NORM_1, needs_gradient
 from lightning_normreg._health import Health, signs
 from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, UpdateRule, scale_exponent, update_rule, why_no_rule
-from lightning_normreg._sharding import Later, SumOverShards, at_once, local
+from lightning_normreg._sharding import Later, SumOverShards, at_once
+from lightning_normreg._step_hooks import Recording
 from lightning_normreg._tracker import Measured, Stepping, Tracker
 from lightning_normreg._watched import Watched, gradient_of
 from lightning_normreg.functional import effective_lr
@@ -28,7 +29,7 @@ _MEMORY = 0.9
 """Of the average over measured steps that the size of the gradients is taken from."""
 
 
-class RotationTracker(Tracker):
+class RotationTracker(Tracker, Recording):
     """Effective learning rate, rotation and relative update of the watched weights in each update.
 
     Args:
@@ -48,12 +49,12 @@ class RotationTracker(Tracker):
         equilibrium: bool = False,
         health: Health | None = None,
     ) -> None:
-        super().__init__(watched, health)
+        Tracker.__init__(self, watched, health)
+        Recording.__init__(self)
         self._momentum_gain = momentum_gain
         self._exponents = exponents
         self._equilibrium = equilibrium
         self.powers: dict[str, tuple[Tensor, float]] = {}
-        self._snapshots: dict[Parameter, Tensor] = {}
         self._gradients: dict[int, _Gradients] = {}
         self._inside: set[int] = set()
 
@@ -69,19 +70,14 @@ class RotationTracker(Tracker):
         self._inside.add(index)
         if self._gradients.get(index, _NO_GRADIENTS).inside:
             del self._gradients[index]  # of an update that never came
-        self.allocate(optimizer)
-        for watched in self.optimized(optimizer):
-            for parameter in watched.tensors():
-                self._snapshots[parameter].copy_(local(parameter), non_blocking=True)
+        self.record.copy(self._parameters(optimizer))
 
     def allocate(self, optimizer: Optimizer) -> int:
-        """Make the buffers for an optimizer's weights, so that memory runs out at the start or never; their bytes."""
-        size = 0
-        for parameter in (p for watched in self.optimized(optimizer) for p in watched.tensors()):
-            if parameter not in self._snapshots:
-                self._snapshots[parameter] = torch.empty_like(local(parameter))
-                size += self._snapshots[parameter].numel() * parameter.element_size()
-        return size
+        """Make the buffers for an optimizer's weights, so that memory runs out at the start or never; the new bytes."""
+        return self.record.allocate(self._parameters(optimizer))
+
+    def _parameters(self, optimizer: Optimizer) -> list[Parameter]:
+        return [p for watched in self.optimized(optimizer) for p in watched.tensors()]
 
     def record_gradients(self, index: int, optimizer: Optimizer, scale: float = 1.0) -> None:
         """Measure the gradients as they are before clipping, at the weights that the update starts from.
@@ -113,8 +109,10 @@ class RotationTracker(Tracker):
 
         def ask(pair: tuple[Watched, Group], total: SumOverShards) -> Later[tuple[Step, Tensor]]:
             watched, group = pair
-            shrink = _shrink(update_rule(optimizer, group), group)
-            step = watched.step_later(total, self._snapshots.__getitem__, shrink)
+            controlled = watched.parameter in self.record.factors
+            rule = update_rule(optimizer, group)
+            shrink = 0.0 if controlled or rule is None else rule.decay_share(group)
+            step = watched.step_later(total, self.record.copies.__getitem__, shrink)
             gradients = watched.norms_later(total, gradient_of)
             return lambda: (step(), gradients())
 
@@ -122,6 +120,8 @@ class RotationTracker(Tracker):
         for (watched, group), (step, gradients) in zip(stepping, at_once(ask, stepping), strict=True):
             rule = update_rule(optimizer, group)
             values = self._rates(watched, rule, group, step)
+            if watched.parameter in self.record.factors:
+                values[_metrics.ROTATION_FACTOR] = self.record.factors[watched.parameter]
             values.update(self._gradients.get(index, _NO_GRADIENTS).values.get(watched.parameter, {}))
             exponent = scale_exponent(optimizer, watched.parameter) if self._exponents else None
             if exponent is not None:
@@ -192,14 +192,6 @@ def _signs(step: Step, gradients: Tensor, group: Group) -> Tensor:
         lost=step.update == 0,
         steered=(gradients > 0) & (group.get("lr") != 0),
     )
-
-
-def _shrink(rule: UpdateRule | None, group: Group) -> float | Tensor:
-    """Share of the weight that decay takes off in a step, about; 0 where it goes through the second moment."""
-    if rule is None or not (rule.decay == "decoupled" or rule.exponent == 2) or not group.get("weight_decay"):
-        return 0.0
-    share: float | Tensor = rule.lr(group) * group["weight_decay"] * rule.momentum_gain(group)
-    return share
 
 
 def _about_rule(optimizer: Optimizer, group: dict[str, Any]) -> str:

@@ -14,8 +14,13 @@ from torch.nn.parameter import Parameter
 from lightning_normreg._sharding import Later, Shard, SumOverShards, local, shard_of
 from lightning_normreg._watched import Part, Watched, gradient_of, itself
 from lightning_normreg.functional._norms import accumulator, weight_norm
-from lightning_normreg.functional._projection import dead_band, divisors
+from lightning_normreg.functional._projection import Limits, divisors
+from lightning_normreg.functional._rotation import Mixture
+from lightning_normreg.functional._turn import Turn
 from lightning_normreg.functional._updates import Step
+
+_SUM_ROUNDING = 16.0
+"""Share, in ε, up to which a difference of sums may be rounding: of them, and of their terms."""
 
 
 class Piece(NamedTuple):
@@ -45,10 +50,6 @@ class ShardedWatched(Watched):
         """Number of units."""
         return self._unit_of_slice[1]
 
-    def dead_band(self) -> float:
-        """As of the unsharded tensor."""
-        return dead_band(self.parameter.dtype, self._longest())
-
     def norms_later(self, total: SumOverShards, read: Callable[[Parameter], Tensor] = itself) -> Later[Tensor]:
         """Norm of every unit; from the local squares."""
         sums = [
@@ -70,13 +71,7 @@ class ShardedWatched(Watched):
         With :math:`d = (b - a) + c\,a`, c the share that decay took off: the sums :math:`\sum a^2`, :math:`\sum ad` and
         :math:`\sum d^2` add over shards, and d, which has little of a, keeps its digits.
         """
-        sums = []
-        for piece in self.pieces:
-            start, end = _wide(before(piece.parameter)), _wide(local(piece.parameter))
-            rest = (end - start).add(start * shrink)
-            parts = (start.square(), start * rest, rest.square())
-            stacked = torch.stack([self._sum(piece, values) for values in parts])
-            sums.append(total.add(stacked, piece.shard))
+        sums = self._step_sums(total, before, shrink)
 
         def step() -> Step:
             squares, products, rests = sum_of(sums)
@@ -88,6 +83,45 @@ class ShardedWatched(Watched):
             return Step(norm, norm * (1 - shrink) + radial, across, update)
 
         return step
+
+    def turn_later(
+        self, total: SumOverShards, before: Callable[[Parameter], Tensor], shrink: float | Tensor = 0.0
+    ) -> Later[Turn]:
+        """Likewise along and across the units; what the sums cannot tell from rounding does not count as across."""
+        sums = self._step_sums(total, before, shrink)
+
+        def turn() -> Turn:
+            squares, products, rests = sum_of(sums)
+            norm = squares.sqrt()
+            radial = products / torch.where(norm > 0, norm, 1.0)
+            across = rests - radial.square()
+            noise = _SUM_ROUNDING * torch.finfo(rests.dtype).eps * rests
+            tangent = torch.where(across <= noise, 0.0, across).sqrt()
+            return Turn(norm, radial - shrink * norm, tangent)
+
+        return turn
+
+    def mix(self, mix: Mixture, before: Callable[[Parameter], Tensor]) -> None:
+        """Make each unit the mixture of what it was before and of its update."""
+        for piece in self.pieces:
+            entries, start = local(piece.parameter), before(piece.parameter)
+            factors = [_over_slices(piece, values, entries) for values in (mix.before, mix.update)]
+            alone = _over_slices(piece, mix.alone, entries, outside=True)
+            wide, begin = entries.to(mix.update.dtype), start.to(mix.update.dtype)
+            mixed = begin.lerp(wide, factors[1]).addcmul_(begin, factors[0])
+            entries.copy_(torch.where(alone, wide, mixed))
+
+    def _step_sums(
+        self, total: SumOverShards, before: Callable[[Parameter], Tensor], shrink: float | Tensor
+    ) -> list[Later[Tensor]]:
+        sums = []
+        for piece in self.pieces:
+            start, end = _wide(before(piece.parameter)), _wide(local(piece.parameter))
+            rest = (end - start).add(start * shrink)
+            parts = (start.square(), start * rest, rest.square())
+            stacked = torch.stack([self._sum(piece, values) for values in parts])
+            sums.append(total.add(stacked, piece.shard))
+        return sums
 
     def alignment_later(self, total: SumOverShards) -> Later[Tensor]:
         """Cosine between every unit and its gradient."""
@@ -114,7 +148,7 @@ class ShardedWatched(Watched):
 
         def project() -> Tensor:
             found = norms()
-            divisor = divisors(found, radius, self.parameter.dtype, self._longest())
+            divisor = divisors(found, radius, Limits.of(self.parameter.dtype, self.longest()))
             for piece in self.pieces:
                 _divide(piece, local(piece.parameter), divisor)
             return found[self.pieces[0].units] if here is not total else found
@@ -184,7 +218,8 @@ class ShardedWatched(Watched):
             count += (stop - start) // size
         return units, count
 
-    def _longest(self) -> int:
+    def longest(self) -> int:
+        """Entries of the longest unit, on all processes."""
         slices = len(self._unit_of_slice[0])
         largest = max(
             slices if part.unit == "layer" else 1 if part.unit == "neuron" else part.unit for part in self.parts
@@ -233,10 +268,14 @@ def _all_of(parameter: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.arange(size, device=parameter.device) for size in parameter.shape)
 
 
+def _over_slices(piece: Piece, values: Tensor, entries: Tensor, outside: float = 0.0) -> Tensor:
+    """One value for each unit, shaped to broadcast against the local entries; another for what is in no unit."""
+    of_slice = torch.where(piece.units >= 0, values[piece.units.clamp_min(0)], outside)
+    return of_slice.reshape([entries.shape[d] if d in piece.kept else 1 for d in range(entries.ndim)])
+
+
 def _divide(piece: Piece, entries: Tensor, divisor: Tensor) -> None:
-    of_slice = torch.where(piece.units >= 0, divisor[piece.units.clamp_min(0)], 1.0)
-    shape = [entries.shape[d] if d in piece.kept else 1 for d in range(entries.ndim)]
-    shaped = of_slice.reshape(shape)
+    shaped = _over_slices(piece, divisor, entries, outside=1.0)
     if entries.dtype == shaped.dtype:
         entries.div_(shaped)
     else:

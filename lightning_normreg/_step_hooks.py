@@ -8,23 +8,26 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_normreg._flat_shards import is_flat
+from lightning_normreg._sharding import local
 
 _INNER = ("optimizer", "_optimizer", "base_optimizer", "base")
 
 
 class Phase(IntEnum):
-    """Order in which subscribers see an update: it is measured as the optimizer made it, then weights are projected.
+    """Order in which subscribers see an update: its angle is set, it is measured, then weights are projected.
 
     What was changed for the length of the step is put back last.
     """
 
-    MEASURE = 0
-    PROJECT = 1
-    RESTORE = 2
+    CONTROL = 0
+    MEASURE = 1
+    PROJECT = 2
+    RESTORE = 3
 
 
 class StepSubscriber(Protocol):
@@ -39,6 +42,50 @@ class StepSubscriber(Protocol):
         """The optimizer has updated its parameters, unless ``skipped`` (on the device, to be read later) is 1."""
 
 
+class StepRecord:
+    """What the subscribers of a dispatcher know together of the step under way.
+
+    Attributes:
+        copies: Parameter → what this process held of it before the step, in memory that is kept for the next one.
+        factors: Parameter → by what a controller has multiplied the tangential part of its update. Such a step has
+            nothing of the decay in it.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[Parameter, Tensor] = {}
+        self.factors: dict[Parameter, Tensor] = {}
+        self._fresh: set[Parameter] = set()
+
+    def begin(self) -> None:
+        """Forget the last step."""
+        self._fresh.clear()
+        self.factors.clear()
+
+    def allocate(self, parameters: Iterable[Parameter]) -> int:
+        """Make room for copies, so that memory runs out at the start or never; the bytes that are new."""
+        size = 0
+        for parameter in parameters:
+            if parameter not in self.copies:
+                self.copies[parameter] = torch.empty_like(local(parameter))
+                size += self.copies[parameter].numel() * parameter.element_size()
+        return size
+
+    def copy(self, parameters: Iterable[Parameter]) -> None:
+        """Copy parameters before the step, each once however many ask for it."""
+        new = [p for p in parameters if p not in self._fresh]
+        self.allocate(new)
+        for parameter in new:
+            self.copies[parameter].copy_(local(parameter), non_blocking=True)
+        self._fresh.update(new)
+
+
+class Recording:
+    """A subscriber that uses the record, which its dispatcher gives it."""
+
+    def __init__(self) -> None:
+        self.record = StepRecord()
+
+
 class StepDispatcher:
     """Owns the step hooks of a list of optimizers and passes real updates on, phase by phase.
 
@@ -49,6 +96,7 @@ class StepDispatcher:
     """
 
     def __init__(self) -> None:
+        self.record = StepRecord()
         self._subscribers: list[StepSubscriber] = []
         self._optimizers: tuple[object, ...] = ()
         self._handles: list[RemovableHandle] = []
@@ -58,6 +106,8 @@ class StepDispatcher:
 
     def subscribe(self, subscriber: StepSubscriber) -> None:
         """Add a subscriber; within a phase they are called in the order of subscription."""
+        if isinstance(subscriber, Recording):
+            subscriber.record = self.record
         self._subscribers.append(subscriber)
         self._subscribers.sort(key=lambda s: s.phase)
 
@@ -99,6 +149,7 @@ class StepDispatcher:
         """The pre-hook."""
         self._depth[index] = self._depth.get(index, 0) + 1
         if self._depth[index] == 1:
+            self.record.begin()
             for subscriber in self._subscribers:
                 subscriber.before_step(index, optimizer)
 

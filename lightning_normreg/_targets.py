@@ -18,7 +18,12 @@ _ALLOW = "Leave it out by `exclude`, or say on_not_invariant='skip' or 'allow' (
 
 
 def choose_targets(
-    watched: Sequence[Watched], verdict: Verdict, *, named: bool, otherwise: OnNotInvariant
+    watched: Sequence[Watched],
+    verdict: Verdict,
+    *,
+    named: bool,
+    otherwise: OnNotInvariant,
+    callback: str = "NormProjection",
 ) -> list[Watched]:
     """Weights to project.
 
@@ -27,6 +32,7 @@ def choose_targets(
         verdict: What is known, empty for nothing.
         named: Whether the user has named them; otherwise exactly those found scale-invariant are meant.
         otherwise: What to do with named ones that are not known to be scale-invariant.
+        callback: Name of the callback that asks.
 
     Raises:
         ValueError: If that is to raise, or nothing is left.
@@ -35,7 +41,7 @@ def choose_targets(
     bad = [w for w in watched if not w.invariant]
     if not named:
         if not good:
-            raise ValueError(_nothing(verdict))
+            raise ValueError(_nothing(verdict, callback))
         return good
     if bad and otherwise == "raise":
         reasons = "; ".join(f"{w.name!r}: {_why(w, verdict)}" for w in bad[:4])
@@ -77,15 +83,15 @@ def _why(watched: Watched, verdict: Verdict) -> str:
     return "nobody knows whether it is"
 
 
-def _nothing(verdict: Verdict) -> str:
+def _nothing(verdict: Verdict, callback: str) -> str:
     if not verdict:
         return (
             "It must be known which weights are scale-invariant, but that could not be found out. Give the callback "
             "`invariance`, a verdict from find_scale_invariance(module, forward=…) saved by save_verdict. To project "
-            "all the same, name the weights: NormProjection(include=[…], on_not_invariant='allow')."
+            f"all the same, name the weights: {callback}(include=[…], on_not_invariant='allow')."
         )
     return (
         "There must be something to act on, but no selected weight is scale-invariant by itself, as in most "
         "transformers. To hold norms all the same, as Hyperball optimizers do: "
-        "NormProjection(include=['*.weight'], unit='layer', radius='initial', on_not_invariant='allow')."
+        f"{callback}(include=['*.weight'], unit='layer', radius='initial', on_not_invariant='allow')."
     )

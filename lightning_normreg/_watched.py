@@ -14,6 +14,8 @@ from lightning_normreg._roles import ParameterRole
 from lightning_normreg._sharding import Later, SumOverShards, at_once
 from lightning_normreg.functional._norms import accumulator, row_norms, weight_norm
 from lightning_normreg.functional._projection import dead_band, project_views_
+from lightning_normreg.functional._rotation import Mixture, mix_
+from lightning_normreg.functional._turn import Turn, measure_turn
 from lightning_normreg.functional._units import Unit, View, count_units, over_units, split_units, unit_rows
 from lightning_normreg.functional._updates import Step, align_rows, measure_rows
 
@@ -128,6 +130,24 @@ class Watched:
         step = Step(*(torch.cat(values) for values in parts))
         return lambda: step
 
+    def turn_later(
+        self, total: SumOverShards, before: Callable[[Parameter], Tensor], shrink: float | Tensor = 0.0
+    ) -> Later[Turn]:
+        """What the update since ``before`` has done along and across the units; arguments as of :meth:`step_later`."""
+        turns = [measure_turn(self._views(part, itself), self._views(part, before)) for part in self.parts]
+        turn = Turn.joined(turns)
+        return lambda: turn
+
+    def mix(self, mix: Mixture, before: Callable[[Parameter], Tensor]) -> None:
+        """Make each unit the mixture of what it was before and of its update."""
+        done = 0
+        for part in self.parts:
+            views = self._views(part, itself)
+            units = count_units(*views[0])
+            own = mix if len(self.parts) == 1 else Mixture(*(values[done : done + units] for values in mix))
+            mix_(views, self._views(part, before), own)
+            done += units
+
     def alignment_later(self, total: SumOverShards) -> Later[Tensor]:
         """Cosine between every unit and its gradient."""
         pairs = zip(self._rows(itself), self._rows(gradient_of), strict=True)
@@ -157,8 +177,11 @@ class Watched:
 
     def dead_band(self) -> float:
         """Relative distance from the radius within which a unit counts as being on it; that of the longest unit."""
-        longest = max((rows.shape[1] for rows in self._rows(itself)), default=1)
-        return dead_band(self.parameter.dtype, longest)
+        return dead_band(self.parameter.dtype, self.longest())
+
+    def longest(self) -> int:
+        """Entries of the longest unit."""
+        return max((rows.shape[1] for rows in self._rows(itself)), default=1)
 
     def natural_norms(self) -> Tensor:
         """Norm that each unit has when its neurons have norm 1 on average, or, standardized, its entries have.

@@ -34,6 +34,7 @@ from lightning_normreg import _metrics
 from lightning_normreg._projector import Projector as Projector
 from lightning_normreg._roles import named_roles
 from lightning_normreg._rotation_tracker import RotationTracker as RotationTracker
+from lightning_normreg._rotator import Rotator as Rotator
 from lightning_normreg._step_hooks import StepDispatcher as StepDispatcher
 from lightning_normreg._tracker import NormTracker as NormTracker
 from lightning_normreg._tracker import Row

@@ -48,6 +48,8 @@ FLOORS = {
     "_matching": 3,
     "_inspection": 3,
     "_projector": 3,
+    "_angles": 3,
+    "_rotator": 3,
     "_regroup": 3,
     "_decay_groups": 3,
     "_corrected_decay": 3,
@@ -68,6 +70,7 @@ PUBLIC = {
     "NormRegCLI",
     "NormSummary",
     "ParameterRole",
+    "RotationControl",
     "ScaleInvariance",
     "SchedulerChain",
     "SchedulerSequence",
@@ -96,6 +99,7 @@ PUBLIC_FUNCTIONAL = {
     "project_",
     "project_all_",
     "relative_update",
+    "rotate_",
     "suggest_decay",
     "suggest_projection",
     "unit_norms",
@@ -104,7 +108,7 @@ PUBLIC_FUNCTIONAL = {
     "without_decay",
 }
 PUBLIC_DEMOS = {"DemoConvNet", "DigitsDataModule"}
-PUBLIC_STEPS = {"NormTracker", "Projector", "RotationTracker", "StepDispatcher", "tags", "watch"}
+PUBLIC_STEPS = {"NormTracker", "Projector", "RotationTracker", "Rotator", "StepDispatcher", "tags", "watch"}
 
 
 def top(path: Path) -> str:

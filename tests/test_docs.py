@@ -23,7 +23,14 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 LARGEST_PICTURE = 100_000
 CARD = ["When to use it", "When not", "What it costs", "What it logs", "How to tune it", "Sources"]
 FEATURES = {
-    "callbacks.md": ["EffectiveLRMonitor", "WeightNormMonitor", "NormProjection", "CorrectedDecay", "NormSummary"],
+    "callbacks.md": [
+        "EffectiveLRMonitor",
+        "WeightNormMonitor",
+        "NormProjection",
+        "RotationControl",
+        "CorrectedDecay",
+        "NormSummary",
+    ],
     "decay_groups.md": ["Decay groups"],
     "invariance.md": ["Scale invariance"],
     "equilibrium.md": ["Recipes without decay"],

@@ -87,6 +87,19 @@ class UpdateRule:
         gain = (1 - float(group.get("dampening", 0.0))) / (1 - beta)
         return 1 + beta * gain if group.get("nesterov") else gain
 
+    def decay_share(self, group: Group) -> float | Tensor:
+        """Share of the weight that decay takes off in a step, about; 0 where it goes through the second moment."""
+        if not (self.decay == "decoupled" or self.exponent == 2) or not group.get("weight_decay"):
+            return 0.0
+        share: float | Tensor = self.lr(group) * group["weight_decay"] * self.momentum_gain(group)
+        return share
+
+    def decay_is_radial(self, group: Group) -> bool:
+        """Whether decay only makes weights shorter, so that a step turns them as it would without it."""
+        remembers = "z" in (self.state_degrees or {})  # a second copy of the weights, which decay moves as well
+        plain = self.family == "sgd" and not group.get(self.momentum_key)
+        return (self.decay == "decoupled" or plain) and not remembers
+
 
 @dataclass(frozen=True)
 class NoRule:

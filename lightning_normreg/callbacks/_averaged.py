@@ -26,13 +26,13 @@ def find_averaging(trainer: Trainer, callback: object, wanted: bool) -> list[Any
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     found = [c for c in callbacks if any(cls.__name__ in _AVERAGING for cls in type(c).__mro__)]
-    names = ", ".join(type(c).__name__ for c in found)
+    names, mine = ", ".join(type(c).__name__ for c in found), type(callback).__name__
     if not wanted:
         if found:
             rank_zero_warn(
-                f"{names} averages weights that NormProjection holds, and an average of points on a sphere lies inside "
+                f"{names} averages weights that {mine} holds, and an average of points on a sphere lies inside "
                 "of it: where the averaged weights are used (validation, checkpoints, the end of the run), their norms "
-                "are below the radius. NormProjection(project_averaged=True) puts them back."
+                f"are below the radius. {mine}(project_averaged=True) puts them back."
             )
         return []
     if not found:
@@ -42,8 +42,8 @@ def find_averaging(trainer: Trainer, callback: object, wanted: bool) -> list[Any
         )
     if callbacks.index(found[-1]) > callbacks.index(callback):
         raise ValueError(
-            f"`project_averaged` must act on finished averages, but {names} comes after NormProjection. Put "
-            "NormProjection after it in `callbacks`."
+            f"`project_averaged` must act on finished averages, but {names} comes after {mine}. Put "
+            f"{mine} after it in `callbacks`."
         )
     return found
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from lightning_normreg._step_hooks import Phase
 from lightning_normreg._summary import SummaryRow, markdown_summary, sentences, summary_rows, summary_table
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
-from lightning_normreg.callbacks._norm_projection import NormProjection
+from lightning_normreg.callbacks._sphere import SphereCallback
 from lightning_normreg.callbacks._verdict import Verdict
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class NormSummary(StepCallback):
         (trainer, verdict), self._pending = self._pending, None
         held: dict[str, tuple[float, float]] = {}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, NormProjection):
+            if isinstance(callback, SphereCallback):
                 held |= callback.held()
         self._rows = summary_rows(run_of(trainer).named, optimizers_of(trainer), verdict, held)
         steps = float(trainer.num_training_batches) / trainer.accumulate_grad_batches

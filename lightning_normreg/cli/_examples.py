@@ -22,6 +22,7 @@ EXAMPLES = {
         f"{_DEMO} --optimizer AdamW --optimizer.weight_decay 0.05 --decay.bias 0.01 "
         "--lr_scheduler OneCycleLR --lr_scheduler.max_lr 0.01 --lr_scheduler.total_steps 40",
         f"{_DEMO} --projection.radius 1.0 --monitor.every_n_steps 5 --monitor.progress_bar true",
+        f"{_DEMO} --optimizer AdamW --optimizer.weight_decay 0.1 --rotation.angle equilibrium --rotation.hold mean",
     ],
     "validate": [_TRAINED],
     "test": [_TRAINED],

@@ -1,4 +1,4 @@
-"""The argument groups ``--monitor``, ``--projection`` and ``--decay``: what they take, and what they make.
+"""The argument groups ``--monitor``, ``--projection``, ``--rotation`` and ``--decay``: what they take, and make.
 
 Their arguments are those of the classes and the function that they call; the command line finds them out from the code.
 """
@@ -14,6 +14,7 @@ from lightning_normreg._compat import CallbackBase
 from lightning_normreg._decay_groups import decay_groups
 from lightning_normreg.callbacks._effective_lr_monitor import EffectiveLRMonitor
 from lightning_normreg.callbacks._norm_projection import NormProjection
+from lightning_normreg.callbacks._rotation_control import RotationControl
 from lightning_normreg.callbacks._weight_norm_monitor import WeightNormMonitor
 
 
@@ -49,6 +50,18 @@ class ProjectionGroup:
 
 
 @final
+class RotationGroup:
+    """RotationControl: weights turn by an angle per step, by default the learning rate in radians."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._kwargs = kwargs
+
+    def callbacks(self) -> list[CallbackBase]:
+        """The control."""
+        return [RotationControl(**self._kwargs)]
+
+
+@final
 class DecayGroup:
     """Decay by role in the parameter groups of --optimizer, where weights have its weight_decay."""
 
@@ -60,8 +73,14 @@ class DecayGroup:
         return decay_groups(module, weight_decay, **self._kwargs)
 
 
-CALLBACK_GROUPS: dict[str, type[MonitorGroup] | type[ProjectionGroup]] = {
+CALLBACK_GROUPS: dict[str, type[MonitorGroup] | type[ProjectionGroup] | type[RotationGroup]] = {
     "monitor": MonitorGroup,
     "projection": ProjectionGroup,
+    "rotation": RotationGroup,
 }
-GROUP_OF_CALLBACK = {"EffectiveLRMonitor": "monitor", "WeightNormMonitor": "monitor", "NormProjection": "projection"}
+GROUP_OF_CALLBACK = {
+    "EffectiveLRMonitor": "monitor",
+    "WeightNormMonitor": "monitor",
+    "NormProjection": "projection",
+    "RotationControl": "rotation",
+}

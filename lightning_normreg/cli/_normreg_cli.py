@@ -17,7 +17,14 @@ from torch.optim import Optimizer
 
 from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, explain
 from lightning_normreg.cli._examples import SUMMARIES, epilog
-from lightning_normreg.cli._groups import CALLBACK_GROUPS, GROUP_OF_CALLBACK, DecayGroup, MonitorGroup, ProjectionGroup
+from lightning_normreg.cli._groups import (
+    CALLBACK_GROUPS,
+    GROUP_OF_CALLBACK,
+    DecayGroup,
+    MonitorGroup,
+    ProjectionGroup,
+    RotationGroup,
+)
 from lightning_normreg.cli._namespace import DEFAULT, namespace_of
 from lightning_normreg.cli._optimizers import configure_optimizers
 from lightning_normreg.cli._parser import Parser
@@ -76,7 +83,7 @@ class Commands(Base):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Put the groups of this package before Lightning's."""
-        monitor = parser.add_argument_group("curves and projection")
+        monitor = parser.add_argument_group("curves, projection and rotation")
         monitor.add_argument(
             "--monitor",
             type=bool | MonitorGroup,
@@ -90,6 +97,13 @@ class Commands(Base):
             default=False,
             help="Hold the norm of scale-invariant weights: true, false, or with arguments such as "
             "--projection.radius 1.0.",
+        )
+        monitor.add_argument(
+            "--rotation",
+            type=bool | RotationGroup,
+            default=False,
+            help="Turn scale-invariant weights by an angle per step, the learning rate in radians: true, false, or "
+            "with arguments such as --rotation.angle 0.01 or --rotation.angle equilibrium.",
         )
         if self._makes_optimizers:
             self._add_optimizer_arguments(parser)
@@ -220,8 +234,8 @@ class NormRegCLI(Commands, LightningCLI):
 
     It takes LightningCLI's arguments and has its subcommands ``fit``, ``validate``, ``test`` and ``predict``, and adds:
 
-    * ``--monitor``, ``--projection``: ``true``, ``false``, or arguments of the callbacks (``--projection.radius 1.0``).
-      What ``trainer.callbacks`` names replaces the default of the same class.
+    * ``--monitor``, ``--projection``, ``--rotation``: ``true``, ``false``, or arguments of the callbacks
+      (``--projection.radius 1.0``). What ``trainer.callbacks`` names replaces the default of the same class.
     * ``--optimizer``, ``--lr_scheduler``: any class, without a line in the model. Without them the model's own
       ``configure_optimizers`` is used. Sequences of schedules: :class:`SchedulerSequence`, :class:`SchedulerChain`.
     * ``--decay``: groups by role for ``--optimizer``; its arguments are those of :func:`decay_groups`.

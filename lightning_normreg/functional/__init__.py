@@ -12,6 +12,7 @@ from lightning_normreg.functional._recipes import with_decay as with_decay
 from lightning_normreg.functional._recipes import without_decay as without_decay
 from lightning_normreg.functional._relaxation import predicted_norm as predicted_norm
 from lightning_normreg.functional._relaxation import predicted_rotation as predicted_rotation
+from lightning_normreg.functional._rotation import rotate_ as rotate_
 from lightning_normreg.functional._suggestion import suggest_decay as suggest_decay
 from lightning_normreg.functional._suggestion import suggest_projection as suggest_projection
 from lightning_normreg.functional._updates import angular_update as angular_update

@@ -24,7 +24,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def row_norms(rows: Tensor) -> Tensor:
     """L2 norm of each row, shape ``(rows,)``, for entries of any size that the type can hold."""
     rows = rows.to(accumulator(rows.dtype))
-    plain = _chunked_norms(rows)
+    plain = chunked_norms(rows)
     if host_reads_are_free(rows) and bool(squares_fit(plain).all()):
         return plain
     return torch.where(squares_fit(plain), plain, _rescaled_norms(rows))
@@ -35,6 +35,11 @@ def host_reads_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def known_unset(flags: Tensor) -> bool:
+    """Whether no flag is set, and that can be known without waiting for a device."""
+    return host_reads_are_free(flags) and not bool(flags.any())
+
+
 def squares_fit(norms: Tensor) -> Tensor:
     # Outside of this range the sum of squares overflows, or loses digits to underflow even with a million terms.
     info = torch.finfo(norms.dtype)
@@ -43,7 +48,8 @@ def squares_fit(norms: Tensor) -> Tensor:
     return fit
 
 
-def _chunked_norms(rows: Tensor) -> Tensor:
+def chunked_norms(rows: Tensor) -> Tensor:
+    """L2 norm of each row, as long as squares of entries fit into the type."""
     if rows.device.type == "cpu" and rows.stride(1) != 1:
         # Across memory vector_norm adds one by one, slowly and 16 eps off after 256 entries; sum adds pair by pair.
         strided: Tensor = rows.square().sum(dim=1).sqrt()
@@ -55,7 +61,7 @@ def _chunked_norms(rows: Tensor) -> Tensor:
     parts = _plain(rows[:, :whole].reshape(rows.shape[0], whole // CHUNK, CHUNK), 2)
     if whole < entries:
         parts = torch.cat([parts, _plain(rows[:, whole:], 1).unsqueeze(1)], dim=1)
-    return _chunked_norms(parts)
+    return chunked_norms(parts)
 
 
 def _plain(values: Tensor, dim: int) -> Tensor:
@@ -68,7 +74,7 @@ def _rescaled_norms(rows: Tensor) -> Tensor:
         return rows.new_zeros(rows.shape[0])
     largest = rows.abs().amax(dim=1)
     divisor = torch.where(largest > 0, largest, 1.0)
-    norms = largest * _chunked_norms(rows / divisor.unsqueeze(1))
+    norms = largest * chunked_norms(rows / divisor.unsqueeze(1))
     return torch.where(largest.isfinite(), norms, largest)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +34,28 @@ def dead_band(dtype: torch.dtype, entries: int) -> float:
     return narrow + 5 * math.sqrt(1 / 3 + 3 / 4 * levels) * eps
 
 
-def _holds(dtype: torch.dtype, radius: float | Tensor, entries: int) -> bool | Tensor:
-    # Entries are R/√m in the root mean square, which must not be subnormal, and R at the most, which must not overflow.
-    info, eps = torch.finfo(dtype), torch.finfo(accumulator(dtype)).eps
-    return (radius >= info.tiny * math.sqrt(entries)) & (radius <= info.max * (1 - 4 * eps))
+class Limits(NamedTuple):
+    """What the type of a weight allows, for units of some length; numbers, or tensors with one for each unit.
+
+    Attributes:
+        band: See :func:`dead_band`.
+        shortest: Radius at which entries, R/√m in the root mean square, begin to be subnormal.
+        longest: Radius above which the entry that is all of a unit would overflow.
+    """
+
+    band: float | Tensor
+    shortest: float | Tensor
+    longest: float | Tensor
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, entries: int) -> Limits:
+        """Those of units of so many entries."""
+        info, eps = torch.finfo(dtype), torch.finfo(accumulator(dtype)).eps
+        return cls(dead_band(dtype, entries), info.tiny * math.sqrt(entries), info.max * (1 - 4 * eps))
+
+    def hold(self, radius: float | Tensor) -> Any:
+        """Whether units can be at a radius."""
+        return (radius >= self.shortest) & (radius <= self.longest)
 
 
 @torch.no_grad()
@@ -87,7 +106,7 @@ def project_views_(views: Sequence[View], radius: float | Tensor) -> Tensor:
     """
     rows = [unit_rows(view, kept) for view, kept in views]
     norms = row_norms(rows[0]) if len(rows) == 1 else row_norms(torch.stack([row_norms(r) for r in rows], dim=1))
-    divisor = divisors(norms, radius, rows[0].dtype, sum(r.shape[1] for r in rows))
+    divisor = divisors(norms, radius, Limits.of(rows[0].dtype, sum(r.shape[1] for r in rows)))
     for view, kept in views:
         shaped = over_units(divisor, view, kept)
         if view.dtype == shaped.dtype:
@@ -97,14 +116,14 @@ def project_views_(views: Sequence[View], radius: float | Tensor) -> Tensor:
     return norms
 
 
-def divisors(norms: Tensor, radius: float | Tensor, dtype: torch.dtype, entries: int) -> Tensor:
+def divisors(norms: Tensor, radius: float | Tensor, limits: Limits) -> Tensor:
     """What each unit is to be divided by to come to the radius; 1 where it is there, or cannot come there."""
     target = radius.to(norms) if isinstance(radius, Tensor) else radius
     divisor = norms / target
-    off = (divisor - 1).abs() > dead_band(dtype, entries)
+    off = (divisor - 1).abs() > limits.band
     tiny = torch.finfo(norms.dtype).tiny
     possible = norms.isfinite() & (norms >= tiny) & divisor.isfinite() & (divisor >= tiny)
-    possible &= _holds(dtype, target, entries)
+    possible &= limits.hold(target)
     return torch.where(off & possible, divisor, 1.0)
 
 

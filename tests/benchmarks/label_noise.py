@@ -17,7 +17,7 @@ import logging
 import statistics
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,13 +56,18 @@ class Recipe(DemoConvNet):
 
 
 def error(cell: Cell, projected: bool, seed: int) -> float:
-    """Share in % of the test images that a trained network gets wrong."""
+    """Share in % of the test images that a network gets wrong, trained without projection or with it."""
+    return trained_error(lambda: Recipe(*cell), [NormProjection()] if projected else [], seed)
+
+
+def trained_error(make: Callable[[], Recipe], callbacks: list[Any], seed: int) -> float:
+    """Likewise with any callbacks."""
     torch.set_num_threads(1)
     quiet()
     torch.manual_seed(seed)
-    net, data = Recipe(*cell), DigitsDataModule(label_noise=LABEL_NOISE, seed=seed)
+    net, data = make(), DigitsDataModule(label_noise=LABEL_NOISE, seed=seed)
     trainer = Trainer(
-        accelerator="cpu", max_epochs=EPOCHS, callbacks=[NormProjection()] if projected else [], logger=False,
+        accelerator="cpu", max_epochs=EPOCHS, callbacks=callbacks, logger=False,
         limit_val_batches=0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(net, data)

@@ -20,6 +20,7 @@ from lightning_normreg import (
     EffectiveLRMonitor,
     NormProjection,
     NormRegCLI,
+    RotationControl,
     SchedulerChain,
     SchedulerSequence,
     WeightNormMonitor,
@@ -249,6 +250,7 @@ ARGS = ["--model=users_module.Net", "--data=users_module.Data", "--trainer.logge
         (["--monitor=false", "--projection=true"], [(NormProjection, None)]),
         (["--monitor=false", "--projection.radius=1.0", "--trainer.callbacks=NormProjection"],
          [(NormProjection, None)]),
+        (["--monitor=false", "--rotation.angle=0.02"], [(RotationControl, None)]),
     ],
 )  # fmt: skip
 def test_callbacks_that_are_named_replace_those_of_the_groups(
@@ -256,7 +258,7 @@ def test_callbacks_that_are_named_replace_those_of_the_groups(
 ) -> None:
     """None is there twice, unless it was named twice; defaults of a script are replaced likewise."""
     made = NormRegCLI(args=ARGS + args, run=False)
-    ours = (WeightNormMonitor, EffectiveLRMonitor, NormProjection)
+    ours = (WeightNormMonitor, EffectiveLRMonitor, NormProjection, RotationControl)
     found = [(type(c), getattr(c, "every_n_steps", None)) for c in made.trainer.callbacks if isinstance(c, ours)]
     assert found == expected
 

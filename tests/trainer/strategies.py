@@ -26,6 +26,7 @@ from lightning_normreg import (
     CorrectedDecay,
     EffectiveLRMonitor,
     NormProjection,
+    RotationControl,
     WeightNormMonitor,
     decay_groups,
     find_scale_invariance,
@@ -127,6 +128,30 @@ def count_collectives() -> Counter[str]:
     return counts
 
 
+def _callbacks(verdict: Any, optimizer: str, unit: Any, project: str) -> list[Any]:
+    callbacks: list[Any] = [
+        WeightNormMonitor(invariance=verdict, unit=unit),
+        EffectiveLRMonitor(
+            invariance=verdict,
+            unit=unit,
+            gradient=True,
+            equilibrium=unit == "auto",
+            scale_exponent=optimizer == "sgd",  # others have it in a state that is spread as well
+        ),
+    ]
+    if optimizer == "adamw" and project in ("project", "free"):
+        callbacks.append(CorrectedDecay(invariance=verdict))
+    named = None if unit == "auto" else ["second.weight", "third.weight", "head.weight"]
+    chosen: Any = {"invariance": verdict, "unit": unit, "include": named, "on_not_invariant": "allow"}
+    if project == "project":
+        callbacks.append(NormProjection(**chosen))
+    if project.startswith("rotate"):
+        callbacks.append(
+            RotationControl(0.03, **chosen, **({"per": "unit", "hold": "mean"} if "mean" in project else {}))
+        )
+    return callbacks
+
+
 def main() -> None:
     """Fit and write."""
     warnings.simplefilter("ignore")
@@ -147,27 +172,13 @@ def main() -> None:
         verdict = dict.fromkeys(verdict, verdict["head.weight"])
     if project == "observe":  # nobody can be probed: the gradients of the first steps have to do
         verdict, _verdict.LARGEST = None, 0
-    chosen: Any = {"single": "auto", "ddp": "ddp"}.get(strategy)
-    chosen = chosen or (FSDP1() if strategy == "fsdp1" else ModelParallelStrategy(*parts))
-    callbacks: list[Any] = [
-        WeightNormMonitor(invariance=verdict, unit=unit),
-        EffectiveLRMonitor(
-            invariance=verdict,
-            unit=unit,
-            gradient=True,
-            equilibrium=unit == "auto",
-            scale_exponent=optimizer == "sgd",  # others have it in a state that is spread as well
-        ),
-    ]
-    if optimizer == "adamw" and project != "observe":
-        callbacks.append(CorrectedDecay(invariance=verdict))
-    if project == "project":
-        named = None if unit == "auto" else ["second.weight", "third.weight", "head.weight"]
-        callbacks.append(NormProjection(invariance=verdict, unit=unit, include=named, on_not_invariant="allow"))
+    used: Any = {"single": "auto", "ddp": "ddp"}.get(strategy)
+    used = used or (FSDP1() if strategy == "fsdp1" else ModelParallelStrategy(*parts))
+    callbacks = _callbacks(verdict, optimizer, unit, project)
     trainer = Trainer(
         accelerator="cpu",
         devices=parts[0] * parts[1],
-        strategy=chosen,
+        strategy=used,
         precision="32-true",  # which converts nothing; ModelParallelStrategy does not know "64-true"
         max_epochs=6 if project == "observe" else 2,
         log_every_n_steps=3,

@@ -10,7 +10,13 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, find_scale_invariance
+from lightning_normreg import (
+    EffectiveLRMonitor,
+    NormProjection,
+    RotationControl,
+    WeightNormMonitor,
+    find_scale_invariance,
+)
 from lightning_normreg._step_hooks import StepDispatcher
 from tests.harness import Net, loader, sgd, trainer
 
@@ -25,7 +31,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count, then go on."""
         self.counts[func.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        self.counts["float64"] += isinstance(found, torch.Tensor) and found.dtype == torch.float64
+        return found
 
 
 @pytest.fixture
@@ -89,6 +97,41 @@ def test_histograms_add_nothing_to_the_hooks(operations: list[Counter[str]], tmp
         counted.append(list(operations))
     assert counted[0] == counted[1]
     assert counted[0][0]
+
+
+@pytest.mark.parametrize("options", [{}, {"per": "unit", "hold": "mean"}, {"angle": "equilibrium"}], ids=str)
+def test_control_never_waits_for_a_device(
+    options: Any, operations: list[Counter[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it need float64 there, with logged steps and without."""
+    for module in ("_norms", "_updates"):
+        monkeypatch.setattr(f"lightning_normreg.functional.{module}.host_reads_are_free", lambda tensor: False)
+    both = [RotationControl(**options), EffectiveLRMonitor()]
+    trainer(*both, log_every_n_steps=2).fit(Net(torch.optim.AdamW), loader())
+    assert len(operations) == 6
+    for counts in operations:
+        assert counts["lerp.Tensor"] > 0
+        assert not {"_local_scalar_dense.default", "item.default", "nonzero.default"} & set(counts)
+        assert not counts["float64"]
+
+
+def test_one_copy_of_the_weights_serves_control_and_monitor(operations: list[Counter[str]]) -> None:
+    """There are no more copies on a logged step than on one that only control has to do with."""
+    verdict = find_scale_invariance(Net(sgd()), next(iter(loader())))
+    callbacks = [RotationControl(invariance=verdict), EffectiveLRMonitor(invariance=verdict, exclude=["head.weight"])]
+    run = trainer(*callbacks, log_every_n_steps=3)
+    run.fit(Net(sgd()), loader())
+    assert operations[0]["copy_.default"] == operations[1]["copy_.default"] > 0
+
+
+def test_control_has_few_operations_for_each_weight(operations: list[Counter[str]]) -> None:
+    """What is done for each unit, and not for each entry, is done for all weights at once."""
+    verdict = find_scale_invariance(Net(sgd()), next(iter(loader())))
+    for include in (["conv1.weight"], ["conv1.weight", "up.weight"]):
+        callback = RotationControl(invariance=verdict, include=include)
+        trainer(callback, limit_train_batches=2, log_every_n_steps=100).fit(Net(sgd()), loader())
+    one, two = (sum(operations[i].values()) for i in (1, 3))
+    assert two < 1.6 * one
 
 
 def test_one_transfer_per_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:

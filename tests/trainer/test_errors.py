@@ -106,7 +106,7 @@ def test_a_frozen_parameter_that_is_thawed_is_projected_from_then_on() -> None:
 def test_two_projections_that_claim_one_weight() -> None:
     """An error that names both; disjoint ones are fine, also with different radii."""
     both = [NormProjection(1.0, include=["conv1.*"]), NormProjection(2.0, include=["conv*.weight"])]
-    with pytest.raises(ValueError, match=r"'conv1\.weight' must be held by one NormProjection"):
+    with pytest.raises(ValueError, match=r"'conv1\.weight' must be held by one callback"):
         trainer(*both).fit(Untouched(sgd()), loader())
     net = Net(sgd())
     apart = [

@@ -158,7 +158,7 @@ def test_the_copy_is_there_before_the_first_step(caplog: pytest.LogCaptureFixtur
     class Look(Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             tracker = trainer.callbacks[0]._tracker
-            seen.append({p: s.data_ptr() for p, s in tracker._snapshots.items()})
+            seen.append({p: s.data_ptr() for p, s in tracker.record.copies.items()})
 
     net = Net(sgd())
     net.spare = nn.Linear(100, 100)

@@ -38,6 +38,9 @@ CONFIGS = [
 TRIED = {"fsdp": 3, "fsdp1": 1, "fsdp+tp": 1}  # how many of these, to save time; else two
 RUNS = [(strategy, config) for strategy in STRATEGIES for config in CONFIGS[: TRIED.get(strategy, 2)]]
 RUNS.append(("fsdp1", CONFIGS[1]._replace(bits="32")))  # Lightning's FSDPStrategy computes in float32
+TURNED = Config("adamw", "auto", "rotate", "32")
+RUNS += [(strategy, TURNED) for strategy in STRATEGIES]
+RUNS += [("fsdp", Config("sgd", "neuron", "rotate-mean", "64")), ("tp", Config("sgd", "layer", "rotate", "32"))]
 OBSERVED = Config("adamw", "auto", "observe", "32")
 RUNS.append(("fsdp", OBSERVED))
 LOGGED = 5  # of 12 steps: the first one, and every third
@@ -128,6 +131,18 @@ def test_a_sharded_run_resumes(tmp_path: Path) -> None:
         for before, after in zip(whole[1:], resumed[1:], strict=True):
             assert len(after) == 6
             assert json.dumps(after) == json.dumps(before[6:])  # as text, because of NaN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "tp", "fsdp+tp"])
+def test_a_controlled_step_has_one_reduction(strategy: str) -> None:
+    """For each dimension of the mesh, also where it looks whether norms are still held, which it knows already.
+
+    The first projection asks four times, as it announces no factors.
+    """
+    dimensions = 2 if strategy == "fsdp+tp" else 1
+    (first, *_) = run(strategy, TURNED)
+    assert first["collectives"] == dimensions * (3 * LOGGED + 12 + 4)
 
 
 def main() -> None:

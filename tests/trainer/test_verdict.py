@@ -306,5 +306,5 @@ def test_a_bias_that_belongs_to_a_unit_is_held_once() -> None:
     assert joined.norm(dim=1) == pytest.approx(torch.full((2,), 3**0.5), rel=1e-6)
     assert not math.isclose(bias.norm().item(), 1.0, rel_tol=1e-3)
     both = [NormProjection(), NormProjection(include=["layers.0.bias"], on_not_invariant="allow")]
-    with pytest.raises(ValueError, match=r"'layers\.0\.bias' must be held by one NormProjection"):
+    with pytest.raises(ValueError, match=r"'layers\.0\.bias' must be held by one callback"):
         trainer(*both).fit(group_norm(0.1), loader())

@@ -1,0 +1,159 @@
+"""The callback that makes the learning rate an angle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_normreg._angles import Angle, Angles
+from lightning_normreg._projector import Radius
+from lightning_normreg._rotator import Hold, Mean, Rotator, check_control_arguments
+from lightning_normreg._targets import OnNotInvariant
+from lightning_normreg._watch import UnitArgument
+from lightning_normreg._watched import Watched
+from lightning_normreg.callbacks._base import optimizers_of
+from lightning_normreg.callbacks._sphere import SphereCallback
+from lightning_normreg.callbacks._verdict import Verdict
+from lightning_normreg.functional._rotation import Per
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+
+class RotationControl(SphereCallback):
+    r"""Turns weights by a given angle in each optimizer step, so that the learning rate is an angle in radians.
+
+    The optimizer gives the direction. Of its update the part :math:`t_u` across each unit is kept, and rescaled so that
+    the layer's rotation, as a root mean square over its units, is the angle; then each unit is put on the great
+    circle at its radius (:func:`lightning_normreg.functional.rotate_`):
+
+    .. math:: w_u\leftarrow R\,(\hat w_u\cos\theta_u+\hat t_u\sin\theta_u),\qquad
+        \theta_u=\theta\,\frac{\lVert t_u\rVert/\lVert w_u\rVert}
+        {\sqrt{\operatorname{mean}_v(\lVert t_v\rVert/\lVert w_v\rVert)^2}}.
+
+    Then nothing but the schedule decides how fast the directions of scale-invariant weights move: not the initial
+    scale, not decoupled decay (nor any decay of plain SGD), with SGD and momentum not the scale of the loss. Decay
+    that an optimizer adds to the gradient, and so to momentum or second moments, still turns weights; it is said.
+
+    When to use it: to tune one learning rate for all layers, to compare optimizers at the same rotation, to go from
+    one optimizer or loss scale to another without a search from scratch. When not: to reproduce a published recipe
+    (:class:`NormProjection` or decay keep it), and where the size of gradients is to end the training by itself: a
+    step never gets small unless the schedule does.
+
+    How to tune: start at 0.01 to 0.03 with ``angle="lr"`` (more for a few hundred steps only), and let the schedule go
+    to 0. From a recipe with decay: ``angle="equilibrium"``. All other weights keep the learning rate as it is: give
+    them a group of their own where the two differ.
+
+    When it runs: before the first step as :class:`NormProjection`, then in the optimizer's step post-hook, before the
+    monitors measure the step. The optimizer's state is left as it is.
+
+    What it logs: nothing by itself; with :class:`EffectiveLRMonitor` ``angular_update/…`` is the rotation after
+    control, and ``rotation_factor/…`` by what the optimizer's own was multiplied. Reported once for each weight: units
+    that are zero or not finite, that were capped at π/2, or whose update is so small that rounding shows in it.
+
+    What it costs: one copy of the controlled weights, allocated at the start and shared with EffectiveLRMonitor. On a
+    CPU 4 to 5 times the time of NormProjection, and about as many times that of an SGD update
+    (``tests/benchmarks/rotation_cost.py``: ResNet-18 25 ms, GPT-2 0.22 s on one core). No transfer; of sharded weights
+    one all-reduce per step.
+
+    Args:
+        angle: ``"lr"``: the live learning rate of the weight's parameter group, in radians; a number: that angle;
+            ``"equilibrium"``: the rotation per step at which the live learning rate and decay would settle, for AdamW
+            √(2ηλ(1−β₁)/(1+β₁)) (:func:`lightning_normreg.functional.equilibrium_rotation`).
+        unit: As of :class:`NormProjection`.
+        per: ``"layer"``: the root mean square over a weight's units has the angle, and units keep their relative
+            speeds, none above π/2; ``"unit"``: every unit has it.
+        hold: ``"step"``: each step has the angle; ``"mean"``: steps have it on average (the root of a decaying mean of
+            squares over about 100 steps, of updates over their learning rate), so that quiet steps stay quiet.
+        radius: As of :class:`NormProjection`. It makes a difference only to absolute constants such as Adam's eps.
+        include: As of :class:`NormProjection`.
+        exclude: As of :class:`NormProjection`.
+        invariance: As of :class:`NormProjection`.
+        on_not_invariant: As of :class:`NormProjection`.
+        project_averaged: As of :class:`NormProjection`.
+
+    Raises:
+        ValueError: As :class:`NormProjection`; for a learning rate that is to be an angle and not in [0, π), also later
+            in the run; for ``angle="equilibrium"`` where there is no decay, or its rotation depends on the gradients.
+
+    Examples:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[RotationControl()], logger=False)
+
+    Reference:
+        Kosson et al. 2024, "Rotational Equilibrium", https://arxiv.org/abs/2305.17212, whose rotational optimizers are
+        ``per="unit", hold="mean"``; van Laarhoven 2017, https://arxiv.org/abs/1706.05350, section "Discussion", for
+        what is left to do.
+    """
+
+    def __init__(
+        self,
+        angle: Angle = "lr",
+        *,
+        unit: UnitArgument = "auto",
+        per: Per = "layer",
+        hold: Hold = "step",
+        radius: Radius = "auto",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        invariance: str | Mapping[str, Any] | None = None,
+        on_not_invariant: OnNotInvariant = "raise",
+        project_averaged: bool = False,
+    ) -> None:
+        super().__init__(
+            radius,
+            unit=unit,
+            include=include,
+            exclude=exclude,
+            invariance=invariance,
+            on_not_invariant=on_not_invariant,
+            project_averaged=project_averaged,
+        )
+        Angles(angle)
+        check_control_arguments(per, hold)
+        self.angle = angle
+        self.per = per
+        self.hold = hold
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._restored_means: dict[str, Mean] = {}
+
+    def _make_projector(self, targets: list[Watched]) -> Rotator:
+        return Rotator(
+            targets,
+            self.radius,
+            self.angle,
+            per=self.per,
+            hold=self.hold,
+            initial=self._restored,
+            means=self._restored_means,
+        )
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        super()._begin(trainer, pl_module, verdict)
+        rotator = self._rotator()
+        copied = sum(p.numel() * p.element_size() for t in rotator.targets for p in t.tensors())
+        shared = copied - rotator.allocate(optimizers_of(trainer))
+        also = f", of which {shared / 1e6:.3g} MB are those of EffectiveLRMonitor" if shared > 0 else ""
+        rank_zero_info(f"RotationControl keeps a copy of the controlled weights: {copied / 1e6:.3g} MB{also}.")
+
+    def _rotator(self) -> Rotator:
+        assert isinstance(self._projector, Rotator)
+        return self._projector
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Of each weight, in units and steps: ``updates``, ``capped``, ``steered`` by rounding, ``still`` with all."""
+        return {} if self._projector is None else self._rotator().counts()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``hold="mean"`` goes on from as well."""
+        means = self._restored_means if self._projector is None else self._rotator().means
+        return super().state_dict() | {"means": {n: (s.cpu(), w.cpu()) for n, (s, w) in means.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written."""
+        super().load_state_dict(state_dict)
+        self._restored_means = dict(state_dict["means"])
