@@ -252,7 +252,8 @@ class NormRegCLI(Commands, LightningCLI):
 
     Examples:
         >>> from lightning_normreg.demos import DemoConvNet
-        >>> cli = NormRegCLI(DemoConvNet, run=False, args=["--optimizer=AdamW", "--optimizer.weight_decay=0.05"])
+        >>> args = ["--optimizer=AdamW", "--optimizer.weight_decay=0.05", "--seed_everything=0"]
+        >>> cli = NormRegCLI(DemoConvNet, run=False, args=args)
         >>> for group in cli.model.configure_optimizers().param_groups:
         ...     print(group["name"], group["weight_decay"])
         weight 0.05
