@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
-
-# LightningCLI calls jsonargparse by names that it has deprecated.
-os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 USERS_MODULE = """
 import torch
