@@ -1,0 +1,132 @@
+"""The grid of one recipe as arrays, and what the trends are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.van_laarhoven.estimates import Array
+from examples.van_laarhoven.grid import Cell, Optimizer, Settings
+from examples.van_laarhoven.model import CONSTANT_PART, MOMENTUM
+
+SHORT = 1 / 8
+"""A run is long enough for a cell if its norms relax within this share of the constant part."""
+SMALL = 0.05
+"""A decay is small if it takes away at most this share of a projected weight, or of Adam's gradient, per step."""
+
+
+class Measured:
+    """Optimizer and projection fixed: arrays over seeds, learning rates and decays (the first of which is 0).
+
+    ``power`` is p: the effective rate is lr/‖w‖^p. In equilibrium ‖w‖ ∝ (lr/decay)^``norm_exponent``, and the effective
+    rate ∝ ``rate``^``rate_exponent``, if the gradient at norm 1 is the same everywhere.
+    """
+
+    def __init__(self, settings: Settings, results: Mapping[Cell, Any], optimizer: Optimizer, projected: bool) -> None:
+        self.optimizer, self.projected = optimizer, projected
+        self.lrs, self.decays = np.array(settings.lrs(optimizer)), np.array(settings.decays(optimizer))
+        cells = [
+            [[results[Cell(optimizer, projected, lr, decay, seed)] for decay in settings.decays(optimizer)]
+             for lr in settings.lrs(optimizer)]
+            for seed in settings.seeds
+        ]  # fmt: skip
+        self._cells = cells
+        first = cells[0][0][0]
+        self.steps, self.entries = first["steps"], np.array(first["entries"], dtype=np.float64)[:, None]
+        self.logged = np.array(first["logged"])
+        self.error: Array = np.array([[[cell["error"] for cell in row] for row in grid] for grid in cells])
+        self.power, self.norm_exponent, self.rate_exponent = (2, 1 / 4, 1 / 2) if optimizer == "sgd" else (1, 1 / 3, 1 / 3)
+        self.rate = self.lrs[:, None] ** (3 - self.power) * self.decays
+        self.rate_words = "lr·decay" if optimizer == "sgd" else "lr²·decay"
+
+    @property
+    def log_error(self) -> Array:
+        """Logarithm of the error, so that cells in which training fails do not decide alone; 0 counts as 0.05 %."""
+        return np.log(np.maximum(self.error, 0.05))
+
+    def curve(self, key: str) -> Array:
+        """A logged curve, shape ``(S, L, D, layers, points)``."""
+        return np.array([[[cell["curves"][key] for cell in row] for row in grid] for grid in self._cells])
+
+    @cached_property
+    def norm(self) -> Array:
+        """Norm of a filter over the run: RMS over filters, geometric mean over layers; ``(S, L, D, points)``."""
+        return np.exp(np.log(self.curve("unit_norm_rms")).mean(axis=3))
+
+    @cached_property
+    def effective_lr(self) -> Array:
+        """Effective learning rate over the run, geometric mean over layers; ``(S, L, D, points)``."""
+        with np.errstate(divide="ignore"):  # the schedule ends at 0
+            return np.exp(np.log(self.curve("effective_lr")).mean(axis=3))
+
+    @cached_property
+    def constant(self) -> int:
+        """Number of logged points in the constant part."""
+        return int((self.logged < CONSTANT_PART * self.steps).sum())
+
+    @cached_property
+    def last_quarter(self) -> slice:
+        """Points of the last quarter of the constant part."""
+        return slice(int((self.logged < 0.75 * CONSTANT_PART * self.steps).sum()), self.constant)
+
+    def settled_norm(self) -> Array:
+        """Mean norm over the last quarter of the constant part, ``(S, L, D)``."""
+        return self.norm[..., self.last_quarter].mean(axis=-1)
+
+    def settled_rate(self) -> Array:
+        """Mean effective rate over the last quarter of the constant part, ``(S, L, D)``."""
+        return self.effective_lr[..., self.last_quarter].mean(axis=-1)
+
+    def growth(self) -> Array:
+        """Exponent d log‖w‖ / d log t over the last quarter of the constant part, ``(S, L, D)``: 0 where it is level."""
+        quarter = self.last_quarter
+        first, last = quarter.start, quarter.stop - 1
+        steps = np.log((self.logged[last] + 1) / (self.logged[first] + 1))
+        return np.log(self.norm[..., last] / self.norm[..., first]) / steps
+
+    def _late(self, key: str) -> Array:
+        """Root mean square over the last quarter of the constant part, ``(S, L, D, layers)``."""
+        return np.sqrt((self.curve(key)[..., self.last_quarter] ** 2).mean(axis=-1))
+
+    def gradient_at_norm_1(self) -> Array:
+        """‖∇L‖·‖w‖ late in the constant part, ``(S, L, D, layers)``."""
+        return self._late("gradient_norm") * self._late("weight_norm")
+
+    def removed(self) -> Array:
+        """Share of the norm that decay takes away per step, geometric mean over seeds and layers, ``(L, D)``.
+
+        SGD: lr·decay/(1 − momentum). Adam: lr·decay/σ with σ² the mean square of an entry of the gradient, measured.
+        """
+        if self.optimizer == "sgd":
+            return self.rate / (1 - MOMENTUM)
+        decay = self.decays[:, None]
+        sigma = np.sqrt((self._late("gradient_norm") ** 2 + (decay * self._late("weight_norm")) ** 2) / self.entries[:, 0])
+        typical = np.exp(np.log(sigma).mean(axis=(0, 3)))
+        return self.lrs[:, None] * self.decays / typical
+
+    def long_enough(self) -> NDArray[np.bool_]:
+        """Cells in which the norm relaxes, in 1/((p + 2)·removed) or for SGD 1/(4·removed) steps, well within the run."""
+        times = 4 if self.optimizer == "sgd" else 3
+        return np.asarray(times * self.removed() * SHORT * CONSTANT_PART * self.steps >= 1)
+
+    def small_decay(self) -> NDArray[np.bool_]:
+        """Cells whose decay should have next to no effect on projected weights, ``(L, D)``; from runs with projection.
+
+        Adam divides by the size of the gradient with decay in it, so decay must be small beside the gradient: that of
+        the same learning rate without decay, over the whole run, in the layer where it is smallest.
+        """
+        if self.optimizer == "sgd":
+            return np.asarray(self.removed() <= SMALL)
+        gradient, norm = (np.sqrt((self.curve(k)[:, :, 0] ** 2).mean(axis=(0, 3))) for k in ("gradient_norm", "weight_norm"))
+        return np.asarray(self.decays[None, :] * (norm / gradient).max(axis=1)[:, None] <= SMALL)
+
+    def settle_step(self) -> Array:
+        """Step from which on the norm stays within 10 % of that at the end of the constant part, ``(S, L, D)``."""
+        norm = np.log(self.norm[..., : self.constant])
+        off = np.abs(norm - norm[..., -1:]) > np.log(1.1)
+        last_off = np.where(off.any(axis=-1), off.shape[-1] - off[..., ::-1].argmax(axis=-1), 0)
+        return self.logged[np.minimum(last_off, self.constant - 1)].astype(np.float64)
