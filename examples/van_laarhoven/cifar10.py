@@ -79,7 +79,7 @@ def _batch(archive: tarfile.TarFile, name: str) -> tuple[Tensor, Tensor]:
         images, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"], dtype=np.int64)
     except Exception as error:  # a pickle that is broken, or none of ours, fails in any way it likes
         raise ValueError(f"`archive` must hold a batch of images in {name}, got {error}. {_REMEDY}") from error
-    good = images.dtype == np.uint8 and images.ndim == 2 and images.shape[1] == 3072 and labels.shape == images.shape[:1]
+    good = images.dtype == np.uint8 and images.shape == (len(labels), 3072) and labels.ndim == 1
     if not good or not ((labels >= 0) & (labels < 10)).all():
         raise ValueError(f"`archive` must hold uint8 images of 3072 values with labels 0 to 9, got {images.dtype} "
                          f"{images.shape} and labels {labels.shape} in {name}. {_REMEDY}")  # fmt: skip

@@ -52,11 +52,12 @@ def load(settings: Settings, seed: int, archive: Path | None) -> Images:
     if settings.data == "digits":
         digits = DigitsDataModule(label_noise=settings.label_noise, seed=seed)
         digits.setup("fit")  # scales the images itself
-        return Images(*digits.train_set.tensors, *digits.val_set.tensors, torch.zeros(1), torch.ones(1))
+        (train, labels), test = digits.train_set.tensors, digits.val_set.tensors
+        return Images(train, labels, test[0], test[1], torch.zeros(1), torch.ones(1))
     assert archive is not None
-    train, labels, *test = read_archive(archive)
+    train, labels, *test = read_archive(archive)  # uint8, a quarter of the size
     generator = torch.Generator().manual_seed(seed)
     noisy = torch.rand(len(labels), generator=generator) < settings.label_noise
     random = torch.randint(10, labels.shape, generator=generator)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]))
-    return Images(train, torch.where(noisy, random, labels), *test, mean, std)
+    return Images(train, torch.where(noisy, random, labels), test[0], test[1], mean, std)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 CONFIDENCE = 0.95
 
 
@@ -91,7 +92,12 @@ def across(grid: Array) -> list[Array]:
 
 def along_over_across(grid: Array) -> float:
     """Variance along diagonals of constant effective rate over that across: 0 is flat, 1 is no preference."""
-    return max(components(along(grid)).variance, 0.0) / components(across(grid)).variance
+    return components(along(grid)).variance / components(across(grid)).variance
+
+
+def along_less_across(grid: Array, part: float) -> Interval:
+    """Variance along diagonals less a part of that across; unlike their ratio it is sound where both are near 0."""
+    return jackknife(lambda g: components(along(g)).variance - part * components(across(g)).variance, grid)
 
 
 def permutation_p(grid: Array, permutations: int = 999, seed: int = 0) -> float:
@@ -113,9 +119,27 @@ def permutation_p(grid: Array, permutations: int = 999, seed: int = 0) -> float:
     return (1 + less) / (1 + permutations)
 
 
-def over_decays(grid: Array, kept: NDArray[np.bool_]) -> list[Array]:
+def over_decays(grid: Array, kept: Mask) -> list[Array]:
     """For each learning rate its cells over the decays that are kept, which has shape ``(L, D)``."""
     return [grid[:, k, kept[k]] for k in range(grid.shape[1])]
+
+
+def collapse(plain: Array, projected: Array, kept: Mask, part: float) -> tuple[Interval, Interval]:
+    """Variance over decays at fixed learning rate: projected over plain, and projected less a part of plain."""
+
+    def spreads(grids: Array) -> list[float]:
+        return [components(over_decays(grid, kept)).variance for grid in np.split(grids, 2, axis=1)]
+
+    def ratio(grids: Array) -> float:
+        of_plain, of_projected = spreads(grids)
+        return of_projected / of_plain
+
+    def difference(grids: Array) -> float:
+        of_plain, of_projected = spreads(grids)
+        return of_projected - part * of_plain
+
+    both = np.concatenate([plain, projected], axis=1)
+    return jackknife(ratio, both), jackknife(difference, both)
 
 
 def slope(x: Array, y: Array) -> float:
@@ -134,5 +158,8 @@ def exponent(x: Any, y: Array) -> Interval:
 
 
 def rank_correlation(x: Any, y: Array) -> Interval:
-    """Spearman's correlation for each seed, with Student's interval over the seeds; ``y`` has shape ``(S, K)``."""
-    return mean_interval([float(stats.spearmanr(x, row).statistic) for row in y])
+    """Spearman's correlation for each seed, with Student's interval over the seeds; ``y`` has shape ``(S, K)``.
+
+    It counts as 0 for a seed whose values are all the same.
+    """
+    return mean_interval([float(stats.spearmanr(x, row).statistic) if np.ptp(row) else 0.0 for row in y])

@@ -7,9 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from examples.van_laarhoven.estimates import Array
+from examples.van_laarhoven.estimates import Array, Mask
 from examples.van_laarhoven.grid import Cell, Optimizer, Settings
 from examples.van_laarhoven.model import CONSTANT_PART, MOMENTUM
 
@@ -22,8 +21,9 @@ SMALL = 0.05
 class Measured:
     """Optimizer and projection fixed: arrays over seeds, learning rates and decays (the first of which is 0).
 
-    ``power`` is p: the effective rate is lr/‖w‖^p. In equilibrium ‖w‖ ∝ (lr/decay)^``norm_exponent``, and the effective
-    rate ∝ ``rate``^``rate_exponent``, if the gradient at norm 1 is the same everywhere.
+    ``power`` is p: the effective rate is lr/‖w‖^p. In equilibrium ‖w‖ ∝ (lr/decay)^``norm_exponent`` ·
+    G^``gradient_exponent``, with G the gradient at norm 1; the effective rate ∝ ``rate``^``rate_exponent`` if G is the
+    same everywhere.
     """
 
     def __init__(self, settings: Settings, results: Mapping[Cell, Any], optimizer: Optimizer, projected: bool) -> None:
@@ -36,12 +36,14 @@ class Measured:
         ]  # fmt: skip
         self._cells = cells
         first = cells[0][0][0]
-        self.steps, self.entries = first["steps"], np.array(first["entries"], dtype=np.float64)[:, None]
+        self.steps, self.entries = first["steps"], np.array(first["entries"], dtype=np.float64)
         self.logged = np.array(first["logged"])
         self.error: Array = np.array([[[cell["error"] for cell in row] for row in grid] for grid in cells])
-        self.power, self.norm_exponent, self.rate_exponent = (2, 1 / 4, 1 / 2) if optimizer == "sgd" else (1, 1 / 3, 1 / 3)
+        sgd = optimizer == "sgd"
+        self.power = 2 if sgd else 1
+        self.norm_exponent, self.rate_exponent, self.gradient_exponent = (1 / 4, 1 / 2, 1 / 2) if sgd else (1 / 3,) * 3
         self.rate = self.lrs[:, None] ** (3 - self.power) * self.decays
-        self.rate_words = "lr·decay" if optimizer == "sgd" else "lr²·decay"
+        self.rate_words = "lr·decay" if sgd else "lr²·decay"
 
     @property
     def log_error(self) -> Array:
@@ -82,19 +84,19 @@ class Measured:
         return self.effective_lr[..., self.last_quarter].mean(axis=-1)
 
     def growth(self) -> Array:
-        """Exponent d log‖w‖ / d log t over the last quarter of the constant part, ``(S, L, D)``: 0 where it is level."""
+        """Exponent d log‖w‖ / d log t over the last quarter of the constant part, ``(S, L, D)``: 0 is level."""
         quarter = self.last_quarter
         first, last = quarter.start, quarter.stop - 1
         steps = np.log((self.logged[last] + 1) / (self.logged[first] + 1))
         return np.log(self.norm[..., last] / self.norm[..., first]) / steps
 
-    def _late(self, key: str) -> Array:
-        """Root mean square over the last quarter of the constant part, ``(S, L, D, layers)``."""
-        return np.sqrt((self.curve(key)[..., self.last_quarter] ** 2).mean(axis=-1))
+    def _late(self, key: str, part: slice | None = None) -> Array:
+        """Root mean square over the last quarter of the constant part, or another one, ``(S, L, D, layers)``."""
+        return np.sqrt((self.curve(key)[..., part or self.last_quarter] ** 2).mean(axis=-1))
 
-    def gradient_at_norm_1(self) -> Array:
-        """‖∇L‖·‖w‖ late in the constant part, ``(S, L, D, layers)``."""
-        return self._late("gradient_norm") * self._late("weight_norm")
+    def gradient_at_norm_1(self, part: slice | None = None) -> Array:
+        """‖∇L‖·‖w‖ late in the constant part, or in another one, ``(S, L, D, layers)``."""
+        return self._late("gradient_norm", part) * self._late("weight_norm", part)
 
     def removed(self) -> Array:
         """Share of the norm that decay takes away per step, geometric mean over seeds and layers, ``(L, D)``.
@@ -104,16 +106,17 @@ class Measured:
         if self.optimizer == "sgd":
             return self.rate / (1 - MOMENTUM)
         decay = self.decays[:, None]
-        sigma = np.sqrt((self._late("gradient_norm") ** 2 + (decay * self._late("weight_norm")) ** 2) / self.entries[:, 0])
+        squares = self._late("gradient_norm") ** 2 + (decay * self._late("weight_norm")) ** 2
+        sigma = np.sqrt(squares / self.entries)
         typical = np.exp(np.log(sigma).mean(axis=(0, 3)))
         return self.lrs[:, None] * self.decays / typical
 
-    def long_enough(self) -> NDArray[np.bool_]:
-        """Cells in which the norm relaxes, in 1/((p + 2)·removed) or for SGD 1/(4·removed) steps, well within the run."""
+    def long_enough(self) -> Mask:
+        """Cells in which the norm relaxes, in 1/(4·removed) steps for SGD and 1/(3·removed) for Adam, in time."""
         times = 4 if self.optimizer == "sgd" else 3
         return np.asarray(times * self.removed() * SHORT * CONSTANT_PART * self.steps >= 1)
 
-    def small_decay(self) -> NDArray[np.bool_]:
+    def small_decay(self) -> Mask:
         """Cells whose decay should have next to no effect on projected weights, ``(L, D)``; from runs with projection.
 
         Adam divides by the size of the gradient with decay in it, so decay must be small beside the gradient: that of
@@ -121,7 +124,9 @@ class Measured:
         """
         if self.optimizer == "sgd":
             return np.asarray(self.removed() <= SMALL)
-        gradient, norm = (np.sqrt((self.curve(k)[:, :, 0] ** 2).mean(axis=(0, 3))) for k in ("gradient_norm", "weight_norm"))
+        gradient, norm = (
+            np.sqrt((self.curve(key)[:, :, 0] ** 2).mean(axis=(0, 3))) for key in ("gradient_norm", "weight_norm")
+        )
         return np.asarray(self.decays[None, :] * (norm / gradient).max(axis=1)[:, None] <= SMALL)
 
     def settle_step(self) -> Array:

@@ -1,4 +1,4 @@
-"""The network: four convolutions with BatchNorm, whose learning rate and decay are swept; all else has a fixed recipe."""
+"""Four convolutions with BatchNorm, whose learning rate and decay are swept; all else has a fixed recipe."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class ConvNet(nn.Module):
 def make_optimizer(net: nn.Module, cell: Cell) -> torch.optim.Optimizer:
     """The cell's optimizer.
 
-    γ, β and the head are neither swept nor decayed: the head is not scale-invariant, so that its learning rate and decay
-    would change the function by themselves.
+    γ, β and the head are neither swept nor decayed: the head is not scale-invariant, so that its learning rate and
+    decay would change the function by themselves.
     """
     swept = [p for p in net.parameters() if p.ndim == 4]
     rest = [p for p in net.parameters() if p.ndim != 4]

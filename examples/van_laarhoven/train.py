@@ -38,7 +38,7 @@ def run_cell(cell: Cell, settings: Settings, archive: Path | None = None, device
     rows, steps = train(net, cell, settings, images)
     names = [name for name, p in net.named_parameters() if p.ndim == 4]
     return {
-        "error": test_error(net, images),
+        "error": error_of(net, images),
         "seconds": time.process_time() - started,
         "steps": steps,
         "logged": list(rows),
@@ -94,7 +94,7 @@ def loss_of(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.T
 
 
 @torch.no_grad()
-def test_error(net: nn.Module, images: Images) -> float:
+def error_of(net: nn.Module, images: Images) -> float:
     """Share of the test images that are classified wrongly, in %."""
     net.eval()
     parts = zip(images.test_images.split(1000), images.test_labels.split(1000), strict=True)
