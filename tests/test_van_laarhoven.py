@@ -126,7 +126,7 @@ def test_coverage_of_the_exponent() -> None:
 
 @pytest.mark.parametrize("part", [0.3, 1.0])
 def test_coverage_of_the_ratio_of_variances(part: float) -> None:
-    """95 % of the jackknife's intervals hold the planted ratio, within four standard errors of 1.1 %; it is approximate."""
+    """95 % of the jackknife's intervals hold the planted ratio, within four standard errors of 1.1 %."""
     means = diagonal(part)
     truth = along_over_across(np.broadcast_to(means, (SEEDS, LRS, DECAYS)))
     share = covered(lambda draw: jackknife(along_over_across, noisy(means, draw)), truth)
@@ -432,6 +432,17 @@ def test_projection_and_the_measured_rate() -> None:
         assert np.array(result["curves"]["unit_norm_rms"]) == pytest.approx(1, abs=1e-5)
         constant = [k for k, step in enumerate(result["logged"]) if step < 0.75 * result["steps"]]
         assert np.array(result["curves"]["effective_lr"])[:, constant] == pytest.approx(0.02, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_engines_that_are_not_installed(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that installs them is said."""
+    monkeypatch.setattr("examples.van_laarhoven.__main__.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--backend", name])
+    assert f"`--backend {name}` needs a package: pip install '{name}" in capsys.readouterr().err
 
 
 def test_a_folder_of_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

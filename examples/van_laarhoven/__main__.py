@@ -6,12 +6,16 @@ import argparse
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from examples.van_laarhoven.cifar10 import check_archive
 from examples.van_laarhoven.grid import CIFAR10, DIGITS, TINY, Settings
 from examples.van_laarhoven.store import Store
 from examples.van_laarhoven.sweep import sweep
+
+BACKENDS = ("loky", "multiprocessing", "threading", "sequential", "dask", "ray")
+PACKAGES = {"dask": "dask[distributed]", "ray": "ray"}
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
@@ -21,8 +25,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--archive", type=Path, help="your copy of cifar-10-python.tar.gz")
     parser.add_argument("--out", type=Path, help="folder of results; default: van_laarhoven_results/DATA")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, -1 for one a core; default: %(default)s")
-    parser.add_argument("--backend", default="loky", help="engine of joblib: loky (processes, the default), "
-                        "multiprocessing, threading, sequential, dask, ray")  # fmt: skip
+    parser.add_argument("--backend", default="loky", choices=BACKENDS, help="engine of joblib; default: %(default)s")
     parser.add_argument("--address", help="scheduler of a running Dask or Ray cluster; default: a local one is started")
     parser.add_argument("--device", default="cpu", help="device of the cells; default: %(default)s")
     parser.add_argument("--seeds", type=int, help="number of seeds; results of fewer are used again")
@@ -33,6 +36,8 @@ def parse(args: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"`--{name}` must be at least 1, got {value}. Leave it out for the default.")
+    if options.backend in PACKAGES and find_spec(options.backend) is None:
+        parser.error(f"`--backend {options.backend}` needs a package: pip install '{PACKAGES[options.backend]}'.")
     if options.data == "cifar10":
         if options.archive is None:
             parser.error("`--data cifar10` needs `--archive`, the path of your copy of cifar-10-python.tar.gz.")

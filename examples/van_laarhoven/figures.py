@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from examples.van_laarhoven.grid import OPTIMIZERS, Optimizer
 from examples.van_laarhoven.measured import Measured
@@ -21,7 +22,7 @@ TITLES = {"sgd": "SGD", "adam": "Adam"}
 def draw(recipes: Recipes, folder: Path) -> None:
     """Write all of them."""
     for name, figure in (("error", error_over_grid), ("decay", error_over_decay), ("time", over_time)):
-        figure(recipes).savefig(folder / f"{name}.png", dpi=100)
+        figure(recipes).savefig(folder / f"{name}.png", dpi=90)
 
 
 def error_over_grid(recipes: Recipes) -> Figure:
@@ -45,10 +46,11 @@ def error_over_grid(recipes: Recipes) -> Figure:
         axes.axvline(0.5, color="w", linewidth=3)
         axes.set_xlim(-0.5, error.shape[1] - 0.5)
         axes.set_ylim(-0.5, error.shape[0] - 0.5)
-        axes.set_xticks(range(len(m.decays)), [f"{d:.2g}" for d in m.decays])
+        axes.set_xticks(range(len(m.decays)), [f"{d:.2g}" for d in m.decays], fontsize=8)
         axes.set_yticks(range(len(m.lrs)), [f"{lr:.2g}" for lr in m.lrs])
         axes.set(xlabel="decay", ylabel="learning rate")
-    figure.colorbar(image, ax=[axes for axes, _ in panels], label="test error [%]", shrink=0.6)
+    bar = figure.colorbar(image, ax=[axes for axes, _ in panels], label="test error [%]", shrink=0.6)
+    _plain_numbers(bar.ax.yaxis)
     return figure
 
 
@@ -60,9 +62,10 @@ def error_over_decay(recipes: Recipes) -> Figure:
         bars = m.error.std(axis=0, ddof=1) / seeds**0.5 if seeds > 1 else np.zeros_like(error)
         for k, (lr, color) in enumerate(zip(m.lrs, _colors(len(m.lrs)), strict=True)):
             axes.errorbar(range(len(m.decays)), error[k], bars[k], color=color, label=f"lr {lr:.2g}", capsize=2)
-        axes.set_xticks(range(len(m.decays)), [f"{d:.2g}" for d in m.decays])
+        axes.set_xticks(range(len(m.decays)), [f"{d:.2g}" for d in m.decays], fontsize=8)
         axes.set(xlabel="decay", ylabel="test error [%]", yscale="log")
-        axes.grid(alpha=0.3, which="both")
+        _plain_numbers(axes.yaxis)
+        axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small", ncols=2)
     return figure
 
@@ -81,10 +84,11 @@ def over_time(recipes: Recipes) -> Figure:
                     label = f"decay {decay:.2g}" if style == "-" else None
                     axes.plot(m.logged[part], curve[part], style, color=color, label=label, linewidth=1.3)
             axes.set(xlabel="step", yscale="log", title=f"{TITLES[optimizer]}, lr {m.lrs[k]:.2g}")
-            axes.grid(alpha=0.3, which="both")
+            _plain_numbers(axes.yaxis)
+            axes.grid(alpha=0.3)
         row[0].set_ylabel("norm of a filter")
         row[1].set_ylabel(f"effective rate lr/‖w‖{'²' if m.power == 2 else ''}")
-        row[0].legend(fontsize="x-small")
+        row[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -96,6 +100,13 @@ def _panels(recipes: Recipes, **settings: Any) -> tuple[Figure, list[tuple[Any, 
     for panel, m in panels:
         panel.set_title(f"{TITLES[m.optimizer]}, {'projected: ‖w‖ = 1' if m.projected else 'plain'}", fontsize=10)
     return figure, panels
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5, 10 and so on, written out."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _colors(number: int) -> Any:

@@ -23,7 +23,7 @@ from examples.van_laarhoven.trends import (
 )
 
 NAMES = {"sgd": "SGD with Nesterov momentum", "adam": "Adam"}
-VERDICTS = {True: "appeared", False: "did not appear", None: "cannot be told from this grid"}
+VERDICTS = {True: "appeared", False: "did not appear", None: "cannot be told from these runs"}
 CAPTIONS = {
     "error.png": "Mean test error in %. Dashed: constant effective rate in equilibrium. Dot: norms had time to settle.",
     "decay.png": "Test error over decay at fixed learning rate, mean and standard error over seeds.",

@@ -159,9 +159,23 @@ def levelling(plain: Measured) -> Trend:
         f"steepest cell has {steepest:.2f}.",
         f"Rank correlation of {plain.rate_words} with the step from which on the norm stays within 10 %: "
         f"{_words(earlier)}; −1 is: the larger, the earlier.",
+        _drift(plain, settled),
         *_exponents(plain, settled),
     ]
     return Trend(name, _below_0(rule), sentences)
+
+
+def _drift(plain: Measured, settled: Mask) -> str:
+    """How far settled norms move, and how far they should as the gradient does."""
+    last = plain.last_quarter
+    third = slice(2 * last.start - last.stop, last.start)
+    norms = [np.log(plain.norm[..., part]).mean(axis=-1)[:, settled] for part in (third, last)]
+    gradients = [np.log(plain.gradient_at_norm_1(part)).mean(axis=3)[:, settled] for part in (third, last)]
+    moved, followed = (np.exp(np.median(late - early)) for early, late in (norms, gradients))
+    return (
+        f"From the third quarter to the last the median of these norms changed by a factor of {moved:.3f}; the gradient at "
+        f"norm 1 changed by {followed:.3f}, and a settled norm is proportional to its power {plain.gradient_exponent:.2g}."
+    )
 
 
 def _exponents(plain: Measured, settled: Mask) -> list[str]:
