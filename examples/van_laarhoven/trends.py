@@ -173,8 +173,9 @@ def _drift(plain: Measured, settled: Mask) -> str:
     gradients = [np.log(plain.gradient_at_norm_1(part)).mean(axis=3)[:, settled] for part in (third, last)]
     moved, followed = (np.exp(np.median(late - early)) for early, late in (norms, gradients))
     return (
-        f"From the third quarter to the last the median of these norms changed by a factor of {moved:.3f}; the gradient at "
-        f"norm 1 changed by {followed:.3f}, and a settled norm is proportional to its power {plain.gradient_exponent:.2g}."
+        f"From the third quarter to the last the median of these norms changed by a factor of {moved:.3f}, that of the "
+        f"gradient at norm 1, to whose power {plain.gradient_exponent:.2g} a settled norm is proportional, by "
+        f"{followed:.3f}."
     )
 
 
