@@ -111,6 +111,16 @@ class Measured:
         typical = np.exp(np.log(sigma).mean(axis=(0, 3)))
         return self.lrs[:, None] * self.decays / typical
 
+    def gain(self) -> Array:
+        """Factor by which decay raises the learning rate of projected SGD in the long run, ``(L, D)``; inf if unstable.
+
+        Let the buffer be τ + r·w, with r = decay/(1 − m) for momentum m, and κ = lr·r. When w has turned by δ, r·w has
+        the tangential part −r·δ, and δ = −lr·u/(1 − κ) for a tangential update u. So in the sums over a long time
+        τ = m·(τ + κ/(1 − κ)·u) + g and, after Nesterov, u = g + m·τ; the rate is that of u/(1 − κ).
+        """
+        left = 1 - self.rate / (1 - MOMENTUM) * (1 - MOMENTUM + MOMENTUM**2) / (1 - MOMENTUM)
+        return np.where(left > 0, 1 / np.where(left > 0, left, 1.0), np.inf)
+
     def long_enough(self) -> Mask:
         """Cells in which the norm relaxes, in 1/(4·removed) steps for SGD and 1/(3·removed) for Adam, in time."""
         times = 4 if self.optimizer == "sgd" else 3

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.van_laarhoven.estimates import (
+    Array,
     Interval,
     Mask,
     across,
@@ -103,11 +104,25 @@ def no_effect_under_projection(plain: Measured, projected: Measured) -> Trend:
         f"{_words(rule)}, which has to end below 0 to be called no effect.",
         f"Over all decays of the grid the factors are {spread_of_all[0]} and {spread_of_all[1]}, and the ratio is "
         f"{_words(ratio_of_all)}.",
+        *_gains(grids, projected, small),
         *_changes(projected, small),
         f"The least mean error is {best[0][0]:.1f} % without projection ({best[0][1]:.1f} % without decay), "
         f"{best[1][0]:.1f} % with it ({best[1][1]:.1f} % without decay).",
     ]
     return Trend(name, _below_0(rule), sentences)
+
+
+def _gains(grids: tuple[Array, Array], projected: Measured, small: Mask) -> list[str]:
+    """What momentum makes of small decays, and the ratio without those of which it makes much."""
+    if projected.optimizer == "adam":
+        return []
+    gain = projected.gain()
+    slight = gain <= 1 + SMALL
+    ratio, _ = collapse(*grids, slight, COLLAPSED)
+    return [
+        f"Momentum makes of small decays a rate up to {gain[small].max():.2f} times as high; over the "
+        f"{int(slight.sum())} cells with at most {1 + SMALL:g} times, the ratio is {_words(ratio)}."
+    ]
 
 
 def _changes(projected: Measured, small: Mask) -> list[str]:
@@ -208,10 +223,10 @@ def expected_words(projected: Measured) -> str:
     """What is expected of decay under projection."""
     if projected.optimizer == "sgd":
         return (
-            "Expected under projection: decay takes away the share κ = lr·decay/(1 − momentum) of a weight per step, "
-            "projection puts it back, and so the step grows by 1/(1 − κ), to first order; small is "
-            f"κ ≤ {SMALL:g}. (Without momentum this is exact: projected SGD with decay is projected SGD without, at "
-            "lr/(1 − lr·decay).)"
+            "Expected under projection: decay takes away the share κ = lr·decay/(1 − m) of a weight per step, at "
+            f"momentum m, and projection puts it back; small is κ ≤ {SMALL:g}. Without momentum that is projected SGD "
+            "without decay at lr/(1 − lr·decay), exactly. With Nesterov momentum it is in the long run like one at "
+            "lr/(1 − κ·(1 − m + m²)/(1 − m)), as what was radial in the buffer is tangential once the weight turns."
         )
     return (
         "Expected under projection: Adam scales the gradient with decay in it, so decay has no effect as long as "
