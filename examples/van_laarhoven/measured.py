@@ -139,9 +139,9 @@ class Measured:
         )
         return np.asarray(self.decays[None, :] * (norm / gradient).max(axis=1)[:, None] <= SMALL)
 
-    def settle_step(self) -> Array:
-        """Step from which on the norm stays within 10 % of that at the end of the constant part, ``(S, L, D)``."""
-        norm = np.log(self.norm[..., : self.constant])
-        off = np.abs(norm - norm[..., -1:]) > np.log(1.1)
-        last_off = np.where(off.any(axis=-1), off.shape[-1] - off[..., ::-1].argmax(axis=-1), 0)
-        return self.logged[np.minimum(last_off, self.constant - 1)].astype(np.float64)
+    def settle_steps(self) -> tuple[Array, Array]:
+        """Steps at which the norm is first within 10 % of its last mean, and from which on it stays, ``(S, L, D)``."""
+        off = np.abs(np.log(self.norm[..., : self.constant] / self.settled_norm()[..., None])) > np.log(1.1)
+        first = off.argmin(axis=-1)
+        after_last_off = np.where(off.any(axis=-1), off.shape[-1] - off[..., ::-1].argmax(axis=-1), 0)
+        return tuple(self.logged[np.minimum(k, self.constant - 1)] * 1.0 for k in (first, after_last_off))
