@@ -16,7 +16,8 @@ class NormProjection(SphereCallback):
     r"""Holds the norm of weights: after each optimizer step, :math:`w_u \leftarrow R\,w_u/\lVert w_u\rVert`.
 
     For scale-invariant weights this leaves the network's function alone and removes a hyperparameter: the effective
-    learning rate is then lr/R^p for the whole run, whatever the weight decay.
+    learning rate is then lr/R^p for the whole run. Decay on these weights is best 0: it is left as a factor on the rate
+    alone, 1/(1 − ηλ) with plain SGD (exactly), about 1/(1 − ηλ/(1−m)²) with momentum m.
 
     When it runs: before the first step, then in the optimizer's step post-hook, after the monitors have measured the
     step. It is a rescale, not a parametrization: no gradient goes through it, and it leaves the optimizer's state as
