@@ -23,7 +23,8 @@ docs: .venv/with-docs
 	$(BIN)/mkdocs build --strict
 
 benchmark: .venv/with-test
-	$(BIN)/python tests/benchmarks/step_cost.py
+	$(BIN)/python -m tests.benchmarks.step_cost
+	$(BIN)/python -m tests.benchmarks.alternatives --memory --scaling
 
 clean:
 	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis

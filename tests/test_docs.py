@@ -176,7 +176,7 @@ def slug(heading: str) -> str:
 
 
 def test_every_picture_has_a_source() -> None:
-    """The pictures are those that docs/pictures.py draws, the demo's, two of the experiment, and a shot of tests/pictures.
+    """They are those of docs/pictures.py, the demo's, two of the experiment, and a shot by tests/pictures.
 
     All are shown, and small.
     """

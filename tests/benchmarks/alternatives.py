@@ -1,6 +1,6 @@
 """What holding and logging norms costs beside what one would write or install instead: one run, ratios, medians.
 
-    python tests/benchmarks/alternatives.py [--device cuda] [--rounds 15] [--shapes resnet18] [--scaling]
+    python -m tests.benchmarks.alternatives [--device cuda] [--rounds 15] [--shapes resnet18] [--scaling] [--memory]
 
 Every case of a table does the same work on the same weights, in turns, so that what else the machine does hits all
 alike. The floor is one read and one write of every weight (``mul_``). On a GPU times are those of CUDA events.
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
+import os
 import platform
 import statistics
 import time
@@ -22,11 +24,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lightning_normreg.functional import project_all_
 from lightning_normreg.steps import NormTracker, Projector, RotationTracker, StepDispatcher, tags, watch
+from tests.benchmarks.probe_cost import peak_memory, reset_peak_memory
 
 Case = Callable[[], object]
 
@@ -190,57 +193,61 @@ def _weight_norm(shapes: list[tuple[int, ...]], device: str) -> dict[str, Case]:
 
 
 def logging(module: Weights) -> dict[str, Case]:
-    """Ways to know every layer's norm; the values end on the host."""
+    """A step of SGD and then ways to know something of every layer; the values end on the host."""
     weights = module.weights()
-    optimizer = torch.optim.SGD(weights, lr=1e-3)
+    buffers = [torch.empty_like(w) for w in weights]
 
     def tracked(tracker: NormTracker | RotationTracker, due: bool) -> Case:
-        dispatcher = StepDispatcher()
+        dispatcher, optimizer = StepDispatcher(), torch.optim.SGD(weights, lr=0.1)
         dispatcher.subscribe(tracker)
+        dispatcher.attach([optimizer])
 
         def case() -> None:
             tracker.arm(due)
-            dispatcher.enter(0, optimizer)
-            dispatcher.leave(0, optimizer)
+            optimizer.step()
             tags(tracker.collect())
 
         return case
 
-    def loop() -> None:
-        for w in weights:
-            w.detach().norm().item()
+    plain = torch.optim.SGD(weights, lr=0.1)
+
+    def after_step(look: Callable[[nn.Parameter], object]) -> Case:
+        def case() -> None:
+            plain.step()
+            for w in weights:
+                look(w)
+
+        return case
 
     def gradients() -> None:
+        plain.step()
         found = [torch.linalg.vector_norm(w.grad) for w in weights]
         for norm in found:
             norm.item()
 
-    def histograms() -> None:
-        for w in weights:
-            flat = w.detach().flatten()
-            low, high = flat.min().item(), flat.max().item()
-            torch.histc(flat, bins=64, min=low, max=high).cpu().tolist()
-
-    watched = watch(module)
-    return {
-        "a copy of every weight (copy_)": _copies(weights),
-        "WeightNormMonitor, step logged": tracked(NormTracker(watched), True),
-        "EffectiveLRMonitor, step logged": tracked(RotationTracker(watched), True),
-        "EffectiveLRMonitor, step not logged": tracked(RotationTracker(watched), False),
-        "for w: w.norm().item()": loop,
-        "norms of gradients, .item() (Composer's OptimizerMonitor)": gradients,
-        "for w: histogram (what wandb.watch computes)": histograms,
-    }
-
-
-def _copies(weights: list[nn.Parameter]) -> Case:
-    buffers = [torch.empty_like(w) for w in weights]
-
-    def case() -> None:
+    def copies() -> None:
+        plain.step()
         for buffer, w in zip(buffers, weights, strict=True):
             buffer.copy_(w)
 
-    return case
+    watched = watch(module)
+    return {
+        "SGD": plain.step,
+        "and a copy of every weight (copy_)": copies,
+        "and WeightNormMonitor, step logged": tracked(NormTracker(watched), True),
+        "and EffectiveLRMonitor, step logged": tracked(RotationTracker(watched), True),
+        "and EffectiveLRMonitor, step not logged": tracked(RotationTracker(watched), False),
+        "and for w: w.norm().item()": after_step(lambda w: w.norm().item()),
+        "and for w: w.norm(dim=1).tolist()": after_step(lambda w: w.flatten(1).norm(dim=1).tolist()),
+        "and norms of gradients, .item() (Composer's OptimizerMonitor)": gradients,
+        "and for w: histogram (what wandb.watch computes)": after_step(_histogram),
+    }
+
+
+def _histogram(weight: Tensor) -> list[float]:
+    flat = weight.flatten()
+    counts: list[float] = torch.histc(flat, 64, min=flat.min().item(), max=flat.max().item()).tolist()
+    return counts
 
 
 def scaling(device: str, rounds: int) -> Iterator[tuple[str, dict[str, list[float]]]]:
@@ -254,8 +261,35 @@ def scaling(device: str, rounds: int) -> Iterator[tuple[str, dict[str, list[floa
 def _scaled(shapes: list[tuple[int, ...]], device: str, rounds: int) -> dict[str, list[float]]:
     module = Weights(shapes, device)
     cases = holding(module) | logging(module)
-    kept = [name for name in cases if name.startswith(("floor", "NormProjection", "EffectiveLRMonitor, step logged"))]
+    kept = [
+        name
+        for name in cases
+        if name.startswith(("floor", "NormProjection", "SGD", "and EffectiveLRMonitor, step logged"))
+    ]
     return in_turns({name: cases[name] for name in kept}, rounds, device, drift(module))
+
+
+def memory(names: list[str]) -> None:
+    """Most memory that each case takes, in units of the weights; each in a process that gives memory back (Linux)."""
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    for shapes in names:
+        for case in (
+            "NormProjection",
+            *(f"and {name}, step logged" for name in ("WeightNormMonitor", "EffectiveLRMonitor")),
+        ):
+            process = multiprocessing.get_context("spawn").Process(target=_print_peak, args=(shapes, case))
+            process.start()
+            process.join()
+
+
+@torch.no_grad()
+def _print_peak(shapes: str, case: str) -> None:
+    module = Weights(SHAPES[shapes](), "cpu")
+    run = (holding(module) | logging(module))[case]
+    resident = reset_peak_memory()
+    run()
+    size = sum(w.numel() * w.element_size() for w in module.weights())
+    print(f"memory, {shapes}: {case}: {(peak_memory() - resident) / size:.2f} times that of the weights", flush=True)
 
 
 def main() -> None:
@@ -265,6 +299,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", choices=tuple(SHAPES), nargs="+", default=list(SHAPES))
     parser.add_argument("--scaling", action="store_true", help="also from 1 to 1000 layers and 1 M to 500 M weights")
+    parser.add_argument("--memory", action="store_true", help="also the memory that it takes (CPU)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -276,9 +311,11 @@ def main() -> None:
         for title, cases in (
             (f"norms of rows put back, {size}", holding(module)),
             (f"an update with norms held, {size}", with_update(shapes, options.device)),
-            (f"values of each layer on the host, {size}", logging(module)),
+            (f"a step, and values of each layer on the host, {size}", logging(module)),
         ):
             show(title, in_turns(cases, options.rounds, options.device, drift(module)))
+    if options.memory:
+        memory(options.shapes)
     if options.scaling:
         for title, times in scaling(options.device, options.rounds):
             show(title, times)

@@ -1,4 +1,4 @@
-"""What share of a real training step the callbacks take: ``python tests/benchmarks/step_cost.py``.
+"""What share of a real training step the callbacks take: ``python -m tests.benchmarks.step_cost``.
 
 ResNet-18 on batches of 128 images of 32 × 32, in a Trainer. What is timed is the time inside the callbacks' hooks and
 inside the hooks of the optimizer, beside that of the whole step, in one run: the difference of two runs would drown in
