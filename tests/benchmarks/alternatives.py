@@ -261,22 +261,17 @@ def scaling(device: str, rounds: int) -> Iterator[tuple[str, dict[str, list[floa
 def _scaled(shapes: list[tuple[int, ...]], device: str, rounds: int) -> dict[str, list[float]]:
     module = Weights(shapes, device)
     cases = holding(module) | logging(module)
-    kept = [
-        name
-        for name in cases
-        if name.startswith(("floor", "NormProjection", "SGD", "and EffectiveLRMonitor, step logged"))
-    ]
+    starts = ("floor", "NormProjection", "SGD", "and EffectiveLRMonitor, step logged")
+    kept = [name for name in cases if name.startswith(starts)]
     return in_turns({name: cases[name] for name in kept}, rounds, device, drift(module))
 
 
 def memory(names: list[str]) -> None:
     """Most memory that each case takes, in units of the weights; each in a process that gives memory back (Linux)."""
     os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    looking = [f"and {name}, step logged" for name in ("WeightNormMonitor", "EffectiveLRMonitor")]
     for shapes in names:
-        for case in (
-            "NormProjection",
-            *(f"and {name}, step logged" for name in ("WeightNormMonitor", "EffectiveLRMonitor")),
-        ):
+        for case in ("NormProjection", *looking):
             process = multiprocessing.get_context("spawn").Process(target=_print_peak, args=(shapes, case))
             process.start()
             process.join()
