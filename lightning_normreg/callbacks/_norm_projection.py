@@ -29,7 +29,7 @@ class NormProjection(SphereCallback):
 
     What it logs: nothing; units that cannot be projected (zero, infinite, NaN) are reported once.
 
-    What it costs: one read and one write of the projected weights per step, no transfer.
+    What it costs: two reads and one write of the projected weights per step, no transfer.
 
     Args:
         radius: ``"auto"``: 1 for a neuron or column, √k for a layer of k neurons, √fan_in for a neuron under weight

@@ -259,11 +259,11 @@ def scaling(device: str, rounds: int) -> Iterator[tuple[str, dict[str, list[floa
 
 
 def _scaled(shapes: list[tuple[int, ...]], device: str, rounds: int) -> dict[str, list[float]]:
-    module = Weights(shapes, device)
-    cases = holding(module) | logging(module)
+    held, logged = (Weights(shapes, device) for _ in range(2))
+    cases = holding(held) | logging(logged)
     starts = ("floor", "NormProjection", "SGD", "and EffectiveLRMonitor, step logged")
-    kept = [name for name in cases if name.startswith(starts)]
-    return in_turns({name: cases[name] for name in kept}, rounds, device, drift(module))
+    kept = {name: case for name, case in cases.items() if name.startswith(starts)}
+    return in_turns(kept, rounds, device, drift(held))
 
 
 def memory(names: list[str]) -> None:
@@ -301,14 +301,14 @@ def main() -> None:
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}, {options.rounds} rounds")
     for name in options.shapes:
         shapes = SHAPES[name]()
-        module = Weights(shapes, options.device)
-        size = f"{name}, {sum(w.numel() for w in module.weights()) / 1e6:.0f} M weights"
-        for title, cases in (
-            (f"norms of rows put back, {size}", holding(module)),
-            (f"an update with norms held, {size}", with_update(shapes, options.device)),
-            (f"a step, and values of each layer on the host, {size}", logging(module)),
+        held, logged = (Weights(shapes, options.device) for _ in range(2))
+        size = f"{name}, {sum(w.numel() for w in held.weights()) / 1e6:.0f} M weights"
+        for title, cases, prepare in (
+            (f"norms of rows put back, {size}", holding(held), drift(held)),
+            (f"an update with norms held, {size}", with_update(shapes, options.device), lambda: None),
+            (f"a step, and values of each layer on the host, {size}", logging(logged), lambda: None),
         ):
-            show(title, in_turns(cases, options.rounds, options.device, drift(module)))
+            show(title, in_turns(cases, options.rounds, options.device, prepare))
     if options.memory:
         memory(options.shapes)
     if options.scaling:
