@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,8 +157,10 @@ ADAPTIVE: dict[str, tuple[Any, Callable[..., Optimizer], dict[str, Any]]] = {
 
 @pytest.fixture
 def exact_muon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets torch's Muon work in the weight's own precision where it would go to bfloat16."""
+    """Lets torch's Muon work in the float64 of the weights where it would go to bfloat16."""
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.clone)
+    as_it_sees_torch = SimpleNamespace(**vars(torch) | {"bfloat16": torch.float64})  # by which torch 2.15 says it
+    monkeypatch.setattr("torch.optim._muon.torch", as_it_sees_torch)
 
 
 @over_schedules
