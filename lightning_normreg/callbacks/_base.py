@@ -113,6 +113,10 @@ class StepCallback(CallbackBase):
         """Start afresh; a checkpoint's state is loaded after this."""
         if stage == "fit":
             self._verdict, self._begun = None, False
+            self._reset()
+
+    def _reset(self) -> None:
+        """Forget what a fit before this one has left, where a subclass keeps such things."""
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note the states of schedulers, which are restored after the optimizers'."""

@@ -104,12 +104,6 @@ class Monitor(StepCallback):
             )
         return self._history.to_frame()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start afresh; a checkpoint's state is loaded after this."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._reset()
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)

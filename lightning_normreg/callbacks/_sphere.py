@@ -72,12 +72,6 @@ class SphereCallback(StepCallback):
         """Key of the callback's state; two projections of different weights have different ones."""
         return self._generate_state_key(include=self.include, exclude=self.exclude, unit=self.unit)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start afresh; a checkpoint's state is loaded after this."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._reset()
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)
