@@ -1,31 +1,50 @@
-"""The two names that Lightning goes by, `pytorch_lightning` and `lightning.pytorch`, and what both have."""
+"""What may be missing: Lightning, under either of its two names, and optional packages."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from pytorch_lightning import Callback as CallbackBase
-else:
 
-    def _installed():
-        found = []
-        for namespace in ("pytorch_lightning", "lightning.pytorch"):
-            try:
-                found.append(import_module(namespace))
-            except ModuleNotFoundError as error:
-                if error.name is None or not namespace.startswith(error.name):
-                    raise
-        if not found:
-            raise ModuleNotFoundError("Lightning is not installed. Install it by: pip install pytorch-lightning")
-        return found
+__all__ = ["CallbackBase", "optional_import", "pl"]
 
-    # The first that is there; for what must be of one of the two.
-    pl, *_others = _installed()
+
+def optional_import(module: str, extra: str = "plot") -> Any:
+    """Import a module of an extra.
+
+    Raises:
+        ModuleNotFoundError: With the line that installs it.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{module.partition('.')[0]} is not installed. Install it by: pip install 'lightning-normreg[{extra}]'"
+        ) from error
+
+
+def __getattr__(name: str) -> Any:
+    """Lightning when it is asked for: ``pl``, the first namespace that is there, and a base for callbacks of all."""
+    if name not in ("pl", "CallbackBase"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    namespaces = _installed()
     # A callback that derives from both classes is accepted by both Trainers and both command lines.
-    _callbacks = tuple(dict.fromkeys(module.Callback for module in (pl, *_others)))
-    CallbackBase = type("CallbackBase", _callbacks, {"__module__": __name__})
+    callbacks = tuple(dict.fromkeys(namespace.Callback for namespace in namespaces))
+    globals().update(pl=namespaces[0], CallbackBase=type("CallbackBase", callbacks, {"__module__": __name__}))
+    return globals()[name]
 
-__all__ = ["CallbackBase", "pl"]
+
+def _installed() -> list[Any]:
+    found = []
+    for namespace in ("pytorch_lightning", "lightning.pytorch"):
+        try:
+            found.append(import_module(namespace))
+        except ModuleNotFoundError as error:
+            if error.name is None or not namespace.startswith(error.name):
+                raise
+    if not found:
+        raise ModuleNotFoundError("Lightning is not installed. Install it by: pip install pytorch-lightning")
+    return found

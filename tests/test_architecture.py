@@ -11,55 +11,25 @@ from pathlib import Path
 import pytest
 
 import lightning_normreg
-from lightning_normreg import demos, functional, steps
+from lightning_normreg import cli, demos, functional, steps
 
 PACKAGE = Path(lightning_normreg.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# Floor of each top-level module; a module may import from its own floor and from those below.
 FLOORS = {
-    "functional": 0,
-    "_metrics": 0,
-    "_history": 0,
-    "_optimizers": 1,
-    "_rescale": 1,
-    "_run_logs": 1,
-    "_schedules": 1,
-    "_selection": 2,
-    "_roles": 2,
-    "_plot": 2,
-    "_invariance": 2,
-    "_flat_shards": 1,
-    "_sharding": 1,
-    "_watched": 3,
-    "_sharded": 3,
-    "_watch": 3,
-    "_targets": 3,
-    "_summary": 3,
-    "_statistics": 3,
-    "_step_hooks": 3,
-    "_observer": 3,
-    "_health": 3,
-    "_tracker": 3,
-    "_rotation_tracker": 3,
-    "_equilibrium": 3,
-    "_checkpoint": 3,
-    "_saved_optimizers": 3,
-    "_matching": 3,
-    "_inspection": 3,
-    "_projector": 3,
-    "_angles": 3,
-    "_rotator": 3,
-    "_regroup": 3,
-    "_decay_groups": 3,
-    "_corrected_decay": 3,
-    "steps": 3,
-    "_compat": 4,
-    "callbacks": 4,
-    "demos": 5,
-    "cli": 5,
-    "__main__": 5,
+    0: {"functional", "_metrics", "_compat"},
+    1: {"_weights"},
+    2: {"_optimizers", "_symmetries", "_plot"},
+    3: {"_param_groups", "steps"},
+    4: {"_reports"},
+    5: {"callbacks"},
+    6: {"demos"},
+    7: {"cli"},
+    8: {"__main__"},
 }
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+WITH_LIGHTNING = {"callbacks", "demos", "cli"}
+"""Rooms that may import it; `_compat` names it, and imports it when it is asked for."""
 
 PUBLIC = {
     "CorrectedDecay",
@@ -72,8 +42,6 @@ PUBLIC = {
     "ParameterRole",
     "RotationControl",
     "ScaleInvariance",
-    "SchedulerChain",
-    "SchedulerSequence",
     "WeightNormMonitor",
     "accept_rescaled",
     "decay_groups",
@@ -111,8 +79,11 @@ PUBLIC_DEMOS = {"DemoConvNet", "DigitsDataModule"}
 PUBLIC_STEPS = {"NormTracker", "Projector", "RotationTracker", "Rotator", "StepDispatcher", "tags", "watch"}
 
 
-def top(path: Path) -> str:
-    """Top-level module of a source file; "" for the package's own `__init__`."""
+PUBLIC_CLI = {"NormRegCLI", "SchedulerChain", "SchedulerSequence", "main"}
+
+
+def room_of(path: Path) -> str:
+    """First part of a source file's place; "" for the package's own `__init__`."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return "" if parts == ("__init__",) else parts[0]
 
@@ -123,62 +94,82 @@ def imports(tree: ast.AST) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "lightning_normreg":
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found.append(node.module)
     return found
 
 
-def uphill(path: Path, source: str) -> list[str]:
-    """Imports of a file that run uphill, or bring Lightning below floor 4."""
-    floor = FLOORS[top(path)]
+def wrong_imports(room: str, source: str) -> list[str]:
+    """Imports that run uphill or sideways, pass by a private room's face, or bring Lightning to a lower floor."""
     wrong = []
     for module in imports(ast.parse(source)):
-        first, _, rest = module.partition(".")
-        if first == "lightning_normreg" and FLOORS.get(rest.split(".")[0], 0) > floor:
+        first, *rest = module.split(".")
+        if first in ("lightning", "pytorch_lightning") and room not in WITH_LIGHTNING:
             wrong.append(module)
-        if first in ("lightning", "pytorch_lightning") and floor < 4:
-            wrong.append(module)
+        if first == "lightning_normreg" and rest and rest[0] != room:
+            private = rest[0].startswith("_") and len(rest) > 1
+            if FLOOR_OF[rest[0]] >= FLOOR_OF[room] or private:
+                wrong.append(module)
     return wrong
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if top(p)], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_room_has_a_floor() -> None:
+    """And at most six modules stand loose beside the rooms."""
+    assert {room_of(path) for path in SOURCES} - {""} == FLOOR_OF.keys()
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if room_of(p)], ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_run_downhill(path: Path) -> None:
-    """No floor knows one above it, and only floors 4 and 5 know Lightning."""
-    assert uphill(path, path.read_text()) == []
+    """No room knows one above or beside it, and only the top ones know Lightning."""
+    if room_of(path) != "_compat":
+        assert wrong_imports(room_of(path), path.read_text()) == []
 
 
-def test_the_import_check_can_fail() -> None:
-    """An import of a callback, and one of Lightning, are found on floor 3."""
-    source = (
-        "from lightning_normreg.callbacks import x\nfrom lightning_normreg import _metrics\nimport pytorch_lightning"
-    )
-    assert uphill(PACKAGE / "_tracker.py", source) == [
-        "lightning_normreg.callbacks",
-        "lightning_normreg.callbacks.x",
-        "pytorch_lightning",
-    ]
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from lightning_normreg.callbacks import x",
+        "from lightning_normreg._reports import x",
+        "from lightning_normreg._param_groups import x",
+        "from lightning_normreg._weights._roles import x",
+        "import pytorch_lightning",
+        "from lightning.pytorch import Callback",
+    ],
+)
+def test_the_import_check_can_fail(line: str) -> None:
+    """Uphill, sideways, past a face, and Lightning, each found in a file of ``steps``."""
+    assert wrong_imports("steps", "from lightning_normreg import _metrics\n" + line) == [line.split()[1]]
 
 
 def test_lower_floors_run_without_lightning() -> None:
-    """Floors 0 to 3 import where Lightning cannot be imported at all."""
-    lower = [f"lightning_normreg.{name}" for name, floor in FLOORS.items() if floor < 4]
+    """They import, and the doctests of the two public ones pass, where Lightning is not installed."""
+    lower = [f"lightning_normreg.{room}" for room, floor in FLOOR_OF.items() if floor < FLOOR_OF["callbacks"]]
     code = f"""
-import sys, types
+import sys
 for name in ("lightning", "pytorch_lightning"):
     sys.modules[name] = None
-package = types.ModuleType("lightning_normreg")
-package.__path__ = [{str(PACKAGE)!r}]
-sys.modules["lightning_normreg"] = package
 import importlib
+import pytest
 for name in {lower!r}:
     importlib.import_module(name)
+packages = ["lightning_normreg.functional", "lightning_normreg.steps"]
+sys.exit(pytest.main(["-n0", "-q", "-p", "no:cacheprovider", "--pyargs", *packages]))
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
 
 @pytest.mark.parametrize(
     "module, names",
-    [(lightning_normreg, PUBLIC), (functional, PUBLIC_FUNCTIONAL), (demos, PUBLIC_DEMOS), (steps, PUBLIC_STEPS)],
+    [
+        (lightning_normreg, PUBLIC),
+        (functional, PUBLIC_FUNCTIONAL),
+        (demos, PUBLIC_DEMOS),
+        (steps, PUBLIC_STEPS),
+        (cli, PUBLIC_CLI),
+    ],
 )
 def test_exported_names(module: object, names: set[str]) -> None:
     """What a module re-exports by `X as X`, and defines, is the documented surface, no more and no less."""
@@ -191,12 +182,18 @@ def test_exported_names(module: object, names: set[str]) -> None:
         assert inspect.getdoc(getattr(module, name))
 
 
+def test_names_that_are_imported_late_are_listed() -> None:
+    """For tab completion."""
+    assert {*dir(lightning_normreg)} >= PUBLIC
+
+
 def test_every_public_name_is_documented() -> None:
     """The pages of the documentation show each of them."""
     docs = Path(__file__).parent.parent / "docs"
     pages = "\n".join(page.read_text() for page in docs.rglob("*.md"))
     missing = [n for n in PUBLIC - {"functional"} if f"::: lightning_normreg.{n}\n" not in pages]
     missing += [n for n in PUBLIC_DEMOS if f"::: lightning_normreg.demos.{n}\n" not in pages]
+    missing += [n for n in PUBLIC_CLI - {"NormRegCLI", "main"} if f"::: lightning_normreg.cli.{n}\n" not in pages]
     missing += [n for n in PUBLIC_STEPS if f"::: lightning_normreg.steps.{n}\n" not in pages]
     missing += [n for n in PUBLIC_FUNCTIONAL if f"- {n}\n" not in pages]
     assert missing == []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_normreg import _metrics
-from lightning_normreg._history import optional_import
+from lightning_normreg._compat import optional_import
 from lightning_normreg._metrics import Curve
 from lightning_normreg._plot._run import Run
 from lightning_normreg._plot._style import Depth, axis_label, set_log_ticks, spread, step_axis

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from lightning_normreg._history import optional_import
+from lightning_normreg._compat import optional_import
 from lightning_normreg._plot._heat_maps import draw_heat_map, heat_maps_of
 from lightning_normreg._plot._panels import Panel, draw, panels_of
 from lightning_normreg._plot._run import Run, all_layers, choose, runs_of

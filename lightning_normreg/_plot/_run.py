@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning_normreg import _metrics
-from lightning_normreg._history import optional_import
+from lightning_normreg._compat import optional_import
 from lightning_normreg._metrics import Curve
-from lightning_normreg._run_logs import by_step, read_runs
-from lightning_normreg._selection import check_globs, match
+from lightning_normreg._plot._run_logs import by_step, read_runs
+from lightning_normreg._weights import check_globs, match
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_normreg._history import optional_import
+from lightning_normreg._compat import optional_import
 from lightning_normreg._metrics import Curve
 
 LEGEND_LAYERS = 12

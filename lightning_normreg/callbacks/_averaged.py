@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_normreg._projector import Projector
+from lightning_normreg.steps._projector import Projector
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

@@ -11,13 +11,12 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import CallbackBase
-from lightning_normreg._flat_shards import find_flat_pieces
-from lightning_normreg._invariance import load_verdict, summarize, verdict_to_dict
-from lightning_normreg._observer import GradientObserver, InvarianceWatchdog
-from lightning_normreg._regroup import load_by_name
-from lightning_normreg._roles import ParameterRole, named_roles
-from lightning_normreg._step_hooks import BackwardGuard, StepDispatcher, torch_optimizer
-from lightning_normreg.callbacks._verdict import Verdict, observer_limits, probe, same_on_all_ranks, say_lost
+from lightning_normreg._param_groups import load_by_name
+from lightning_normreg._symmetries import load_verdict, verdict_to_dict
+from lightning_normreg._weights import ParameterRole, find_flat_pieces, named_roles, summarize
+from lightning_normreg.callbacks._probing import Verdict, observer_limits, probe, same_on_all_ranks, say_lost
+from lightning_normreg.steps._observer import GradientObserver, InvarianceWatchdog
+from lightning_normreg.steps._step_hooks import BackwardGuard, StepDispatcher, torch_optimizer
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

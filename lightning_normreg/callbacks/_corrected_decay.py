@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_normreg._corrected_decay import DecayCorrector, PeakLR
-from lightning_normreg._invariance import strong
-from lightning_normreg._targets import choose_targets
-from lightning_normreg._watch import check_selection, watch
+from lightning_normreg._weights import check_selection, strong, watch
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
-from lightning_normreg.callbacks._verdict import Verdict
+from lightning_normreg.callbacks._probing import Verdict
+from lightning_normreg.steps._decay_corrector import DecayCorrector, PeakLR
+from lightning_normreg.steps._targets import choose_targets
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

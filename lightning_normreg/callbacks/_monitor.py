@@ -11,11 +11,9 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg import _metrics
-from lightning_normreg._history import History
 from lightning_normreg._metrics import Curve
-from lightning_normreg._tracker import Row, Tracker
-from lightning_normreg._watch import UnitArgument, check_selection, watch
-from lightning_normreg._watched import Watched
+from lightning_normreg._plot import History
+from lightning_normreg._weights import UnitArgument, Watched, check_selection, watch
 from lightning_normreg.callbacks._base import (
     StepCallback,
     batches_that_stepped,
@@ -25,8 +23,9 @@ from lightning_normreg.callbacks._base import (
 )
 from lightning_normreg.callbacks._hyperparameters import hyperparameters, log_hyperparameters
 from lightning_normreg.callbacks._norm_projection import NormProjection
+from lightning_normreg.callbacks._probing import Verdict
 from lightning_normreg.callbacks._tensorboard import write_beside
-from lightning_normreg.callbacks._verdict import Verdict
+from lightning_normreg.steps._tracker import Row, Tracker
 
 if TYPE_CHECKING:
     import pandas as pd

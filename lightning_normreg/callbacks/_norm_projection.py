@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_normreg._projector import Projector, Radius
-from lightning_normreg._targets import OnNotInvariant
-from lightning_normreg._watch import UnitArgument
-from lightning_normreg._watched import Watched
-from lightning_normreg.callbacks._sphere import SphereCallback
+from lightning_normreg._weights import UnitArgument, Watched
+from lightning_normreg.callbacks._holding import SphereCallback
+from lightning_normreg.steps._projector import Projector, Radius
+from lightning_normreg.steps._targets import OnNotInvariant
 
 
 class NormProjection(SphereCallback):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lightning_normreg._step_hooks import Phase
-from lightning_normreg._summary import SummaryRow, markdown_summary, sentences, summary_rows, summary_table
+from lightning_normreg._reports import SummaryRow, markdown_summary, sentences, summary_rows, summary_table
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
-from lightning_normreg.callbacks._sphere import SphereCallback
-from lightning_normreg.callbacks._verdict import Verdict
+from lightning_normreg.callbacks._holding import SphereCallback
+from lightning_normreg.callbacks._probing import Verdict
+from lightning_normreg.steps._step_hooks import Phase
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

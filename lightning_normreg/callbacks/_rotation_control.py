@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_normreg._angles import Angle, Angles
-from lightning_normreg._projector import Radius
-from lightning_normreg._rotator import Hold, Mean, Rotator, check_control_arguments
-from lightning_normreg._targets import OnNotInvariant
-from lightning_normreg._watch import UnitArgument
-from lightning_normreg._watched import Watched
+from lightning_normreg._weights import UnitArgument, Watched
 from lightning_normreg.callbacks._base import optimizers_of
-from lightning_normreg.callbacks._sphere import SphereCallback
-from lightning_normreg.callbacks._verdict import Verdict
+from lightning_normreg.callbacks._holding import SphereCallback
+from lightning_normreg.callbacks._probing import Verdict
 from lightning_normreg.functional._rotation import Per
+from lightning_normreg.steps._angles import Angle, Angles
+from lightning_normreg.steps._projector import Radius
+from lightning_normreg.steps._rotator import Hold, Mean, Rotator, check_control_arguments
+from lightning_normreg.steps._targets import OnNotInvariant
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -9,11 +9,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_normreg import _metrics
-from lightning_normreg._tracker import NormTracker, Row, Tracker
-from lightning_normreg._watch import UnitArgument
-from lightning_normreg._watched import Watched
+from lightning_normreg._weights import UnitArgument, Watched
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
 from lightning_normreg.callbacks._tensorboard import takes_histograms, write_histograms
+from lightning_normreg.steps._tracker import NormTracker, Row, Tracker
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from lightning_normreg.cli._commands import COMMANDS, overview
-from lightning_normreg.cli._examples import PROGRAM
-from lightning_normreg.cli._normreg_cli import NormRegCLI as NormRegCLI
-from lightning_normreg.cli._schedulers import SchedulerChain as SchedulerChain
-from lightning_normreg.cli._schedulers import SchedulerSequence as SchedulerSequence
+from lightning_normreg.cli._examples import PROGRAM, SUMMARIES, overview
+
+if TYPE_CHECKING:
+    from lightning_normreg.cli._normreg_cli import NormRegCLI as NormRegCLI
+    from lightning_normreg.cli._schedulers import SchedulerChain as SchedulerChain
+    from lightning_normreg.cli._schedulers import SchedulerSequence as SchedulerSequence
+
+# Subcommands that are not LightningCLI's, and where each is: `--help` imports none of them. One more is a file with a
+# function that takes the arguments, and a line here and in SUMMARIES.
+COMMANDS = {"demo": "_demo", "inspect": "inspect", "plot": "_plot", "convert": "_convert"}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -27,9 +34,16 @@ def main(args: Sequence[str] | None = None) -> None:
         print(overview())
         sys.exit(0)
     elif first in COMMANDS:
-        COMMANDS[first](words[1:])
-    elif first.startswith("-") or first in NormRegCLI.subcommands():
-        NormRegCLI(args=words, parser_kwargs={"prog": PROGRAM})
+        getattr(import_module(f"{__name__}.{COMMANDS[first]}"), first)(words[1:])
+    elif first.startswith("-") or first in SUMMARIES:
+        __getattr__("NormRegCLI")(args=words, parser_kwargs={"prog": PROGRAM})
     else:
         sys.stderr.write(f"{overview()}\n\nerror: {first!r} is no subcommand. Use one of those above.\n")
         sys.exit(2)
+
+
+def __getattr__(name: str) -> Any:
+    homes = {"NormRegCLI": "_normreg_cli", "SchedulerChain": "_schedulers", "SchedulerSequence": "_schedulers"}
+    if name not in homes:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{homes[name]}"), name)

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
 from lightning_normreg.cli._examples import PROGRAM, epilog
-from lightning_normreg.cli._inspect_report import WIDTH
 from lightning_normreg.cli._namespace import DEFAULT
 from lightning_normreg.cli._normreg_cli import parser_class
 from lightning_normreg.cli._recipe import OF_THE_UNIT, Recipe, converted, to_plain
 from lightning_normreg.cli._recipe_source import read_recipe
+from lightning_normreg.cli.inspect._report import WIDTH
 from lightning_normreg.functional import equilibrium_half_life, equilibrium_rotation, matched_lr
 from lightning_normreg.functional._recipes import EXPONENTS
 

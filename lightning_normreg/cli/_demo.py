@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lightning_normreg._history import optional_import
+from lightning_normreg._compat import optional_import
 from lightning_normreg._plot import plot_curves
 from lightning_normreg.callbacks._monitor import Monitor
 from lightning_normreg.cli._examples import PROGRAM, epilog
@@ -28,7 +28,7 @@ def demo(args: list[str]) -> None:
         args: LightningCLI's arguments, without a subcommand; ``--config`` takes a YAML file.
     """
     for module in ("sklearn", "matplotlib", "pandas"):
-        optional_import(module)
+        optional_import(module, "demo")
     cli = NormRegCLI(
         DemoConvNet,
         DigitsDataModule,

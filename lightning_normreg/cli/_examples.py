@@ -1,4 +1,4 @@
-"""What the subcommands of :class:`NormRegCLI` do, in a line each, and commands to start from."""
+"""What the subcommands do, in a line each, and commands to start from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ SUMMARIES = {
     "validate": "Run one evaluation epoch over the validation set.",
     "test": "Run one evaluation epoch over the test set.",
     "predict": "Run inference on your data.",
+    "demo": "Train the demo network on the digits and show what happened to its layers.",
+    "inspect": "Show the norms and effective learning rates of a model or a checkpoint, without training.",
+    "plot": "Draw the curves of one run, or of several side by side, on one page.",
+    "convert": "Rewrite a recipe with weight decay as one with projection or a schedule, or back.",
 }
+"""What each subcommand does, in a line."""
 
 _DEMO = "--model DemoConvNet --data DigitsDataModule --trainer.max_epochs 2"
 _RUN = "lightning_logs/version_0"
@@ -52,3 +57,19 @@ def epilog(subcommand: str) -> str:
         folded = textwrap.wrap(words.replace(" ", "\1").replace("\0", " "), 88, break_on_hyphens=False)
         lines.append("  " + " \\\n      ".join(folded).replace("\1", " "))
     return "\n".join(lines)
+
+
+def overview() -> str:
+    """What ``lightning-normreg --help`` shows."""
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} SUBCOMMAND [options]",
+            "",
+            "See and control what weight decay does to normalized networks.",
+            "",
+            "subcommands:",
+            *(f"  {name:<10}{summary}" for name, summary in SUMMARIES.items()),
+            "",
+            f"Each has a --help with examples. For a first run on embedded data: {PROGRAM} demo",
+        ]
+    )

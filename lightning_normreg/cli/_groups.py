@@ -11,7 +11,7 @@ from typing import Any, final
 from torch import nn
 
 from lightning_normreg._compat import CallbackBase
-from lightning_normreg._decay_groups import decay_groups
+from lightning_normreg._param_groups import decay_groups
 from lightning_normreg.callbacks._effective_lr_monitor import EffectiveLRMonitor
 from lightning_normreg.callbacks._norm_projection import NormProjection
 from lightning_normreg.callbacks._rotation_control import RotationControl

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
+import lightning_normreg.demos  # noqa: F401, so that its classes are known by their short names
 from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, explain
 from lightning_normreg.cli._examples import SUMMARIES, epilog
 from lightning_normreg.cli._groups import (
@@ -48,7 +49,7 @@ class Commands(Base):
     namespace = DEFAULT
 
     def __init__(self, model_class: Any = None, datamodule_class: Any = None, **options: Any) -> None:
-        helps = {name: {"description": text, "epilog": epilog(name)} for name, text in SUMMARIES.items()}
+        helps = {name: {"description": SUMMARIES[name], "epilog": epilog(name)} for name in self.subcommands()}
         options["parser_kwargs"] = helps | options.get("parser_kwargs", {})
         self._makes_optimizers = options.pop("auto_configure_optimizers", True)
         with self.explained_errors():

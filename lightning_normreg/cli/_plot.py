@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_normreg._plot import plot_curves
-from lightning_normreg._plot._style import shortened
-from lightning_normreg._run_logs import read_runs
+from lightning_normreg._plot import plot_curves, read_runs, shortened
 from lightning_normreg.cli._examples import PROGRAM, epilog
 
 SUFFIXES = (".png", ".svg", ".pdf")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, CyclicLR, LRScheduler, OneCycleLR, SequentialLR
 
-from lightning_normreg._schedules import DecayFreeLR
+from lightning_normreg._param_groups import DecayFreeLR
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_normreg._compat import pl
-from lightning_normreg._history import optional_import
+from lightning_normreg._compat import optional_import, pl
 
 TRAINING_IMAGES = 1000
 
@@ -36,7 +35,7 @@ class DigitsDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the images and draw the split."""
-        digits = optional_import("sklearn.datasets").load_digits()
+        digits = optional_import("sklearn.datasets", "demo").load_digits()
         images = torch.as_tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
         labels = torch.as_tensor(digits.target)
         generator = torch.Generator().manual_seed(self.seed)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_normreg._compat import pl
-from lightning_normreg._decay_groups import DecayGroupsMixin
+from lightning_normreg._param_groups import DecayGroupsMixin
 
 
 class DemoConvNet(DecayGroupsMixin, pl.LightningModule):

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_normreg._invariance import find_scale_invariance
-from lightning_normreg._invariance._thresholds import WIDE_OBSERVER
-from lightning_normreg._observer import GradientObserver
-from lightning_normreg._roles import named_roles
+from lightning_normreg._symmetries import find_scale_invariance
+from lightning_normreg._symmetries._thresholds import WIDE_OBSERVER
+from lightning_normreg._weights._roles import named_roles
+from lightning_normreg.steps._observer import GradientObserver
 
 BATCH, PROBED = 32, 4
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor
-from lightning_normreg._step_hooks import StepDispatcher
+from lightning_normreg.steps._step_hooks import StepDispatcher
 from tests.benchmarks.probe_cost import loss_of, resnet18
 
 BATCH, WARM_UP = 128, 2

@@ -21,11 +21,10 @@ from lightning_normreg import (
     NormProjection,
     NormRegCLI,
     RotationControl,
-    SchedulerChain,
-    SchedulerSequence,
     WeightNormMonitor,
     cli,
 )
+from lightning_normreg.cli import SchedulerChain, SchedulerSequence
 from lightning_normreg.cli._schedulers import natural_interval
 from tests.cli.conftest import BATCHES
 from tests.cli.harness import fit, groups, logged
@@ -307,7 +306,7 @@ def test_print_config_round_trips(subcommand: str, folder: Path, capsys: pytest.
     assert printed("--config=again.yaml") == first
     config = yaml.safe_load(first)
     assert config["decay"]["gamma"] is None
-    assert config["lr_scheduler"]["class_path"] == "lightning_normreg.SchedulerSequence"
+    assert config["lr_scheduler"]["class_path"] == "lightning_normreg.cli.SchedulerSequence"
     assert config["lr_scheduler"]["init_args"]["schedulers"][1]["init_args"]["step_size"] == 3
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from lightning_normreg._optimizers import NoRule, UpdateRule
 from lightning_normreg._optimizers._packages import RULES
-from lightning_normreg._roles import named_roles
-from lightning_normreg._rotation_tracker import RotationTracker
-from lightning_normreg._watch import watch
+from lightning_normreg._weights._roles import named_roles
+from lightning_normreg._weights._selection import watch
+from lightning_normreg.steps._rotation_tracker import RotationTracker
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""Multiplying a weight while it trains, so that its directions go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normreg._optimizers import Group, NoRule, UpdateRule, find_rule, group_of
+from lightning_normreg._param_groups._scheduler_rates import GROUP_RATES, Scheduler, check_schedulers, multiply_rates
+from lightning_normreg._param_groups._split import split_off
+
+
+@torch.no_grad()
+def rescale_(
+    optimizer: Optimizer, parameter: Tensor, factor: float, *, schedulers: Sequence[Scheduler] = ()
+) -> dict[str, Any]:
+    """Multiply a scale-invariant weight by c while it trains, without a change to where its direction goes.
+
+    Gradients of the weight go with 1/c from then on. Its gradient and its optimizer's state are multiplied by the power
+    of c by which they go, the learning rate by c^p, weight decay by c^−2 (coupled) or c^−p (decoupled), and eps and
+    other absolute constants by theirs. As these belong to a parameter group, the weight gets one of its own, split off
+    from that which it was in, unless it is alone there.
+
+    Directions then agree to rounding; Muon and SOAP round to lower precision inside. One eps that stands in two places,
+    as in AdamP and LAMB, follows where it counts more. What is outside of the optimizer does not follow: clipping by
+    the norm of all gradients, and copies of the weight, as averages keep them.
+
+    Args:
+        optimizer: Its optimizer, of torch or of a package whose rule is known.
+        parameter: The weight. All of it must be scale-invariant, as one or in units that are all multiplied alike.
+        factor: c, positive.
+        schedulers: All learning-rate schedulers of the optimizer. They follow.
+
+    Returns:
+        The weight's parameter group.
+
+    Raises:
+        TypeError: If ``optimizer`` is no ``torch.optim.Optimizer``, or a scheduler is none of torch's own.
+        ValueError: If ``factor`` is not a positive number, ``parameter`` is not the optimizer's, how its optimizer
+            scales is not known, or its state or a scheduler cannot follow. Nothing has changed then.
+
+    Examples:
+        >>> weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+        >>> optimizer = torch.optim.AdamW(weights, lr=0.1, weight_decay=0.5, eps=1e-8)
+        >>> group = rescale_(optimizer, weights[0], 4.0)
+        >>> weights[0].detach(), group["lr"], group["weight_decay"], group["eps"]
+        (tensor([4., 4.]), 0.4, 0.125, 2.5e-09)
+
+    Reference:
+        Li, Lyu and Arora 2020, https://arxiv.org/abs/2010.02916, for SGD: (w, η, λ) → (c w, c² η, λ / c²).
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}. Of a wrapper, pass what it "
+            "wraps."
+        )
+    if not (isinstance(factor, (int, float)) and math.isfinite(factor) and factor > 0):
+        raise ValueError(f"`factor` must be a positive number, got {factor!r}.")
+    group = group_of(optimizer, parameter)
+    if group is None:
+        raise ValueError(f"`parameter` must be one of the optimizer's, got one of shape {tuple(parameter.shape)}.")
+    rule = _rule(optimizer, group, parameter)
+    rate = rule.exponent if rule.lr_degree is None else rule.lr_degree
+    check_schedulers(optimizer, schedulers, rates=bool(rate))
+
+    index = split_off(optimizer, parameter, schedulers)
+    group = optimizer.param_groups[index]
+    _multiply_weight(optimizer, parameter, rule, float(factor))
+    _multiply_group(group, rule, float(factor), float(rate))
+    multiply_rates(schedulers, index, float(factor) ** rate)
+    return group
+
+
+def _rule(optimizer: Optimizer, group: Group, parameter: Tensor) -> UpdateRule:
+    name, found, state = type(optimizer).__name__, find_rule(optimizer, group), optimizer.state.get(parameter)
+    rule = found.rescaled_as if isinstance(found, NoRule) else found
+    if rule is None:
+        why = f": it {found.why}" if isinstance(found, NoRule) else ""
+        raise ValueError(
+            f"`optimizer` must be one whose steps are known, got {name}{why}. Describe your own by "
+            f"register_update_rule({name}, exponent=…, decay=…, state_degrees=…)."
+        )
+    if rule.state_degrees is None:
+        raise ValueError(
+            f"`optimizer` must be one whose state is known, got {name}. Describe your own by "
+            f"register_update_rule({name}, exponent=…, decay=…, state_degrees=…)."
+        )
+    if isinstance(found, NoRule) and sum(len(g["params"]) for g in optimizer.param_groups) > 1:
+        raise ValueError(f"`parameter` must be the only one of {name}, which has one state for all of them.")
+    if rule.local == "radam":
+        beta, step = float(group["betas"][1]), 1 + int((state or {}).get("step", 0))
+        if 2 / (1 - beta) - 1 - 2 * step * beta**step / (1 - beta**step) <= 5:
+            raise ValueError(
+                f"`optimizer` must be past its first steps, got a {name} before step {step}, which it does not rectify "
+                "yet, and which goes with another power of the norm than later ones. Rescale after some more steps."
+            )
+    return rule
+
+
+def _multiply_weight(optimizer: Optimizer, parameter: Tensor, rule: UpdateRule, factor: float) -> None:
+    parameter.mul_(factor)
+    if parameter.grad is not None:
+        parameter.grad.div_(factor)
+    state = optimizer.state.get(parameter, {})
+    for key, degree in {**(rule.state_degrees or {}), **rule.rate_degrees}.items():
+        if key in state:
+            power = degree(parameter.ndim) if callable(degree) else degree
+            state[key] = _times(state[key], factor**power)
+
+
+def _times(value: Any, factor: float) -> Any:
+    if isinstance(value, list):
+        return [_times(v, factor) for v in value]
+    return value.mul_(factor) if isinstance(value, Tensor) else value * factor
+
+
+def _multiply_group(group: Group, rule: UpdateRule, factor: float, rate: float) -> None:
+    decay = {"coupled": -2.0, "decoupled": -rate, "none": 0.0}[rule.decay]
+    degrees: dict[str, Any] = {"weight_decay": decay if rule.decay_degree is None else rule.decay_degree}
+    degrees |= dict.fromkeys((rule.lr_key, *GROUP_RATES), rate)
+    degrees |= rule.group_degrees
+    for key, degree in degrees.items():
+        if key in group:
+            group[key] = _scaled(group[key], factor, degree, group)
+
+
+def _scaled(value: Any, factor: float, degree: Any, group: Group) -> Any:
+    if isinstance(degree, tuple):
+        return type(value)(_scaled(v, factor, d, group) for v, d in zip(value, degree, strict=True))
+    power = degree(group) if callable(degree) else degree
+    return value * factor**power if power else value  # a new tensor: groups share the one they were made with

@@ -1,0 +1,222 @@
+"""Norms of all parameters, and what their optimizer will do to them in the next step, as far as it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+from lightning_normreg._optimizers import NoRule, UpdateRule
+from lightning_normreg._reports._saved_optimizers import SavedGroup
+from lightning_normreg._reports._summary import units_in_words
+from lightning_normreg._weights import ParameterRole, Verdict, Watched, norms_of, role_by_shape, watch
+from lightning_normreg.functional import effective_lr, weight_norm
+from lightning_normreg.functional._norms import root_mean_square
+from lightning_normreg.steps._equilibria import Formulas
+
+Blank = Callable[[str], None]
+"""Takes the reason why a cell is empty."""
+
+
+@dataclass(frozen=True)
+class InspectedParameter:
+    """One parameter; what is not known is None.
+
+    Attributes:
+        parameter: Clean name.
+        shape: Its shape.
+        units: Its scale-invariant units in words, "none", "inert", or "unknown", where its rows are taken for units.
+        norm: ‖w‖ of the whole tensor.
+        unit_norm_rms: n, root mean square of the units' norms.
+        unit_norm_min: The smallest of them.
+        unit_norm_median: Their median.
+        unit_norm_max: The largest.
+        optimizer: Class of its optimizer.
+        group: Its parameter group.
+        lr: Learning rate η of the next step.
+        weight_decay: λ.
+        exponent: p.
+        effective_lr: η/n^p; None for what is known not to be scale-invariant.
+        effective_lr_not_invariant: The same for that, where it means nothing by itself.
+        equilibrium_norm: n at which decay settles.
+        equilibrium_rotation: Angle per step there, in radians.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    units: str
+    norm: float
+    unit_norm_rms: float
+    unit_norm_min: float
+    unit_norm_median: float
+    unit_norm_max: float
+    optimizer: str | None = None
+    group: str | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    exponent: int | None = None
+    effective_lr: float | None = None
+    effective_lr_not_invariant: float | None = None
+    equilibrium_norm: float | None = None
+    equilibrium_rotation: float | None = None
+
+
+def as_parameters(tensors: Mapping[str, Tensor]) -> list[tuple[str, Parameter, ParameterRole]]:
+    """Tensors of a checkpoint in the form of :func:`named_roles`, as far as names and shapes say what they are."""
+    found = []
+    for name, tensor in tensors.items():
+        parameter = Parameter(tensor, requires_grad=False)
+        role, rule = role_by_shape(name.rpartition(".")[2], parameter)
+        found.append((name, parameter, ParameterRole(role, rule, "")))
+    return found
+
+
+def inspect_parameters(
+    named: Sequence[tuple[str, Parameter, ParameterRole]],
+    owners: Mapping[str, SavedGroup],
+    verdict: Verdict | None,
+    held: Collection[str] = (),
+) -> tuple[list[InspectedParameter], list[str]]:
+    """One row for each parameter, and why cells are empty, in sentences.
+
+    Args:
+        named: All parameters, as :func:`named_roles` gives them.
+        owners: Name → parameter group, of those whose group is known.
+        verdict: Which units are scale-invariant, if that is known.
+        held: Names of those that a projection holds, which have no equilibrium of decay.
+    """
+    if not named:
+        return [], []
+    reasons: dict[str, list[str]] = {}
+    watched = watch(named, ["*"], (), "auto", verdict or None)
+    rows = []
+    for w, norms in zip(watched, norms_of(watched), strict=True):
+        row: dict[str, Any] = {
+            "parameter": w.name,
+            "shape": tuple(w.shape),
+            "units": units_in_words((verdict or {}).get(w.name)),
+            "norm": float(weight_norm(w.parameter)),
+            "unit_norm_rms": float(root_mean_square(norms)),
+        }
+        row |= dict(zip(("unit_norm_min", "unit_norm_median", "unit_norm_max"), _spread(norms), strict=True))
+        if w.name in owners:
+            row |= _rates(w, owners[w.name], row["unit_norm_rms"], w.name in held, _noted(w.name, reasons))
+        rows.append(InspectedParameter(**row))
+    return rows, [f"{_several(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _noted(name: str, reasons: dict[str, list[str]]) -> Blank:
+    return lambda reason: reasons.setdefault(reason, []).append(name)
+
+
+def _spread(norms: Tensor) -> tuple[float, float, float]:
+    if not norms.numel():
+        return 0.0, 0.0, 0.0
+    ordered = norms.double().sort().values
+    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return float(ordered[0]), float(middle), float(ordered[-1])
+
+
+def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blank: Blank) -> dict[str, Any]:
+    """What follows from the optimizer's settings."""
+    rules = [rule for rule in group.rules if isinstance(rule, UpdateRule)]
+    whys = [rule.why for rule in group.rules if isinstance(rule, NoRule)]
+    lrs = {_number(rule.lr(group.settings)) for rule in rules if rule.lr_key in group.settings}
+    lr = lrs.pop() if len(lrs) == 1 else None if rules else _number(group.settings.get("lr"))
+    decay = _number(group.settings.get("weight_decay"))
+    found: dict[str, Any] = {"optimizer": group.optimizer or None, "group": group.label, "lr": lr}
+    found["weight_decay"] = decay
+    if watched.role.role not in ("weight", "embedding") or lr is None:
+        return found
+    whys += [rule.note for rule in rules if not rule.lr_is_used]
+    exponents = {rule.exponent for rule in rules}
+    if whys:
+        blank(f"{group.optimizer} {whys[0]}, so there is no lr/n^p.")
+        return found
+    if len(exponents) == 1:
+        (found["exponent"],) = exponents
+    if found.get("exponent") and norm > 0:
+        key = "effective_lr_not_invariant" if watched.invariant is False else "effective_lr"
+        found[key] = float(effective_lr(lr, torch.tensor(norm, dtype=torch.float64), found["exponent"]))
+    elif found.get("exponent") == 0:
+        blank(f"{group.optimizer} steps in proportion to the weight (p = 0), so there is no lr/n^p.")
+    if rules and decay and watched.invariant is not False and not held:
+        found |= _equilibrium(watched, rules, group, (lr, decay), blank)
+    return found
+
+
+def _equilibrium(
+    watched: Watched, rules: Sequence[UpdateRule], group: SavedGroup, step: tuple[float, float], blank: Blank
+) -> dict[str, float]:
+    if len({rule.family for rule in rules}) > 1 or not rules[0].family:
+        blank(f"the equilibrium of {group.optimizer} with these settings is not known.")
+        return {}
+    formulas = Formulas(rules[0], group.settings, watched, None)
+    found = {}
+    for key, formula in (("equilibrium_rotation", formulas.rotation), ("equilibrium_norm", formulas.norm)):
+        try:
+            found[key] = formula(step)
+        except ValueError as error:
+            if "gradient_norm" in str(error):
+                quantity = key.replace("_", " ")
+                blank(f"the {quantity} of {group.optimizer} depends on the size of gradients, which is not known here.")
+            else:
+                blank(f"no equilibrium is predicted. {error}")
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _several(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:
+    """The rows as a table for the terminal."""
+    table = Table(title=title, caption=_CAPTION)
+    wide = len({(row.optimizer, row.group) for row in rows if row.group is not None}) > 1
+    columns = {
+        "parameter": lambda r: r.parameter,
+        "shape": lambda r: "×".join(map(str, r.shape)),
+        "‖w‖": lambda r: f"{r.norm:.4g}",
+        "units: min, median, max": lambda r: (
+            f"{r.unit_norm_min:.3g}, {r.unit_norm_median:.3g}, {r.unit_norm_max:.3g}" if len(r.shape) > 1 else ""
+        ),
+        "n": lambda r: f"{r.unit_norm_rms:.4g}",
+        "n*": lambda r: _cell(r.equilibrium_norm),
+        "θ*": lambda r: _cell(r.equilibrium_rotation),
+        "group": lambda r: r.group or "",
+        "lr": lambda r: _cell(r.lr),
+        "decay": lambda r: _cell(r.weight_decay),
+        "lr/n^p": _effective,
+    }
+    if not wide:
+        del columns["group"]
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("parameter", "shape", "group") else "right")
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
+    return table
+
+
+_CAPTION = (
+    "n: root mean square of the units' norms. n*, θ*: norm and rotation per step (radians) at which decay settles. "
+    "lr/n^p: effective learning rate of the next step, in brackets where the weight is not scale-invariant."
+)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _effective(row: InspectedParameter) -> str:
+    if row.effective_lr_not_invariant is not None:
+        return f"({row.effective_lr_not_invariant:.4g})"
+    return _cell(row.effective_lr)

@@ -1,0 +1,193 @@
+"""What is known of every parameter before training, as a table and in plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+from torch.nn.parameter import Parameter
+from torch.optim import Optimizer
+
+from lightning_normreg._optimizers import update_rule
+from lightning_normreg._weights import ParameterRole, ScaleInvariance, Verdict, norms_of, summarize, watch, whole_shape
+from lightning_normreg.functional._norms import root_mean_square
+
+COLUMNS = ("parameter", "shape", "role", "units", "eps share", "norm", "radius", "group", "decay", "optimizer")
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One parameter.
+
+    Attributes:
+        parameter: Clean name.
+        shape: Its shape.
+        role: What it is.
+        units: Its scale-invariant units in words, "none", "unknown", or "inert".
+        evidence: Where that is from, "" where it is unknown.
+        eps_share: Median eps share ρ of the normalizations behind it, None if it was not measured.
+        norm: Root mean square of the units' norms before any projection.
+        radius: Radius at which a projection holds them (root mean square), None for no projection.
+        group: Name or number of its parameter group, "" if no optimizer updates it.
+        weight_decay: Decay of that group.
+        lr: Learning rate of that group.
+        optimizer: Class of its optimizer.
+        size: Number of its entries.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    role: str
+    units: str
+    evidence: str
+    eps_share: float | None
+    norm: float
+    radius: float | None
+    group: str
+    weight_decay: float
+    lr: float
+    optimizer: str
+    size: int
+
+    @property
+    def is_invariant(self) -> bool:
+        """Whether it has scale-invariant units."""
+        return self.units not in ("none", "unknown", "inert")
+
+    def cells(self) -> list[str]:
+        """The row as the table shows it."""
+        share = "" if self.eps_share is None else f"{self.eps_share:.1%}"
+        radius = "" if self.radius is None else f"{self.radius:.4g}"
+        shape, decay = "×".join(map(str, self.shape)), f"{self.weight_decay:g}" if self.optimizer else ""
+        units = f"{self.units} ({self.evidence})" if self.is_invariant else self.units
+        optimizer = self.optimizer or "frozen"
+        return [
+            self.parameter,
+            shape,
+            self.role,
+            units,
+            share,
+            f"{self.norm:.4g}",
+            radius,
+            self.group,
+            decay,
+            optimizer,
+        ]
+
+
+def summary_rows(
+    named: Sequence[tuple[str, Parameter, ParameterRole]],
+    optimizers: Iterable[Optimizer],
+    verdict: Verdict,
+    held: Mapping[str, tuple[float, float]],
+) -> list[SummaryRow]:
+    """One row for each parameter.
+
+    Args:
+        named: All parameters, as :func:`named_roles` gives them.
+        optimizers: Their optimizers.
+        verdict: What is known of scale invariance, empty for nothing.
+        held: For each projected parameter its norm before the projection, and its radius.
+    """
+    groups = {
+        p: (str(group.get("name", number)), group, optimizer)
+        for optimizer in optimizers
+        for number, group in enumerate(optimizer.param_groups)
+        for p in group["params"]
+    }
+    watched = watch(named, ["*"], (), "auto", verdict or None)
+    norms = {w.name: float(root_mean_square(found)) for w, found in zip(watched, norms_of(watched), strict=True)}
+    rows = []
+    for name, parameter, role in named:
+        known = verdict.get(name)
+        norm, radius = held.get(name) or (norms[name], None)
+        label, group, optimizer = groups.get(parameter, ("", {}, None))
+        rule = None if optimizer is None else update_rule(optimizer, group)
+        lr = group.get("lr", 0.0) if rule is None else rule.lr(group)
+        rows.append(
+            SummaryRow(
+                parameter=name,
+                shape=tuple(whole_shape(parameter)),
+                role=role.role,
+                units=units_in_words(known),
+                evidence="" if known is None else known.evidence,
+                eps_share=None if known is None else known.rho_median,
+                norm=norm,
+                radius=radius,
+                group=label,
+                weight_decay=float(group.get("weight_decay", 0.0)),
+                lr=float(lr or 0.0),  # None where the optimizer sets its own
+                optimizer="" if optimizer is None else type(optimizer).__name__,
+                size=whole_shape(parameter).numel(),
+            )
+        )
+    return rows
+
+
+def units_in_words(known: ScaleInvariance | None) -> str:
+    """The units of a verdict.
+
+    >>> units_in_words(ScaleInvariance("block", dim=0, block_size=64, slices=((0, 128),)))
+    'blocks of 64, slices 0 to 127 only'
+    """
+    if known is None:
+        return "unknown"
+    if not known.is_invariant:
+        return known.kind
+    words = {"neuron": "each neuron", "column": "each column", "dim": f"each slice of dimension {known.dim}"}
+    text = words.get(known.kind, "whole tensor")
+    if known.kind == "block":
+        text = f"blocks of {known.block_size}" if known.block_size else "blocks of several sizes"
+    if known.slices is not None:
+        text += ", slices " + ", ".join(f"{start} to {stop - 1}" for start, stop in known.slices) + " only"
+    return text + (f", with {known.needs_bias}" if known.needs_bias else "")
+
+
+def summary_table(rows: Iterable[SummaryRow]) -> Table:
+    """The rows as a table for the terminal."""
+    table = Table(title="Before training")
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column in ("eps share", "norm", "radius", "decay") else "left")
+    for row in rows:
+        table.add_row(*row.cells())
+    return table
+
+
+def markdown_summary(rows: Iterable[SummaryRow]) -> str:
+    """The rows as a Markdown table, for loggers that take text."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    return "\n".join([*lines, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
+
+
+def sentences(rows: list[SummaryRow], verdict: Verdict, steps_per_epoch: float, clipping: float | None) -> list[str]:
+    """What the table means, in plain sentences.
+
+    Args:
+        rows: All parameters.
+        verdict: What is known of scale invariance.
+        steps_per_epoch: Optimizer steps in an epoch, inf if unknown.
+        clipping: The Trainer's ``gradient_clip_val``.
+    """
+    decayed = [row for row in rows if row.weight_decay > 0]
+    if not verdict:
+        found = ["Which weights are scale-invariant is not known."]
+    elif not any(row.is_invariant for row in rows):
+        found = [summarize(verdict)]
+    elif not decayed:
+        found = ["Nothing is decayed, so the norms of scale-invariant weights grow and their effective rates fall."]
+    else:
+        share = sum(r.size for r in decayed if r.is_invariant) / sum(r.size for r in decayed)
+        rest = [r.parameter for r in decayed if not r.is_invariant]
+        names = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
+        found = [f"{share:.0%} of what you decay is scale-invariant: there decay only sets the learning rate."]
+        found += [f"It really regularizes {names}."] if rest else []
+    for lr, decay in sorted({(r.lr, r.weight_decay) for r in decayed if r.lr > 0}):
+        steps = 1 / (lr * decay)
+        found.append(
+            f"At lr {lr:g} and decay {decay:g} it acts over 1/(lr·decay) = {steps:.3g} steps, "
+            f"{steps / steps_per_epoch:.3g} epochs."
+        )
+    if clipping:
+        found.append(f"Gradients are clipped at {clipping:g}: where that is active, a step no longer grows with them.")
+    return found

@@ -1,0 +1,137 @@
+"""Euler's relation: a loss that does not change when w is scaled has ``Σ w·∂L/∂w = 0``, wherever it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_normreg._symmetries._call import PrivateCall, ProbeError
+from lightning_normreg._symmetries._slices import Axis, axes, slice_squares, slice_sums
+from lightning_normreg._weights import ParameterRole
+
+Gradients = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class EulerSums:
+    """Sums of ``E = w·∂L/∂w`` of one parameter in one draw, or of several draws stacked in front.
+
+    Attributes:
+        sums: For each axis ``Σ E`` per slice, float64, shape ``(slices,)`` or ``(draws, slices)``, on the CPU.
+        squares: The same for ``Σ E²``.
+        total: ``Σ E²`` over the tensor, shape ``()`` or ``(draws,)``.
+        is_vector: Whether the parameter has less than two dimensions, and so no units but itself.
+    """
+
+    sums: dict[Axis, Tensor]
+    squares: dict[Axis, Tensor]
+    total: Tensor
+    is_vector: bool
+
+    @staticmethod
+    def stack(draws: list[EulerSums]) -> EulerSums:
+        """Put several draws of the same parameter into one."""
+        first = draws[0]
+        return EulerSums(
+            {axis: torch.stack([d.sums[axis] for d in draws]) for axis in first.sums},
+            {axis: torch.stack([d.squares[axis] for d in draws]) for axis in first.squares},
+            torch.stack([d.total for d in draws]),
+            first.is_vector,
+        )
+
+
+def euler_sums(weight: Tensor, gradient: Tensor | None, role: ParameterRole) -> EulerSums:
+    """Sum ``E = w·g`` and ``E²`` over the slices of every dimension.
+
+    Accumulates in float64, because E cancels. For complex weights E is Re(w̄·g), by torch's convention of gradients.
+
+    Examples:
+        >>> role = ParameterRole("weight", "", "Linear")
+        >>> weight = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
+        >>> sums = euler_sums(weight, torch.tensor([[4.0, -3.0], [1.0, 1.0]]), role)
+        >>> sums.sums[Axis(0)]  # the first row's gradient is at a right angle to it
+        tensor([0., 2.], dtype=torch.float64)
+
+    Reference:
+        Twan van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, arXiv:1706.05350, section 2.
+    """
+    wide = torch.float64 if weight.device.type != "mps" else torch.float32
+    entries = euler_entries(weight, gradient, wide)
+    found = axes(entries.shape, role)
+    return EulerSums(
+        {axis: slice_sums(entries, axis).cpu() for axis in found},
+        {axis: slice_squares(entries, axis).cpu() for axis in found},
+        torch.linalg.vector_norm(entries).square().cpu(),
+        weight.ndim < 2,
+    )
+
+
+def euler_entries(weight: Tensor, gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``E = w·g`` in a real type; a single number has one dimension."""
+    weight = weight.detach()
+    if gradient is None:
+        entries = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    else:
+        gradient = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+        entries = (weight.conj() * gradient).real if weight.is_complex() else weight.to(dtype) * gradient.to(dtype)
+    return entries.to(dtype).reshape(1) if entries.ndim == 0 else entries.to(dtype)
+
+
+def euler_draw(
+    call: PrivateCall, point: Mapping[str, Tensor], roles: Mapping[str, ParameterRole], *, seed: int, shrink: float
+) -> tuple[float, dict[str, EulerSums]]:
+    """One forward and backward pass at ``point``: the loss, and the sums of each parameter that ``roles`` names.
+
+    Raises:
+        ProbeError: If the loss cannot be computed.
+    """
+    weights = [point[name] for name in roles]
+
+    def backward(loss: Tensor) -> tuple[Tensor, Gradients]:
+        return loss.detach(), _gradients(loss, weights)
+
+    def plain_backward(loss: Tensor) -> tuple[Tensor, Gradients]:
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach(), tuple(weight.grad for weight in weights)
+
+    try:
+        loss, gradients = call.run(point, backward, seed=seed, shrink=shrink)
+    except ProbeError as error:
+        if "use_reentrant" not in str(error.__cause__):
+            raise
+        loss, gradients = call.run(point, plain_backward, seed=seed, shrink=shrink)
+    pairs = zip(roles, weights, gradients, strict=True)
+    return float(loss), {name: euler_sums(weight, gradient, roles[name]) for name, weight, gradient in pairs}
+
+
+def _gradients(loss: Tensor, weights: list[Tensor]) -> Gradients:
+    # Not loss.backward(), which would also leave gradients on whatever the user's code holds outside of the module.
+    # Only reentrant activation checkpointing insists on it.
+    if not loss.requires_grad:
+        raise ProbeError("The loss must depend on a trainable parameter, but it has no gradient. Return it undetached.")
+    return torch.autograd.grad(loss, weights, allow_unused=True)
+
+
+def pooled_statistic(sums: Tensor, squares: Tensor) -> Tensor:
+    r"""How far a whole set of units is from scale-invariant, from gradients of training.
+
+    .. math:: T = \frac{1}{K} \sum_k \frac{\sum_u S_{ku}^2}{\sum_u Q_{ku}}, \quad S = \sum E, \; Q = \sum E^2
+
+    About 1 without invariance, whatever the size of the units. Compare with ``OBSERVER_THRESHOLDS``.
+
+    Args:
+        sums: S, shape ``(batches, units)``; units of several ranks may be concatenated, shards of one added.
+        squares: Q, of the same shape.
+
+    Returns:
+        T ``≥ 0``, shape ``()``; 0 where nothing has a gradient.
+
+    Examples:
+        >>> pooled_statistic(torch.tensor([[3.0, 0.0]]), torch.tensor([[9.0, 9.0]]))
+        tensor(0.5000)
+    """
+    ratios = sums.square().sum(1) / squares.sum(1).clamp_min(torch.finfo(squares.dtype).tiny)
+    return ratios.mean()

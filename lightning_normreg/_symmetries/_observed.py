@@ -1,0 +1,192 @@
+"""Scale invariance as seen from gradients of training: weaker evidence than the probe's, for models it cannot ask.
+
+At the weights of a run a sum ``Σ w·g`` may vanish by accident, above all while biases and gains are where they were
+initialized. So a weight beside a live bias is only ever accepted together with it, the steps lie apart, and what is
+found never changes weights by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_normreg._symmetries._classify import Table
+from lightning_normreg._symmetries._euler import euler_entries, pooled_statistic
+from lightning_normreg._symmetries._reasons import explain
+from lightning_normreg._symmetries._slices import Axis, axes, slice_squares, slice_sums, unit_of_slice, unit_sums
+from lightning_normreg._symmetries._thresholds import ObserverThresholds
+from lightning_normreg._weights import Kind, Later, ParameterRole, ScaleInvariance, Shard, SumOverShards
+from lightning_normreg.functional._norms import accumulator
+
+FEWEST_STEPS = 4
+"""Steps with a finite gradient below which nothing is said of a weight."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Sums of ``E = w·g`` of one parameter in one step, or in several stacked in front; on its device.
+
+    Attributes:
+        tables: For neurons and columns ``Σ E`` and ``Σ E²`` per slice, each of shape ``(slices,)`` or
+            ``(steps, slices)``.
+        gradient: Norm of the gradient.
+    """
+
+    tables: dict[Axis, Table]
+    gradient: Tensor
+
+    @staticmethod
+    def of(weight: Tensor, gradient: Tensor, looked_at: Sequence[Axis]) -> Observed:
+        """Sum over the slices of some axes, in float32 at least."""
+        entries = euler_entries(weight, gradient, accumulator(weight.dtype))
+        tables = {axis: Table(slice_sums(entries, axis), slice_squares(entries, axis)) for axis in looked_at}
+        return Observed(tables, torch.linalg.vector_norm(gradient.detach(), dtype=entries.dtype))
+
+    @staticmethod
+    def stack(steps: Sequence[Observed]) -> Observed:
+        """Put several steps into one."""
+        tables = {}
+        for axis in steps[0].tables if steps else ():
+            pairs = [step.tables[axis] for step in steps]
+            tables[axis] = Table(torch.stack([t.sums for t in pairs]), torch.stack([t.squares for t in pairs]))
+        return Observed(tables, torch.stack([step.gradient for step in steps]) if steps else torch.zeros(0))
+
+    def spread(self, shard: Shard) -> Observed:
+        """This process's slices at their places in the whole tensor, with the square of the gradient's norm.
+
+        Like this they can be added over processes, see :meth:`sum_later`.
+        """
+        tables = {}
+        for axis, table in self.tables.items():
+            places = shard.index[axis.dim]
+            size = shard.shape[axis.dim]
+            tables[axis] = Table(*(v.new_zeros(size).index_add_(0, places, v) for v in table))
+        return Observed(tables, self.gradient.square())
+
+    def sum_later(self, shard: Shard, total: SumOverShards) -> Later[Observed]:
+        """The sum over processes of several steps that were spread."""
+        tables = {axis: [total.add(v, shard) for v in table] for axis, table in self.tables.items()}
+        square = total.add(self.gradient, shard)
+        return lambda: Observed({axis: Table(*(v() for v in t)) for axis, t in tables.items()}, square().sqrt())
+
+    def where(self, steps: Tensor) -> Observed:
+        """The steps of a stack that a mask names."""
+        tables = {axis: Table(t.sums[steps], t.squares[steps]) for axis, t in self.tables.items()}
+        return Observed(tables, self.gradient[steps])
+
+
+def observed_axes(shape: torch.Size, role: ParameterRole) -> list[Axis]:
+    """Neurons and columns: those of larger dimensions (positions in a kernel) are no units of a known layer."""
+    return axes(shape, role)[:2]
+
+
+def observed_verdict(weight: Observed, biases: Mapping[str, Observed], limits: ObserverThresholds) -> ScaleInvariance:
+    """The finest units of one parameter whose sums have vanished in all steps.
+
+    Args:
+        weight: What was seen of it.
+        biases: Name → what was seen, in the same steps, of the biases that may belong to it, likeliest first.
+        limits: How small is zero.
+    """
+    useful = weight.gradient.isfinite() & (weight.gradient > 0)
+    if int(useful.sum()) < FEWEST_STEPS:
+        return _unseen(int(useful.sum()))
+    biases = {name: bias for name, bias in biases.items() if len(bias.gradient)}
+    if any(bias.gradient.shape != useful.shape for bias in biases.values()):
+        return _unpaired(biases)
+    biases = {name: bias.where(useful) for name, bias in biases.items()}
+    weight = weight.where(useful)
+    live = {name: bias for name, bias in biases.items() if _is_live(bias, weight, limits.live)}
+    found = _alone(weight, limits.statistic) if not live else _with_bias(weight, live, limits.statistic)
+    if found is None:
+        return _not_invariant(weight, limits.statistic, live)
+    found = explain(found)
+    seen = f"Seen from the gradients of {len(weight.gradient)} training steps only: weaker evidence than a probe's."
+    return replace(found, evidence="observer", reason=f"{found.reason} {seen}")
+
+
+def unit_statistic(verdict: ScaleInvariance, weight: Observed, bias: Observed | None) -> Tensor:
+    """T of the units of a verdict, shape ``()``, on the device."""
+    axis = verdict_axis(verdict, weight)
+    table = weight.tables[axis] if bias is None else _sum(weight.tables[axis], bias.tables[Axis(0)])
+    units = unit_of_slice(verdict, table.sums.shape[1]).to(table.sums.device)
+    pooled = [torch.stack([unit_sums(row, units) for row in values]) for values in table]
+    return pooled_statistic(*pooled)
+
+
+def verdict_axis(verdict: ScaleInvariance, weight: Observed) -> Axis:
+    """Axis along which the units of a verdict are; any will do for a whole layer."""
+    return next(iter(weight.tables)) if verdict.dim is None else Axis(verdict.dim, verdict.groups)
+
+
+def _alone(weight: Observed, threshold: float) -> ScaleInvariance | None:
+    axis, table = next(iter(weight.tables.items()))
+    found = _blocks(table, axis, threshold)
+    if found is None or found.kind == "layer":
+        return _columns(weight, threshold) or found
+    return found
+
+
+def _with_bias(weight: Observed, biases: Mapping[str, Observed], threshold: float) -> ScaleInvariance | None:
+    axis, table = next(iter(weight.tables.items()))
+    for name, bias in biases.items():
+        found = _blocks(_sum(table, bias.tables[Axis(0)]), axis, threshold)
+        if found is not None:
+            return replace(found, needs_bias=name)
+    return None
+
+
+def _blocks(table: Table, axis: Axis, threshold: float) -> ScaleInvariance | None:
+    """Neurons, else the smallest equal blocks of them, else the whole tensor."""
+    slices = table.sums.shape[1]
+    for size in (k for k in range(1, slices + 1) if slices % k == 0):
+        pooled = [values.reshape(len(values), -1, size).sum(2) for values in table]
+        statistic = float(pooled_statistic(*pooled))
+        if statistic < threshold:
+            z = statistic**0.5
+            if size == slices > 1:
+                return ScaleInvariance("layer", z=z)
+            kind: Kind = "neuron" if size == 1 else "block"
+            return ScaleInvariance(kind, dim=axis.dim, groups=axis.groups, block_size=size, z=z)
+    return None
+
+
+def _columns(weight: Observed, threshold: float) -> ScaleInvariance | None:
+    for axis, table in list(weight.tables.items())[1:]:
+        statistic = float(pooled_statistic(*table))
+        if statistic < threshold:
+            kind: Kind = "column" if axis.dim == 1 else "dim"
+            return ScaleInvariance(kind, dim=axis.dim, groups=axis.groups, block_size=1, z=statistic**0.5)
+    return None
+
+
+def _sum(weight: Table, bias: Table) -> Table:
+    return Table(weight.sums + bias.sums, weight.squares + bias.squares)
+
+
+def _is_live(bias: Observed, weight: Observed, limit: float) -> bool:
+    return bool((bias.gradient > limit * weight.gradient).any())
+
+
+def _unseen(steps: int) -> ScaleInvariance:
+    reason = f"A gradient reached it in {steps} of the observed steps, too few to say anything."
+    return ScaleInvariance("none", evidence="observer", reason=reason)
+
+
+def _unpaired(biases: Mapping[str, Observed]) -> ScaleInvariance:
+    reason = f"It was not seen in the same steps as {', '.join(biases)}, which may belong to it."
+    return ScaleInvariance("none", evidence="observer", reason=reason)
+
+
+def _not_invariant(weight: Observed, threshold: float, live: Mapping[str, Observed]) -> ScaleInvariance:
+    whole = [values.sum(1, keepdim=True) for values in next(iter(weight.tables.values()))]
+    statistic = float(pooled_statistic(*whole))
+    beside = f" It has a live bias, {next(iter(live))}, and could only be so together with it." if live else ""
+    reason = (
+        f"In training its gradients are not at a right angle to it (T = {statistic:.2g} for the whole tensor; units "
+        f"need {threshold:g})."
+    )
+    return ScaleInvariance("none", z=statistic**0.5, evidence="observer", reason=reason + beside)

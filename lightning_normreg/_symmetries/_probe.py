@@ -1,0 +1,219 @@
+"""Which units of a module's parameters are scale-invariant: the steps, one after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lightning_normreg._symmetries._biases import bias_candidates
+from lightning_normreg._symmetries._call import Loss, PrivateCall, ProbeError, check_callable
+from lightning_normreg._symmetries._certificate import Accepted, certify
+from lightning_normreg._symmetries._classify import Candidate, classify, inert_parameters
+from lightning_normreg._symmetries._eps_share import EpsShare, eps_shares
+from lightning_normreg._symmetries._euler import EulerSums, euler_draw
+from lightning_normreg._symmetries._generic_point import AMOUNT, LADDER, magnitudes
+from lightning_normreg._symmetries._reasons import demoted, explain, frozen, inert
+from lightning_normreg._symmetries._thresholds import THRESHOLDS
+from lightning_normreg._weights import Evidence, ParameterRole, ScaleInvariance, named_roles
+
+ProbeType = Literal["auto", "float64", "float32"]
+_TYPES: dict[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
+_ATTEMPTS = 4
+_MOMENT = 1.5
+"""Seconds after which progress is shown."""
+
+
+def find_scale_invariance(
+    module: nn.Module,
+    batch: Any = None,
+    *,
+    forward: Loss | None = None,
+    dtype: ProbeType = "auto",
+    seed: int = 0,
+    draws: int = 4,
+) -> dict[str, ScaleInvariance]:
+    r"""Find out which units of which parameters can be rescaled without changing the loss.
+
+    A unit w is scale-invariant when :math:`L(a w) = L(w)` for every a > 0, in training mode. Then Euler's relation
+    :math:`\langle w, \partial L/\partial w\rangle = 0` holds at every point. Here it is tested at a few generic points,
+    where nothing vanishes by accident, with every eps of a normalization made negligible; then all units that passed
+    are rescaled at once, which must leave the loss alone. The work is done on a private copy: the module, its buffers,
+    metrics, Trainer, and the random states of torch, NumPy and Python stay as they are.
+
+    Args:
+        module: In training mode. A LightningModule (anything with a ``training_step``) is asked for its own loss.
+        batch: A few real samples, as ``training_step`` gets them.
+        forward: ``forward(module, batch) -> loss`` for other modules, or another loss than that of ``training_step``.
+        dtype: ``"float64"``, ``"float32"``, or ``"auto"``: float64, and float32 with a warning where that fails.
+        seed: Of everything that is drawn, ``≥ 0``.
+        draws: Generic points, at least 2. Each costs a forward and a backward pass.
+
+    Returns:
+        Clean name → verdict, in the order of ``parameter_roles(module)``. Frozen parameters are not tested.
+
+    Raises:
+        ValueError: If an argument is out of its range, ``module`` is not in training mode, or there is no way to get at
+            its loss: no ``training_step``, manual optimization, no batch.
+        ProbeError: If the module cannot be copied, or its loss cannot be computed on the copy, is no scalar, or is not
+            finite.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        >>> verdicts = find_scale_invariance(model, torch.randn(8, 3), forward=lambda m, x: m(x).exp().mean())
+        >>> for name, verdict in verdicts.items():
+        ...     print(name, verdict.kind)
+        0.weight neuron
+        1.weight none
+        1.bias none
+        2.weight none
+        2.bias none
+
+    Reference:
+        Twan van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, arXiv:1706.05350, section 2.
+    """
+    _check_arguments(dtype, seed, draws)
+    check_callable(module, batch, forward)
+    if dtype != "auto":
+        return _probe(module, batch, forward, _TYPES[dtype], seed=seed, draws=draws)
+    try:
+        return _probe(module, batch, forward, torch.float64, seed=seed, draws=draws)
+    except (ProbeError, RuntimeError, TypeError, MemoryError) as error:
+        verdicts = _probe(module, batch, forward, torch.float32, seed=seed, draws=draws)
+        why = str(error.__cause__ or error)[:200]
+        rank_zero_warn(f"Scale invariance was probed in float32, because float64 failed ({why}).")
+        return {name: replace(v, reason=f"{v.reason} Probed in float32: {why}") for name, v in verdicts.items()}
+
+
+def _check_arguments(dtype: str, seed: int, draws: int) -> None:
+    if dtype not in ("auto", *_TYPES):
+        raise ValueError(f"`dtype` must be 'auto', 'float64' or 'float32', got {dtype!r}.")
+    if not isinstance(draws, int) or draws < 2:
+        raise ValueError(f"`draws` must be an integer of at least 2, got {draws!r}: one draw can be luck.")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}.")
+
+
+def _probe(
+    module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int
+) -> dict[str, ScaleInvariance]:
+    """All steps, in one type; a bar shows them where that takes longer than a moment."""
+    with tqdm(desc="Scale invariance", total=draws + 2, delay=_MOMENT, leave=False, disable=_is_silent()) as bar:
+        setup = _Setup(module, batch, forward, dtype, seed=seed, draws=draws)
+        drawn = []
+        for index in range(draws):
+            drawn.append(_draw(setup, index))
+            bar.update()
+        verdicts = _confirmed(setup, _euler_verdicts(setup, drawn))
+        bar.update()
+        shares = eps_shares(setup.call, verdicts, setup.roles, shrink=setup.limits.shrink, narrow=setup.narrow)
+        bar.update()
+    evidence: Evidence = "float64" if dtype == torch.float64 else "float32"
+    result = {}
+    for raw, (clean, _) in setup.names.items():
+        verdict = replace(verdicts.get(raw) or frozen(), evidence=evidence)
+        share = shares.get(raw, EpsShare())
+        bias = setup.names[verdict.needs_bias][0] if verdict.needs_bias else None
+        verdict = replace(verdict, rho_median=share.median, rho_worst=share.worst, needs_bias=bias)
+        verdict = replace(verdict, standardized=share.standardized)
+        result[clean] = explain(verdict) if verdict.is_invariant else verdict
+    return result
+
+
+def _is_silent() -> bool:
+    return getattr(rank_zero_only, "rank", 0) != 0
+
+
+class _Setup:
+    """What the steps of one probe share. Names are those of ``module.named_parameters()``, unless they say clean."""
+
+    def __init__(
+        self, module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int
+    ) -> None:
+        named = named_roles(module)
+        raw = [name for name, _ in module.named_parameters()]
+        self.names = {name: (clean, role) for name, (clean, _, role) in zip(raw, named, strict=True)}
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.roles = {name: self.names[name][1] for name in trainable}
+        self.biases = bias_candidates(self.roles, {name: p.shape for name, p in trainable.items()})
+        self.narrow = next((p.dtype for p in trainable.values()), torch.float32).to_real()
+        self.call = PrivateCall(module, forward, batch, dtype)
+        self.limits = THRESHOLDS[dtype]
+        self.seed, self.draws = seed, draws
+        self._magnitudes = magnitudes(self.roles, draws, seed)
+
+    def point(self, index: int, attempt: int = 0) -> tuple[dict[str, Tensor], int]:
+        """Generic point number ``index`` and its seed; each further attempt stays closer to the module's own point."""
+        magnitude = {name: m[index] if attempt == 0 else 1.0 for name, m in self._magnitudes.items()}
+        return self._drawn(magnitude, index, attempt)
+
+    def certificate_point(self, accepted: Collection[str], attempt: int) -> tuple[dict[str, Tensor], int]:
+        """A point that no draw has used, at which the accepted weights are as large as any draw had them.
+
+        Scale-invariant weights may have any size, so this is safe; clamps that a draw met by luck only are met here.
+        """
+        magnitude = {name: LADDER[-1] if name in accepted and attempt == 0 else 1.0 for name in self.roles}
+        return self._drawn(magnitude, self.draws, attempt)
+
+    def _drawn(self, magnitude: dict[str, float], index: int, attempt: int) -> tuple[dict[str, Tensor], int]:
+        seed = (self.seed * 1009 + index) * _ATTEMPTS + attempt
+        return self.call.generic_point(magnitude, seed=seed, amount=AMOUNT / 4**attempt), seed
+
+
+def _draw(setup: _Setup, index: int) -> dict[str, EulerSums]:
+    """The Euler sums at one generic point at which the loss is finite."""
+    losses = []
+    for attempt in range(_ATTEMPTS):
+        point, seed = setup.point(index, attempt)
+        loss, sums = euler_draw(setup.call, point, setup.roles, seed=seed, shrink=setup.limits.shrink)
+        if math.isfinite(loss) and all(bool(s.total.isfinite()) for s in sums.values()):
+            return sums
+        losses.append(loss)
+    raise ProbeError(
+        f"The loss and its gradient must be finite, but at {_ATTEMPTS} points close to the module's weights the loss "
+        f"was {', '.join(f'{loss:g}' for loss in losses)}. Check the batch for NaN and the loss for logarithms of zero."
+    )
+
+
+def _euler_verdicts(setup: _Setup, drawn: list[dict[str, EulerSums]]) -> dict[str, ScaleInvariance]:
+    found = {name: EulerSums.stack([sums[name] for sums in drawn]) for name in setup.roles}
+    dead = inert_parameters(found, setup.limits)
+    if found and len(dead) == len(found):
+        raise ProbeError(
+            "The loss must depend on the parameters of a private copy of the module, but none of them reaches it: a "
+            "function that is kept in an attribute or a closure may be bound to the module itself. Pass `forward`, a "
+            "function of (module, batch) that returns the loss."
+        )
+    verdicts = {}
+    for name, sums in found.items():
+        biases = {bias: found[bias] for bias in setup.biases[name] if bias not in dead}
+        verdicts[name] = inert() if name in dead else classify(Candidate(sums, biases), setup.limits)
+    return verdicts
+
+
+def _confirmed(setup: _Setup, verdicts: dict[str, ScaleInvariance]) -> dict[str, ScaleInvariance]:
+    """The verdicts without those that the certificate refutes."""
+    invariant = {name: v for name, v in verdicts.items() if v.is_invariant}
+    for attempt in range(_ATTEMPTS):
+        point, seed = setup.certificate_point(invariant.keys(), attempt)
+        accepted = [
+            Accepted(name, v.needs_bias, v, _slices(point[name], setup.roles[name], v)) for name, v in invariant.items()
+        ]
+        changes = certify(setup.call, point, accepted, setup.limits, seed=seed)
+        if changes is not None:
+            return {name: demoted(v, changes[name]) if name in changes else v for name, v in verdicts.items()}
+    raise ProbeError(f"The loss must be finite close to the module's weights, but was not at {_ATTEMPTS} points there.")
+
+
+def _slices(weight: Tensor, role: ParameterRole, verdict: ScaleInvariance) -> int:
+    """How many slices the units are made of; a whole layer is seen along its neurons, as a bias would be."""
+    dim = role.dim if verdict.dim is None else verdict.dim
+    groups = role.groups if verdict.dim is None else verdict.groups
+    return weight.shape[dim] * groups if weight.ndim else 1

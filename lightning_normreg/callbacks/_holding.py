@@ -1,0 +1,224 @@
+"""What the callbacks share that hold norms: selection, first projection, state, averages."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_normreg._symmetries import ProbeError
+from lightning_normreg._weights import UnitArgument, Watched, check_selection, reshard, strong, watch
+from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
+from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, optimizers_of, run_of
+from lightning_normreg.callbacks._probing import Verdict, few_samples
+from lightning_normreg.steps._batch_norms import keep_batch_norms
+from lightning_normreg.steps._projector import Projector, Radius, check_radius_argument
+from lightning_normreg.steps._targets import OnNotInvariant, check_eps_shares, choose_targets
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+    from torch import Tensor
+
+
+class SphereCallback(StepCallback):
+    """Holds the units of some weights at a radius, in the optimizer's step hooks; the subclass says by what.
+
+    The arguments are those of :class:`lightning_normreg.NormProjection`.
+    """
+
+    def __init__(
+        self,
+        radius: Radius,
+        *,
+        unit: UnitArgument,
+        include: Sequence[str] | None,
+        exclude: Sequence[str],
+        invariance: str | Mapping[str, Any] | None,
+        on_not_invariant: OnNotInvariant,
+        project_averaged: bool,
+    ) -> None:
+        super().__init__(invariance)
+        check_radius_argument(radius)
+        check_selection(unit, include, exclude)
+        if on_not_invariant not in ("raise", "skip", "allow"):
+            raise ValueError(f"`on_not_invariant` must be 'raise', 'skip' or 'allow', got {on_not_invariant!r}.")
+        self.radius = radius
+        self.unit = unit
+        self.include = include
+        self.exclude = exclude
+        self.on_not_invariant = on_not_invariant
+        self.project_averaged = project_averaged
+        self._reset()
+
+    @abstractmethod
+    def _make_projector(self, targets: list[Watched]) -> Projector:
+        """What acts on the targets at each step."""
+
+    def _reset(self) -> None:
+        self._restored: dict[str, Tensor] = {}
+        self._restored_average: dict[str, Tensor] = {}
+        self._projector: Projector | None = None
+        self._projected = 0
+        self._averaging: list[Any] = []
+        self._averaged: list[AveragedWeights] = []
+
+    @property
+    def state_key(self) -> str:
+        """Key of the callback's state; two projections of different weights have different ones."""
+        return self._generate_state_key(include=self.include, exclude=self.exclude, unit=self.unit)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the selection before anything is trained."""
+        super().on_fit_start(trainer, pl_module)
+        named = watch(run_of(trainer).named, self.include, self.exclude, self.unit)
+        if self.include is not None:
+            _refuse_idle(trainer, named)
+        self._averaging = find_averaging(trainer, self, self.project_averaged)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        verdict = strong(verdict)
+        watched = watch(run_of(trainer).named, self.include, self.exclude, self.unit, verdict or None)
+        targets = choose_targets(
+            watched,
+            verdict,
+            named=self.include is not None,
+            otherwise=self.on_not_invariant,
+            callback=type(self).__name__,
+        )
+        check_eps_shares(targets, verdict, self.radius)
+        self._projector = self._make_projector(targets)
+        self._claim(trainer, targets)
+        _say_rounding(targets)
+        run_of(trainer).dispatcher.subscribe(self._projector)
+        # StochasticWeightAveraging copies its average into the module, and nobody looks at it before.
+        swapped = [a for a in self._averaging if hasattr(a, "_swap_models")]
+        self._averaged = [AveragedWeights(a, pl_module, self._projector) for a in swapped]
+        for averaged in self._averaged:
+            averaged.restore(self._restored_average)
+
+    def _claim(self, trainer: Trainer, targets: list[Watched]) -> None:
+        claims = run_of(trainer).claims
+        mine = f"{type(self).__name__}(include={self.include})"
+        for target in targets:
+            for parameter in target.tensors():
+                if parameter in claims:
+                    raise ValueError(
+                        f"{target.name!r} must be held by one callback, but it, or its bias, is selected by two: "
+                        f"{claims[parameter]} and {mine}. RotationControl projects as well, so it needs no "
+                        "NormProjection beside it. Make `include` of one narrower, or use `exclude`."
+                    )
+                claims[parameter] = mine
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Project before the first step, and again when a finetuning callback has handed more to an optimizer."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        projector = self._held()
+        optimized = projector.optimized(optimizers_of(trainer))
+        if len(optimized) != self._projected:
+            self._projected = len(optimized)
+            reshard(trainer.model or pl_module)
+            moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
+            projector.announce(moved, optimizers_of(trainer))
+            if moved:
+                _keep_the_function(trainer, pl_module, batch, lambda: projector.start(moved, optimizers_of(trainer)))
+            projector.report()
+        interval = log_interval(trainer)
+        projector.looking = interval > 0 and (batches_that_stepped(trainer) + 1) % interval == 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Report units that are not held, at the Trainer's logging interval; project what ranks have averaged."""
+        projector = self._projector
+        if projector is None:
+            return  # a batch of None has no start
+        if getattr(trainer.strategy, "_model_averager", None) is not None:  # DDPStrategy averages after the step
+            projector.project(projector.optimized(optimizers_of(trainer)))
+        if projector.looking:
+            projector.report()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Project an average that was copied into the module for an epoch of BatchNorm statistics."""
+        self._project_copied(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Project the average that is about to be validated."""
+        for averaged in self._averaged:
+            averaged.project()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the average go on as it was."""
+        for averaged in self._averaged:
+            averaged.restore()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the average projected where models are loaded from, and as it is beside, for a run that resumes."""
+        for averaged in self._averaged:
+            averaged.project()
+            checkpoint["state_dict"] |= averaged.tensors()
+            averaged.restore()
+            checkpoint["callbacks"][self.state_key]["averaged"] = averaged.tensors()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Project the average that the module ends with."""
+        super().on_train_end(trainer, pl_module)
+        self._project_copied(trainer)
+
+    def _project_copied(self, trainer: Trainer) -> None:
+        if self._projector is not None and self._averaging:
+            self._projector.place(self._projector.optimized(optimizers_of(trainer)))
+
+    def held(self) -> dict[str, tuple[float, float]]:
+        """For each projected parameter the norm before the last projection and the radius (root mean squares)."""
+        return {} if self._projector is None else self._projector.norms_and_radii()
+
+    def _held(self) -> Projector:
+        assert self._projector is not None
+        return self._projector
+
+    def state_dict(self) -> dict[str, Any]:
+        """The verdict, and the radii that were measured at the start, as plain tensors."""
+        initial = self._restored if self._projector is None else self._projector.initial
+        return super().state_dict() | {"initial": {name: radius.cpu() for name, radius in initial.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Hold the radii of the run that is resumed."""
+        super().load_state_dict(state_dict)
+        self._restored = dict(state_dict["initial"])
+        self._restored_average = dict(state_dict.get("averaged", {}))
+
+
+def _keep_the_function(trainer: Trainer, pl_module: LightningModule, batch: Any, project: Callable[[], None]) -> None:
+    try:
+        keep_batch_norms(pl_module, [batch, few_samples(batch)], project, share=trainer.strategy.broadcast)
+    except (ProbeError, ValueError) as error:
+        project()  # again, where the error came after it: what is at its radius does not move
+        rank_zero_warn(
+            f"BatchNorm could not follow the first projection: {error} Until its running statistics have caught up by "
+            "themselves, evaluation is off."
+        )
+
+
+def _say_rounding(targets: list[Watched]) -> None:
+    narrow = {t.parameter.dtype: t.name for t in targets if torch.finfo(t.parameter.dtype).bits < 32}
+    for dtype, name in narrow.items():
+        rank_zero_info(
+            f"{name!r} and others are of {dtype}, which rounds each entry by up to {torch.finfo(dtype).eps / 2:.1g}: "
+            "norms are held to that, not to 1e-6. Keep the weights in float32 (precision='bf16-mixed') to hold them "
+            "better; norms are always computed in float32 or wider."
+        )
+
+
+def _refuse_idle(trainer: Trainer, targets: list[Watched]) -> None:
+    """Refuse weights that nothing updates, unless a finetuning callback may thaw them."""
+    thaws = any("BaseFinetuning" in [c.__name__ for c in type(cb).__mro__] for cb in trainer.callbacks)  # type: ignore[attr-defined]
+    optimized = {t.name for t in Projector(targets, "auto").optimized(optimizers_of(trainer))}
+    idle = [t.name for t in targets if t.name not in optimized or not t.parameter.requires_grad]
+    if idle and not thaws:
+        raise ValueError(
+            f"`include` must name weights that are trained, but {', '.join(map(repr, idle))} is frozen or in no "
+            "optimizer. Train it, leave it out by `exclude`, or thaw it by a callback derived from BaseFinetuning."
+        )

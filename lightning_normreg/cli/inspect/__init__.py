@@ -1,0 +1,3 @@
+"""``lightning-normreg inspect``."""
+
+from lightning_normreg.cli.inspect._command import inspect as inspect

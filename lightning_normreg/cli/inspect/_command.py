@@ -1,0 +1,122 @@
+"""``lightning-normreg inspect``: norms, and what the next step will do to them, without training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_normreg._reports import (
+    Checkpoint,
+    as_parameters,
+    inspect_parameters,
+    match_parameters,
+    read_checkpoint,
+    saved_groups,
+)
+from lightning_normreg._symmetries import load_verdict
+from lightning_normreg._weights import Verdict
+from lightning_normreg.cli._errors import ArgumentRefused, blamed_on, refusals_of
+from lightning_normreg.cli._examples import epilog
+from lightning_normreg.cli._namespace import DEFAULT
+from lightning_normreg.cli._normreg_cli import parser_class
+from lightning_normreg.cli.inspect._model import inspect_model
+from lightning_normreg.cli.inspect._report import NAME, Report, add_output_arguments, show
+
+
+def inspect(args: list[str]) -> None:
+    """Show the norms and effective learning rates of a model or a checkpoint, without training.
+
+    Args:
+        args: A checkpoint, or arguments of ``fit``, or both.
+    """
+    words = ["--ckpt_path", *args] if args and not args[0].startswith("-") else list(args)
+    keys = {word.split("=")[0].split(".")[0] for word in words}
+    if keys & {"--model", "--config", "-c"} and not keys & {"-h", "--help"}:
+        inspect_model(words)
+        return
+    parser = _parser()
+    options = parser.parse_args(words)
+    if options.ckpt_path is None:
+        parser.error(
+            "ckpt_path: nothing to inspect. Give a checkpoint, or a model by --model and --data or by --config."
+        )
+    try:
+        report = inspect_checkpoint(options.ckpt_path, options.optimizer, options.invariance)
+        show(report, options)
+    except ArgumentRefused as error:
+        parser.error(str(error))
+
+
+def inspect_checkpoint(path: str, optimizer: str | None, invariance: str | None) -> Report:
+    """What a file alone says.
+
+    Raises:
+        ArgumentRefused: Says the key, what is wrong with it, and what to do.
+    """
+    with refusals_of("ckpt_path"):
+        checkpoint = read_checkpoint(path)
+    with refusals_of("invariance"):
+        verdict = checkpoint.verdict or {} if invariance is None else load_verdict(invariance)
+    with blamed_on("ckpt_path"):  # what is in the file need make no sense
+        with refusals_of("optimizer"):
+            groups, said = saved_groups(checkpoint.optimizers, [w for w in (optimizer or "").split(",") if w])
+        owners, matched = match_parameters(groups, checkpoint.tensors, checkpoint.aliases)
+        rows, blanks = inspect_parameters(as_parameters(checkpoint.tensors), owners, verdict)
+    notes = [*_about_weights(checkpoint, verdict, given=invariance is not None), *said, *matched, *blanks]
+    return Report(rows, notes, verdict, f"{path}: {checkpoint.about}")
+
+
+def _about_weights(checkpoint: Checkpoint, verdict: Verdict, given: bool) -> list[str]:
+    said = []
+    if verdict:
+        source = "the file that you gave" if given else "what a callback of the run has noted in the checkpoint"
+        said.append(f"Which units are scale-invariant is from {source}.")
+        unknown = [name for name in checkpoint.tensors if name not in verdict]
+        if unknown:
+            names = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+            said.append(f"It says nothing of {names}, whose rows are taken for units.")
+    else:
+        said.append(
+            "Which weights are scale-invariant is not known, so rows are taken for units (for a transposed convolution "
+            "they are none), and lr/n^p, n* and θ* mean something only where they are. Name the model by --model and "
+            "--data, or give a verdict by --invariance."
+        )
+    if not checkpoint.optimizers:
+        said.append("There is no optimizer in it, so norms are all there is.")
+    others = [name for name in checkpoint.left_out if not name.endswith(("running_mean", "running_var", "tracked"))]
+    if others:
+        said.append(f"Not read, because they are no plain tensors of real or complex numbers: {', '.join(others[:5])}.")
+    if checkpoint.aliases:
+        tied = ", ".join(f"{name} = {' = '.join(also)}" for name, also in checkpoint.aliases.items())
+        said.append(f"Tied, and shown once: {tied}.")
+    return said
+
+
+def _parser() -> Any:
+    parser = parser_class(DEFAULT)(
+        prog=NAME,
+        description="Norms and effective learning rates of a checkpoint, a model, or a model from a checkpoint.",
+        epilog=epilog("inspect"),
+    )
+    alone = parser.add_argument_group("checkpoint", "No code in it is run, and no model is needed.")
+    alone.add_argument(
+        "--ckpt_path",
+        type=str | None,
+        default=None,
+        metavar="FILE",
+        help="The checkpoint, or a state dict by torch.save; also as the first word.",
+    )
+    alone.add_argument(
+        "--optimizer",
+        type=str | None,
+        default=None,
+        metavar="NAME",
+        help="Class of its optimizer, such as AdamW or lion_pytorch.Lion, or several with commas between them. "
+        "Without it only torch's own are recognized, by their settings.",
+    )
+    add_output_arguments(parser)
+    model = parser.add_argument_group(
+        "model", "All arguments of fit, to ask the model itself on its first batch. Nothing is trained or written."
+    )
+    for key, help_text in (("config", "YAML of fit."), ("model", "Class path."), ("data", "Class path.")):
+        model.add_argument(f"--{key}", type=str | None, default=None, metavar=key.upper(), help=help_text)
+    return parser

@@ -1,0 +1,188 @@
+"""``inspect`` with a model: built as ``fit`` would, asked on its first batch, and stopped before its first step."""
+
+from __future__ import annotations
+
+import inspect as introspection
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from lightning_normreg._optimizers import find_rule
+from lightning_normreg._param_groups import load_by_name
+from lightning_normreg._reports import (
+    Checkpoint,
+    SavedGroup,
+    inspect_parameters,
+    read_checkpoint,
+    sentences,
+    summary_rows,
+    summary_table,
+)
+from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
+from lightning_normreg.callbacks._norm_projection import NormProjection
+from lightning_normreg.callbacks._probing import Verdict
+from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
+from lightning_normreg.cli._namespace import namespace_of
+from lightning_normreg.cli._normreg_cli import NormRegCLI
+from lightning_normreg.cli.inspect._report import NAME, Report, add_output_arguments, show
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+    from lightning_normreg.cli._normreg_cli import Commands
+else:
+    Commands = object
+
+# What is looked at comes before any of it; norms are the same on every device.
+_TRAINER = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "max_epochs": -1,
+    "max_steps": -1,
+    "max_time": None,
+    "fast_dev_run": False,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 0,
+    "profiler": None,
+    "barebones": False,
+    "plugins": None,
+}
+
+
+def inspect_model(words: list[str]) -> None:
+    """Inspect what arguments of ``fit`` name.
+
+    Args:
+        words: Those arguments, with those of the output.
+    """
+    base: Any = NormRegCLI.of(namespace_of(None, words))
+    type("InspectCLI", (_Inspection, base), {})(args=["fit", *words], save_config_callback=None)
+
+
+class _Inspection(Commands):
+    """To be mixed into a :class:`NormRegCLI`: its ``fit`` looks, and does not train."""
+
+    _checkpoint: Checkpoint | None = None
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Let errors name the command as it was called."""
+        super().setup_parser(*args, **kwargs)
+        self._subcommand_parsers["fit"].prog = self.parser.prog = NAME
+
+    def add_core_arguments_to_parser(self, parser: Any) -> None:
+        """Those of ``fit``, and of the output."""
+        super().add_core_arguments_to_parser(parser)
+        add_output_arguments(parser)
+
+    def _parse_ckpt_path(self) -> None:
+        self._read_checkpoint()  # before Lightning does
+        super()._parse_ckpt_path()
+
+    def _read_checkpoint(self) -> None:
+        path = self.config["fit"].get("ckpt_path")
+        if path and self._checkpoint is None:
+            with refusals_of("ckpt_path"):
+                self._checkpoint = read_checkpoint(path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer that writes nothing."""
+        known = introspection.signature(self.trainer_class).parameters
+        quiet = {key: value for key, value in _TRAINER.items() if key in known}
+        if str(self._settings("config_init")["trainer"].get("precision")).endswith("mixed"):
+            quiet["precision"] = "32-true"  # that of the weights
+        return super().instantiate_trainer(**{**quiet, **kwargs})
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        options = self._settings("config_init")
+        self._read_checkpoint()  # Lightning before 2.6 does not ask for it
+        with refusals_of("invariance"):
+            look = _Look(options["invariance"], self._checkpoint)
+        trainer: Any = self.trainer
+        trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, NormProjection)] + [look]
+        with suppress(_Seen):
+            trainer.fit(self.model, datamodule=self.datamodule)
+        if look.report is None:
+            raise ArgumentRefused("data", "it has no batch to train on. Give data whose train_dataloader is not empty.")
+        show(look.report, options)
+
+
+class _Seen(Exception):
+    """Ends a run before its first step."""
+
+
+class _Look(StepCallback):
+    """Makes the report when all other callbacks have begun, and ends the run."""
+
+    def __init__(self, invariance: str | None, checkpoint: Checkpoint | None) -> None:
+        super().__init__(invariance)
+        self._checkpoint = checkpoint
+        self.report: Report | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the weights and the state of the optimizers where they belong."""
+        super().on_fit_start(trainer, pl_module)
+        if self._checkpoint is None:
+            return
+        states, optimizers = self._checkpoint.optimizers, optimizers_of(trainer)
+        try:
+            pl_module.load_state_dict(self._checkpoint.state_dict)
+            if states and len(states) != len(optimizers):
+                raise ValueError(f"It has {len(states)} optimizers, the model {len(optimizers)}.")
+            handles = load_by_name(optimizers, pl_module)
+            for optimizer, state in zip(optimizers, states, strict=False):
+                optimizer.load_state_dict(state)
+            for handle in handles:
+                handle.remove()
+        except (RuntimeError, ValueError, KeyError) as error:
+            why = " ".join(str(error).split())[:400]
+            raise ArgumentRefused(
+                "ckpt_path", f"it does not go with the model. {why} Leave --model and --config out to see it alone."
+            ) from error
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        held: dict[str, tuple[float, float]] = {}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, NormProjection):
+                held |= callback.held()
+        named, optimizers = run_of(trainer).named, optimizers_of(trainer)
+        summary = summary_rows(named, optimizers, verdict, held)
+        steps = float(trainer.num_training_batches) / trainer.accumulate_grad_batches
+        meaning = " ".join(sentences(summary, verdict, steps, trainer.gradient_clip_val))
+        rows, blanks = inspect_parameters(named, _owners(trainer), verdict, held)
+        more = {
+            row.parameter: {
+                "role": row.role,
+                "evidence": row.evidence or None,
+                "eps_share": row.eps_share,
+                "radius": row.radius,
+            }
+            for row in summary
+        }
+        title = "The next step"
+        if self._checkpoint is not None:
+            title += f" of a checkpoint: {self._checkpoint.about}"
+        self.report = Report(rows, [meaning, *blanks], verdict, title, [summary_table(summary)], more)
+        raise _Seen
+
+
+def _owners(trainer: Trainer) -> dict[str, SavedGroup]:
+    names = {parameter: name for name, parameter, _ in run_of(trainer).named}
+    optimizers = optimizers_of(trainer)
+    owners: dict[str, SavedGroup] = {}
+    for number, optimizer in enumerate(optimizers):
+        for index, group in enumerate(optimizer.param_groups):
+            rule = find_rule(optimizer, group)
+            label = str(group.get("name", index))
+            saved = SavedGroup(
+                f"{number}:{label}" if len(optimizers) > 1 else label,
+                group,
+                () if rule is None else (rule,),
+                type(optimizer).__name__,
+            )
+            owners |= {names[p]: saved for p in group["params"] if p in names}
+    return owners

@@ -1,0 +1,96 @@
+"""What ``inspect`` has found, and the forms in which it is given."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from lightning_normreg._reports import InspectedParameter, inspection_table
+from lightning_normreg._symmetries import save_verdict
+from lightning_normreg._weights import Verdict
+from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
+from lightning_normreg.cli._examples import PROGRAM
+
+NAME = f"{PROGRAM} inspect"
+WIDTH = 160
+"""Columns where the output is no terminal."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an inspection found.
+
+    Attributes:
+        rows: One for each parameter.
+        notes: What is assumed, and what is left blank, in sentences.
+        verdict: Which units are scale-invariant, empty where that is not known.
+        title: Above the table.
+        before: What people see above all that.
+        more: Further entries of each row for machines.
+    """
+
+    rows: Sequence[InspectedParameter]
+    notes: Sequence[str]
+    verdict: Verdict
+    title: str
+    before: Sequence[RenderableType] = ()
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def add_output_arguments(parser: Any) -> None:
+    """How the report is given, for both forms."""
+    group = parser.add_argument_group("output", "A table, unless something else is said.")
+    group.add_argument("--json", action="store_true", help="JSON with all digits; null is what is not known.")
+    group.add_argument("--csv", action="store_true", help="CSV; what is said beside it goes to stderr.")
+    group.add_argument(
+        "--save",
+        type=str | None,
+        default=None,
+        metavar="FILE",
+        help="Write which units are scale-invariant; callbacks take the file as invariance=.",
+    )
+    group.add_argument(
+        "--invariance", type=str | None, default=None, metavar="FILE", help="Such a file, in place of asking the model."
+    )
+
+
+def show(report: Report, options: Any) -> None:
+    """Print a report, and save its verdict.
+
+    Raises:
+        ArgumentRefused: If there is no verdict to save, or it cannot be written.
+    """
+    if options.json and options.csv:
+        raise ArgumentRefused("json", "it cannot be had together with --csv. Leave one out.")
+    if options.save is not None:
+        if not report.verdict:
+            raise ArgumentRefused(
+                "save", "which units are scale-invariant is not known. Name the model by --model and --data."
+            )
+        with refusals_of("save"):
+            save_verdict(report.verdict, options.save)
+    rows = [asdict(row) | dict(report.more.get(row.parameter, {})) for row in report.rows]
+    if options.json:
+        print(json.dumps({"parameters": [*map(_finite, rows)], "notes": list(report.notes)}, indent=1, allow_nan=False))
+    elif options.csv:
+        writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else ["parameter"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | {"shape": "x".join(map(str, row["shape"]))} for row in rows)
+        sys.stderr.write("\n".join([*report.notes, ""]))
+    else:
+        plain = Console()
+        console = plain if plain.is_terminal else Console(width=WIDTH)
+        for part in (*report.before, inspection_table(report.rows, report.title), *report.notes):
+            console.print(part, highlight=False, markup=False)
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """For JSON, which has no infinite numbers: those are words."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

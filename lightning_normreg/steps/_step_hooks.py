@@ -1,0 +1,250 @@
+"""When did an optimizer really update its parameters? One dispatcher owns the torch hooks that know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_normreg._weights import is_flat, local
+
+_INNER = ("optimizer", "_optimizer", "base_optimizer", "base")
+
+
+class Phase(IntEnum):
+    """Order in which subscribers see an update: its angle is set, it is measured, then weights are projected.
+
+    What was changed for the length of the step is put back last.
+    """
+
+    CONTROL = 0
+    MEASURE = 1
+    PROJECT = 2
+    RESTORE = 3
+
+
+class StepSubscriber(Protocol):
+    """What a subscriber is told about each update of each optimizer."""
+
+    phase: Phase
+
+    def before_step(self, index: int, optimizer: Optimizer) -> None:
+        """The optimizer is about to step; gradients may be stale or missing, because a closure may run in between."""
+
+    def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
+        """The optimizer has updated its parameters, unless ``skipped`` (on the device, to be read later) is 1."""
+
+
+class StepRecord:
+    """What the subscribers of a dispatcher know together of the step under way.
+
+    Attributes:
+        copies: Parameter → what this process held of it before the step, in memory that is kept for the next one.
+        factors: Parameter → by what a controller has multiplied the tangential part of its update. Such a step has
+            nothing of the decay in it.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[Parameter, Tensor] = {}
+        self.factors: dict[Parameter, Tensor] = {}
+        self._fresh: set[Parameter] = set()
+
+    def begin(self) -> None:
+        """Forget the last step."""
+        self._fresh.clear()
+        self.factors.clear()
+
+    def allocate(self, parameters: Iterable[Parameter]) -> int:
+        """Make room for copies, so that memory runs out at the start or never; the bytes that are new."""
+        size = 0
+        for parameter in parameters:
+            if parameter not in self.copies:
+                self.copies[parameter] = torch.empty_like(local(parameter))
+                size += self.copies[parameter].numel() * parameter.element_size()
+        return size
+
+    def copy(self, parameters: Iterable[Parameter]) -> None:
+        """Copy parameters before the step, each once however many ask for it."""
+        new = [p for p in parameters if p not in self._fresh]
+        self.allocate(new)
+        for parameter in new:
+            self.copies[parameter].copy_(local(parameter), non_blocking=True)
+        self._fresh.update(new)
+
+
+class Recording:
+    """A subscriber that uses the record, which its dispatcher gives it."""
+
+    def __init__(self) -> None:
+        self.record = StepRecord()
+
+
+class StepDispatcher:
+    """Owns the step hooks of a list of optimizers and passes real updates on, phase by phase.
+
+    The post-hook of a torch optimizer is the only event that means "parameters were updated" under accumulation,
+    gradient scaling, manual optimization and closures alike. Three traps remain, all handled here: a subclass whose
+    ``step`` calls ``super().step()`` fires its hooks twice; a step without any gradient updates nothing; a fused
+    optimizer under a gradient scaler skips inside its kernel, which only ``found_inf`` tells.
+    """
+
+    def __init__(self) -> None:
+        self.record = StepRecord()
+        self._subscribers: list[StepSubscriber] = []
+        self._optimizers: tuple[object, ...] = ()
+        self._handles: list[RemovableHandle] = []
+        self._depth: dict[int, int] = {}
+        self._updates: dict[int, int] = {}
+        self._skipped: dict[int, Tensor] = {}
+
+    def subscribe(self, subscriber: StepSubscriber) -> None:
+        """Add a subscriber; within a phase they are called in the order of subscription."""
+        if isinstance(subscriber, Recording):
+            subscriber.record = self.record
+        self._subscribers.append(subscriber)
+        self._subscribers.sort(key=lambda s: s.phase)
+
+    def unsubscribe(self, subscriber: StepSubscriber) -> None:
+        """Tell a subscriber nothing any more."""
+        self._subscribers.remove(subscriber)
+
+    def attach(self, optimizers: Sequence[object]) -> None:
+        """Put hooks on these optimizers and take them off all others. Cheap where nothing has changed."""
+        self._depth.clear()  # a closure that raised has left a pre-hook without its post-hook
+        same = len(optimizers) == len(self._optimizers) and all(map(_is, optimizers, self._optimizers))
+        if same:
+            return
+        self.remove()
+        self._optimizers = tuple(optimizers)
+        for index, optimizer in enumerate(map(torch_optimizer, optimizers)):
+            self._handles.append(optimizer.register_step_pre_hook(_Hook(self, index, entering=True)))
+            self._handles.append(optimizer.register_step_post_hook(_Hook(self, index, entering=False)))
+
+    def remove(self) -> None:
+        """Take all hooks off, so that an optimizer that outlives the training is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._optimizers = ()
+
+    @property
+    def has_seen_updates(self) -> bool:
+        """Whether any optimizer has updated its parameters."""
+        return bool(self._updates)
+
+    def updates(self, index: int) -> int:
+        """How often an optimizer has really updated its parameters; reads the device under a gradient scaler."""
+        skipped = self._skipped.get(index)
+        return self._updates.get(index, 0) - (0 if skipped is None else int(skipped.item()))
+
+    @torch.no_grad()
+    def enter(self, index: int, optimizer: Optimizer) -> None:
+        """The pre-hook."""
+        self._depth[index] = self._depth.get(index, 0) + 1
+        if self._depth[index] == 1:
+            self.record.begin()
+            for subscriber in self._subscribers:
+                subscriber.before_step(index, optimizer)
+
+    @torch.no_grad()
+    def leave(self, index: int, optimizer: Optimizer) -> None:
+        """The post-hook."""
+        self._depth[index] = self._depth.get(index, 1) - 1
+        if self._depth[index] > 0 or not any(has_gradient(p) for g in optimizer.param_groups for p in g["params"]):
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        skipped = found_inf.detach().reshape(()).clone() if isinstance(found_inf, Tensor) else None
+        self._updates[index] = self._updates.get(index, 0) + 1
+        if skipped is not None:
+            self._skipped[index] = self._skipped.get(index, torch.zeros_like(skipped)) + skipped
+        for subscriber in self._subscribers:
+            subscriber.after_step(index, optimizer, skipped)
+
+
+class BackwardGuard:
+    """Notices parameters that are updated during the backward pass, by optimizers that nobody knows of.
+
+    Gradients may be gone when such an optimizer has used them, and its step is none of the Trainer's: without this,
+    nothing would be measured or held, and nothing said. Counters of in-place writes tell, which cost no tensor
+    operation.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        # The pieces of FSDP's first version are exchanged during the backward pass.
+        self._parameters = [(name, p) for name, p in named if p.requires_grad and not is_flat(p)]
+        self._writes: list[int] = []
+
+    def begin(self) -> None:
+        """The backward pass is about to begin."""
+        self._writes = [p._version for _, p in self._parameters]
+
+    def end(self) -> None:
+        """The backward pass has ended, and no optimizer that is known has stepped.
+
+        Raises:
+            NotImplementedError: If parameters have been written all the same.
+        """
+        pairs = zip(self._parameters, self._writes, strict=True)
+        written = [name for (name, p), writes in pairs if p._version != writes]
+        if written:
+            raise NotImplementedError(
+                f"`configure_optimizers` must return the optimizers that update the weights, but {written[0]!r} and "
+                f"{len(written) - 1} more parameters were written during the backward pass (an optimizer that steps "
+                "in hooks of gradients): such steps can neither be measured nor followed by a projection. Let one "
+                "optimizer of the Trainer step after it; or return those of the hooks from `configure_optimizers`, "
+                "with automatic_optimization = False."
+            )
+
+
+class _Hook:
+    """A hook that ``torch.compile`` leaves alone, instead of tracing it into the optimizer's graph."""
+
+    def __init__(self, dispatcher: StepDispatcher, index: int, *, entering: bool) -> None:
+        self._act = dispatcher.enter if entering else dispatcher.leave
+        self._index = index
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._act(self._index, optimizer)
+
+
+def torch_optimizer(optimizer: object) -> Optimizer:
+    """The torch optimizer itself, or the one inside a wrapper that never initialized its own hooks.
+
+    Raises:
+        TypeError: If there is none.
+        NotImplementedError: If it is DeepSpeed's, whose torch optimizer has flat partitions instead of weights.
+    """
+    if type(optimizer).__module__.partition(".")[0] == "deepspeed":
+        raise NotImplementedError(
+            f"`optimizer` must update the model's own weights, but {type(optimizer).__name__} updates flat partitions "
+            "of them. Use FSDPStrategy or ModelParallelStrategy instead of DeepSpeed."
+        )
+    inner: object = optimizer
+    while not (isinstance(inner, Optimizer) and "_optimizer_step_post_hooks" in vars(inner)):
+        attributes = getattr(inner, "__dict__", {})
+        inner = next((attributes[name] for name in _INNER if attributes.get(name) is not None), None)
+        if inner is None:
+            raise TypeError(
+                f"`optimizer` must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}, whose steps "
+                "cannot be seen. Derive it from torch.optim.Optimizer and call super().__init__()."
+            )
+    return inner
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def has_gradient(parameter: Tensor) -> bool:
+    """Whether an optimizer's step will move a parameter, as all processes see it.
+
+    An empty piece of FSDP's first version has no gradient although the others have.
+    """
+    return parameter.grad is not None or is_flat(parameter)

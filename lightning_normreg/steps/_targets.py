@@ -1,0 +1,96 @@
+"""Which weights may be projected, given what is known of their scale invariance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_normreg._weights import Verdict, Watched
+from lightning_normreg.steps._projector import Radius
+
+OnNotInvariant = Literal["raise", "skip", "allow"]
+
+REFUSED_EPS_SHARE, NOTED_EPS_SHARE = 0.1, 0.01
+_ALLOW = "Leave it out by `exclude`, or say on_not_invariant='skip' or 'allow' (then projecting changes the function)."
+
+
+def choose_targets(
+    watched: Sequence[Watched],
+    verdict: Verdict,
+    *,
+    named: bool,
+    otherwise: OnNotInvariant,
+    callback: str = "NormProjection",
+) -> list[Watched]:
+    """Weights to project.
+
+    Args:
+        watched: What is selected.
+        verdict: What is known, empty for nothing.
+        named: Whether the user has named them; otherwise exactly those found scale-invariant are meant.
+        otherwise: What to do with named ones that are not known to be scale-invariant.
+        callback: Name of the callback that asks.
+
+    Raises:
+        ValueError: If that is to raise, or nothing is left.
+    """
+    good = [w for w in watched if w.invariant]
+    bad = [w for w in watched if not w.invariant]
+    if not named:
+        if not good:
+            raise ValueError(_nothing(verdict, callback))
+        return good
+    if bad and otherwise == "raise":
+        reasons = "; ".join(f"{w.name!r}: {_why(w, verdict)}" for w in bad[:4])
+        raise ValueError(f"`include` must name scale-invariant weights, but {reasons}. {_ALLOW}")
+    if bad and otherwise == "skip":
+        rank_zero_info(f"Not projected, because not scale-invariant: {', '.join(w.name for w in bad)}.")
+        return good
+    # A bias that belongs to the units of a weight is held with them, and cannot have a radius of its own as well.
+    joined = {w.bias for w in watched if w.bias is not None}
+    return [w for w in watched if w.parameter not in joined]
+
+
+def check_eps_shares(targets: Sequence[Watched], verdict: Verdict, radius: Radius) -> None:
+    """Refuse weights so small that the eps of their normalization rules, and warn of those where it shows.
+
+    With the eps share ρ, moving a unit from norm n to R changes the output by about ρ/2·|1 − n²/R²|.
+
+    Raises:
+        ValueError: If a median over units is above 10 % and ``radius`` is not ``"initial"``.
+    """
+    shares = {t.name: verdict[t.name].rho_median for t in targets if t.name in verdict and t.invariant}
+    known = {name: share for name, share in shares.items() if share is not None}
+    worst = {name: share for name, share in known.items() if share > NOTED_EPS_SHARE}
+    if not worst or radius == "initial":
+        return
+    listed = ", ".join(f"{name!r} ({share:.0%})" for name, share in worst.items())
+    if max(worst.values()) > REFUSED_EPS_SHARE:
+        raise ValueError(
+            f"`radius` must leave the function alone, but the eps of a normalization makes up more than 10 % of the "
+            f"variance behind {listed}: projecting would change what the network computes. Use radius='initial', or "
+            "a smaller eps."
+        )
+    rank_zero_warn(f"The eps of a normalization shows behind {listed}: projecting changes outputs by about half that.")
+
+
+def _why(watched: Watched, verdict: Verdict) -> str:
+    if watched.name in verdict:
+        return verdict[watched.name].reason.rstrip(".") or verdict[watched.name].kind
+    return "nobody knows whether it is"
+
+
+def _nothing(verdict: Verdict, callback: str) -> str:
+    if not verdict:
+        return (
+            "It must be known which weights are scale-invariant, but that could not be found out. Give the callback "
+            "`invariance`, a verdict from find_scale_invariance(module, forward=…) saved by save_verdict. To project "
+            f"all the same, name the weights: {callback}(include=[…], on_not_invariant='allow')."
+        )
+    return (
+        "There must be something to act on, but no selected weight is scale-invariant by itself, as in most "
+        "transformers. To hold norms all the same, as Hyperball optimizers do: "
+        f"{callback}(include=['*.weight'], unit='layer', radius='initial', on_not_invariant='allow')."
+    )

@@ -1,7 +1,0 @@
-"""All architectures that are labelled by hand."""
-
-from tests.invariance import _cases_convolution as _cases_convolution
-from tests.invariance import _cases_layerwise as _cases_layerwise
-from tests.invariance import _cases_sequence as _cases_sequence
-from tests.invariance import _cases_special as _cases_special
-from tests.invariance._case import CASES as CASES
