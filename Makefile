@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test check lint docs benchmark clean
+.PHONY: demo test test-slow check lint docs benchmark clean
 
 demo: .venv/with-demo
 	$(BIN)/lightning-normreg demo
 
 test: .venv/with-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/with-test
+	$(BIN)/python -m pytest -m slow
 
 check: lint docs
 

@@ -42,10 +42,10 @@ TITLES = {
     "unit_norm_rms": "unit norm n",
     "effective_lr": "effective learning rate, η/nᵖ",
     "effective_lr_not_invariant": "effective_lr_not_invariant",
-    "angular_update": "rotation per step θ [rad]",
+    "rotation": "rotation per step θ [rad]",
     "equilibrium_ratio": "measured / predicted rotation",
 }
-PREDICTED = {"unit_norm_rms": "equilibrium_norm", "angular_update": "equilibrium_rotation"}
+PREDICTED = {"unit_norm_rms": "equilibrium_norm", "rotation": "equilibrium_rotation"}
 """Drawn dashed under the curve that it predicts."""
 
 Optimize = Callable[[DemoConvNet], Any]
@@ -110,16 +110,23 @@ def draw(axes: Any, history: pd.DataFrame, tag: str, **style: Any) -> None:
 
 def by_layer(
     history: pd.DataFrame,
-    keys: Sequence[str] = ("unit_norm_rms", "effective_lr", "angular_update"),
+    keys: Sequence[str] = ("unit_norm_rms", "effective_lr", "rotation"),
     dashed: bool = True,
 ) -> Figure:
     """A panel for each quantity, a colour for each layer; predictions of the equilibrium dashed."""
     figure, all_axes = panels(len(keys), 3.2)
     for axes, key in zip(all_axes, keys, strict=True):
         for number, layer in enumerate(LAYERS):
-            draw(axes, history, f"{key}/{layer}", color=f"C{number}", label=layer.removesuffix(".weight"))
+            draw(axes, history, f"weights/{key}/{layer}", color=f"C{number}", label=layer.removesuffix(".weight"))
             if key in PREDICTED:
-                draw(axes, history, f"{PREDICTED[key]}/{layer}", color=f"C{number}", linestyle="--", linewidth=0.8)
+                draw(
+                    axes,
+                    history,
+                    f"weights/{PREDICTED[key]}/{layer}",
+                    color=f"C{number}",
+                    linestyle="--",
+                    linewidth=0.8,
+                )
         axes.set(title=TITLES[key])
         low, high = axes.get_ylim()
         if high < 1.5 * low:  # constant up to rounding, which is nothing to look at
@@ -154,7 +161,7 @@ def equivalent() -> Figure:
     histories = {}
     for (label, (decay, free)), style in zip(recipes.items(), ("-", (0, (4, 3)), ":"), strict=True):
         history = run(partial(optimize, decay=decay, free=free), prepare=_without_eps, precision="64-true")
-        history["lr"] = history[f"effective_lr/{layer}"] * history[f"unit_norm_rms/{layer}"] ** 2
+        history["lr"] = history[f"weights/effective_lr/{layer}"] * history[f"weights/unit_norm_rms/{layer}"] ** 2
         histories[label] = history
         look = {
             "label": label,
@@ -162,14 +169,16 @@ def equivalent() -> Figure:
             "linewidth": 2.2 if free else 1.4,
             "color": f"C{len(histories) - 1}",
         }
-        for one, tag in zip(axes, ("lr", f"unit_norm_rms/{layer}", f"effective_lr/{layer}"), strict=True):
+        for one, tag in zip(
+            axes, ("lr", f"weights/unit_norm_rms/{layer}", f"weights/effective_lr/{layer}"), strict=True
+        ):
             draw(one, history, tag, **look)
     for one, title in zip(
         axes, ("learning rate η", "norm n of block3.conv", "effective learning rate η/n²"), strict=True
     ):
         one.set(title=title)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    ours, theirs, _ = (h[[c for c in h if c.startswith("effective_lr/block")]] for h in histories.values())
+    ours, theirs, _ = (h[[c for c in h if c.startswith("weights/effective_lr/block")]] for h in histories.values())
     print(f"equivalent: effective rates differ by a factor of up to 1 + {(theirs / ours - 1).abs().max().max():.1e}; "
           f"lr grows {histories['no decay, lr of DecayFreeLR']['lr'].iloc[-1] / 0.05:.0f}-fold")  # fmt: skip
     return figure
@@ -246,14 +255,17 @@ def equilibrium() -> Figure:
     figure, axes = panels(3, 3.2)
     for number, scale in enumerate((0.3, 1.0, 3.0)):
         history = run(partial(sgd, lr=0.05, decay=0.02), scale=scale)
-        for one, key in zip(axes, ("unit_norm_rms", "angular_update", "equilibrium_ratio"), strict=True):
-            draw(one, history, f"{key}/{layer}", color=f"C{number}", label=f"initial norm × {scale:g}")
+        for one, key in zip(axes, ("unit_norm_rms", "rotation", "equilibrium_ratio"), strict=True):
+            draw(one, history, f"weights/{key}/{layer}", color=f"C{number}", label=f"initial norm × {scale:g}")
             if key in PREDICTED and scale == 1.0:
-                draw(one, history, f"{PREDICTED[key]}/{layer}", color="k", linestyle="--", label="equilibrium")
+                draw(one, history, f"weights/{PREDICTED[key]}/{layer}", color="k", linestyle="--", label="equilibrium")
             one.set(title=TITLES[key])
         end = history[history["step"] >= 0.75 * STEPS]
-        ratios = [(end[f"{key}/{layer}"] / end[f"{predicted}/{layer}"]).mean() for key, predicted in PREDICTED.items()]
-        half_life = end[f"equilibrium_half_life/{layer}"].iloc[-1]
+        ratios = [
+            (end[f"weights/{key}/{layer}"] / end[f"weights/{predicted}/{layer}"]).mean()
+            for key, predicted in PREDICTED.items()
+        ]
+        half_life = end[f"weights/equilibrium_half_life/{layer}"].iloc[-1]
         print(f"equilibrium, initial norm × {scale:g}: norm and rotation over predicted in the last quarter "
               f"{ratios[0]:.2f}, {ratios[1]:.2f}; half-life {half_life:.0f} steps")  # fmt: skip
     axes[2].axhspan(0.85, 1.15, color="k", alpha=0.08)
@@ -281,12 +293,12 @@ def balance() -> Figure:
         history = run(partial(adamw, lr=lr, decay=used), *callbacks)
         ends = []
         for number, layer in enumerate(CONVOLUTIONS):
-            draw(axes, history, f"angular_update/{layer}", color=f"C{number}", label=layer.removesuffix(".weight"))
-            ends.append(history[history["step"] >= 0.75 * STEPS][f"angular_update/{layer}"].mean())
+            draw(axes, history, f"weights/rotation/{layer}", color=f"C{number}", label=layer.removesuffix(".weight"))
+            ends.append(history[history["step"] >= 0.75 * STEPS][f"weights/rotation/{layer}"].mean())
         axes.set(title=title, ylim=(1e-3, 0.1))
         print(f"balance, {title}: rotations of the last quarter {[round(float(e), 4) for e in ends]}, "
               f"largest over smallest {max(ends) / min(ends):.1f}")  # fmt: skip
-    all_axes[0].set(ylabel=TITLES["angular_update"])
+    all_axes[0].set(ylabel=TITLES["rotation"])
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -294,14 +306,14 @@ def balance() -> Figure:
 def corrected() -> Figure:
     """A cosine schedule under decay, and with the decay that follows it."""
     figure, axes = panels(3, 3.2)
-    layer, keys = CONVOLUTIONS[2], ("unit_norm_rms", "effective_lr", "angular_update")
+    layer, keys = CONVOLUTIONS[2], ("unit_norm_rms", "effective_lr", "rotation")
     for label, callbacks in {"decay": [], "CorrectedDecay": [CorrectedDecay()]}.items():
         history = run(cosine, *callbacks)
         for one, key in zip(axes, keys, strict=True):
-            draw(one, history, f"{key}/{layer}", label=label)
+            draw(one, history, f"weights/{key}/{layer}", label=label)
             one.set(title=TITLES[key])
     schedule = 0.001 + 0.049 * (1 + (math.pi * torch.arange(STEPS) / STEPS).cos()) / 2
-    end = float(history[f"effective_lr/{layer}"].iloc[-1])
+    end = float(history[f"weights/effective_lr/{layer}"].iloc[-1])
     axes[1].plot(range(STEPS), schedule * end / schedule[-1], "k:", linewidth=0.8, label="the schedule, scaled")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
@@ -314,7 +326,7 @@ def without_norm() -> Figure:
         model.block2 = nn.Sequential(OrderedDict(conv=model.block2.conv, act=nn.GELU()))
         return model
 
-    return by_layer(run(sgd, prepare=prepare), ("effective_lr", "effective_lr_not_invariant", "angular_update"))
+    return by_layer(run(sgd, prepare=prepare), ("effective_lr", "effective_lr_not_invariant", "rotation"))
 
 
 def warm_up() -> Figure:

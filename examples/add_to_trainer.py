@@ -27,4 +27,4 @@ if __name__ == "__main__":
     monitors = [WeightNormMonitor(), EffectiveLRMonitor(every_n_steps=10)]
     trainer = Trainer(max_epochs=5, callbacks=monitors, accelerator="cpu", enable_model_summary=False)
     trainer.fit(Model(), data)
-    print(monitors[1].history()[["step", "effective_lr/net.0.weight", "angular_update/net.0.weight"]])
+    print(monitors[1].history()[["step", "weights/effective_lr/net.0.weight", "weights/rotation/net.0.weight"]])

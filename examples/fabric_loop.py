@@ -45,5 +45,5 @@ if __name__ == "__main__":
             values = tags(rotation.collect())
             if values:
                 fabric.log_dict(values, step=number // 2)
-                print(f"{number // 2:>4}  rotation of the first layer {values['angular_update/0.weight']:.3g} rad")
+                print(f"{number // 2:>4}  rotation of the first layer {values['weights/rotation/0.weight']:.3g} rad")
     print(f"norm of the first layer: {plain[0].weight.norm():.6f}")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Curve:
-    """One logged quantity; its tag is ``key/<parameter>``.
+    """One logged quantity; its tag is ``weights/key/<parameter>``.
 
     Attributes:
-        key: First part of the tag.
+        key: Middle part of the tag.
         symbol: What the formula calls it.
         unit: Unit of the values; "w" stands for the unit of the weight.
         formula: How it is computed, with w_u a unit before the step, U the number of units, Δ = after − before.
@@ -31,18 +31,17 @@ UNIT_NORM_RMS = Curve(
 )
 UNIT_NORM_MIN = Curve("unit_norm_min", "min ‖w_u‖", "w", "min_u ‖w_u‖")
 UNIT_NORM_MAX = Curve("unit_norm_max", "max ‖w_u‖", "w", "max_u ‖w_u‖")
+UNIT_NORMS = Curve("unit_norms", "‖w_u‖", "w", "histogram of ‖w_u‖")
 EFFECTIVE_LR = Curve("effective_lr", "η / n^p", "lr / w^p", "lr / unit_norm_rms^p", summary="effective_lr_ratio")
 EFFECTIVE_LR_NOT_INVARIANT = Curve(
     "effective_lr_not_invariant", "η / n^p", "lr / w^p", "as effective_lr, of weights that are not scale-invariant"
 )
-ANGULAR_UPDATE = Curve(
-    "angular_update", "θ", "rad", "√(mean_u atan2(‖Δ_u⊥‖, ‖w_u‖ + ⟨w_u, Δ_u⟩/‖w_u‖)²)", summary="angular_update"
-)
+ROTATION = Curve("rotation", "θ", "rad", "√(mean_u atan2(‖Δ_u⊥‖, ‖w_u‖ + ⟨w_u, Δ_u⟩/‖w_u‖)²)", summary="rotation")
 ROTATION_FACTOR = Curve(
     "rotation_factor",
     "c",
     "1",
-    "angular_update / √(mean_u (‖Δ_u⊥‖/‖w_u‖)²) with the optimizer's own Δ: by what RotationControl has multiplied it",
+    "rotation / √(mean_u (‖Δ_u⊥‖/‖w_u‖)²) with the optimizer's own Δ: by what RotationControl has multiplied it",
 )
 RELATIVE_UPDATE = Curve("relative_update", "‖Δ‖/‖w‖", "1", "√(mean_u (‖Δ_u‖ / ‖w_u‖)²)")
 GRADIENT_NORM = Curve("gradient_norm", "‖g‖", "loss / w", "‖g‖ of the whole tensor, before clipping")
@@ -62,7 +61,7 @@ EQUILIBRIUM_RATIO = Curve(
     "equilibrium_ratio",
     "θ / θ̂",
     "1",
-    "angular_update / functional.predicted_rotation, at the norm that functional.predicted_norm gives for the schedule "
+    "rotation / functional.predicted_rotation, at the norm that functional.predicted_norm gives for the schedule "
     "run so far",
     summary="equilibrium_ratio",
 )
@@ -74,7 +73,7 @@ CURVES = (
     UNIT_NORM_MAX,
     EFFECTIVE_LR,
     EFFECTIVE_LR_NOT_INVARIANT,
-    ANGULAR_UPDATE,
+    ROTATION,
     ROTATION_FACTOR,
     RELATIVE_UPDATE,
     GRADIENT_NORM,
@@ -86,8 +85,14 @@ CURVES = (
     EQUILIBRIUM_RATIO,
 )
 
+PREFIX = "weights"
+"""First part of every tag, unless a callback is given another: one group in TensorBoard, below train, val and test."""
+
 SUMMARY_GROUP = "layers"
-"""Summaries over layers have a group of their own, ``layers/<summary>_<statistic>``."""
+"""Takes the place of the key in tags of summaries over layers, ``weights/layers/<summary>_<statistic>``."""
+
+OLD_KEYS = {"angular_update": "rotation"}
+"""Keys of logs and checkpoints from before the first release; their tags had no prefix."""
 
 STATISTICS = ("min", "median", "max")
 
@@ -95,42 +100,58 @@ EQUILIBRIUM_TOLERANCE = 0.15
 """Relative distance from the prediction within which norm and rotation count as being at equilibrium."""
 
 
-def tag(curve: Curve, parameter: str, separator: str = "/") -> str:
+def tag(curve: Curve, parameter: str, prefix: str = PREFIX) -> str:
     """Tag of one layer's curve."""
-    return f"{curve.key}{separator}{parameter}"
+    return _joined(prefix, curve.key, parameter)
 
 
-def summary_tag(curve: Curve, statistic: str, separator: str = "/") -> str:
+def summary_tag(curve: Curve, statistic: str, prefix: str = PREFIX) -> str:
     """Tag of one summary over layers."""
-    return f"{SUMMARY_GROUP}{separator}{curve.summary}_{statistic}"
+    return _joined(prefix, SUMMARY_GROUP, f"{curve.summary}_{statistic}")
+
+
+def _joined(prefix: str, *parts: str) -> str:
+    return "/".join([prefix, *parts] if prefix else parts)
+
+
+def retagged(logged: str, prefix: str) -> str:
+    """A tag of this or an older version, as it is with a prefix."""
+    found = split_tag(logged)
+    return _joined(prefix, found[1]) if found else logged
 
 
 def split_tag(logged: str) -> tuple[str, str] | None:
-    """Prefix that a logger has put in front of a tag, and the tag; None for one that is not in the table.
+    """What stands in front of a tag, the default prefix aside, and the tag without any; None for what is not ours.
 
-    >>> split_tag("my-run-effective_lr/conv.weight"), split_tag("train_loss")
-    (('my-run', 'effective_lr/conv.weight'), None)
+    >>> split_tag("my-run-weights/effective_lr/conv.weight"), split_tag("generator/effective_lr/conv.weight")
+    (('my-run', 'effective_lr/conv.weight'), ('generator', 'effective_lr/conv.weight'))
+    >>> split_tag("angular_update/conv.weight"), split_tag("train_loss")
+    (('', 'rotation/conv.weight'), None)
     """
     found = _TAG.fullmatch(logged)
-    return found and (found["prefix"] or "", found["tag"])
+    if found is None:
+        return None
+    before = re.sub(rf"(^|[-/]){PREFIX}$", "", found["before"] or "")
+    return before, (found["group"] or "") + OLD_KEYS.get(found["key"], found["key"]) + found["rest"]
 
 
 def markdown_table() -> str:
     """The table as the documentation shows it."""
     lines = ["| tag | symbol | unit | formula |", "| --- | --- | --- | --- |"]
     for c in CURVES:
-        cells = [f"`{c.key}/<parameter>`", c.symbol, c.unit, c.formula]
+        cells = [f"`{tag(c, '<parameter>')}`", c.symbol, c.unit, c.formula]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     for curve in CURVES:
         if curve.summary:
             what = "effective_lr / its first logged value" if curve is EFFECTIVE_LR else curve.key
             unit = "1" if curve is EFFECTIVE_LR else curve.unit
-            name = f"{SUMMARY_GROUP}/{curve.summary}_<{'|'.join(STATISTICS)}>".replace("|", "\\|")
+            name = summary_tag(curve, f"<{'|'.join(STATISTICS)}>").replace("|", "\\|")
             lines.append(f"| `{name}` | | {unit} | {', '.join(STATISTICS)} over layers of {what} |")
     return "\n".join(lines) + "\n"
 
 
 _TAG = re.compile(
-    rf"(?:(?P<prefix>.*)-)?(?P<tag>(?:{'|'.join(c.key for c in CURVES)})/.+|"
-    rf"{SUMMARY_GROUP}/(?:{'|'.join(c.summary for c in CURVES if c.summary)})_(?:{'|'.join(STATISTICS)}))"
+    rf"(?:(?P<before>.*?)[-/])?(?P<group>{SUMMARY_GROUP}/)?"
+    rf"(?P<key>{'|'.join({*OLD_KEYS, *(c.key for c in CURVES), *(c.summary for c in CURVES if c.summary)})})"
+    rf"(?P<rest>(?(group)_(?:{'|'.join(STATISTICS)})|/.+))"
 )

@@ -60,7 +60,7 @@ def root_mean_square(values: Sequence[float]) -> float:
     return norm(list(values)) / math.sqrt(len(values)) if values else 0.0
 
 
-def angular_update(before: np.ndarray, after: np.ndarray, unit: str | int = "neuron", dim: int = 0, groups: int = 1):
+def rotation(before: np.ndarray, after: np.ndarray, unit: str | int = "neuron", dim: int = 0, groups: int = 1):
     """Rotation of every unit in radians, to the last digits of float64 at any angle; 0 where either is zero."""
     pairs = zip(units(before, unit, dim, groups), units(after, unit, dim, groups), strict=True)
     return [angle(integers(a), integers(b)) for a, b in pairs]

@@ -55,7 +55,7 @@ PUBLIC = {
     "save_verdict",
 }
 PUBLIC_FUNCTIONAL = {
-    "angular_update",
+    "rotation",
     "effective_lr",
     "equilibrium_half_life",
     "equilibrium_norm",

@@ -20,8 +20,8 @@ NAMESPACES = {"pytorch_lightning": "lightning", "lightning.pytorch": "pytorch_li
 CHECK = """
 import sys
 tags = set(trainer.callback_metrics)
-assert "effective_lr/net.0.weight" in tags, tags
-assert "weight_norm/net.3.weight" in tags, tags
+assert "weights/effective_lr/net.0.weight" in tags, tags
+assert "weights/weight_norm/net.3.weight" in tags, tags
 print("loaded", *sorted({name.partition(".")[0] for name, module in sys.modules.items() if module is not None}))
 """
 

@@ -183,7 +183,7 @@ def made(error: Callable[[Cell], float], norm: Callable[[Cell, Array], Array]) -
         norms = norm(cell, np.array(LOGGED) + 1.0) * np.exp(draw.normal(0, 0.002, len(LOGGED)))
         power = 2 if cell.optimizer == "sgd" else 1
         curves = {"unit_norm_rms": norms, "weight_norm": norms, "effective_lr": cell.lr / norms**power}
-        curves |= {"gradient_norm": 1 / norms, "angular_update": norms}
+        curves |= {"gradient_norm": 1 / norms, "rotation": norms}
         assert set(curves) == set(CURVES)
         results[cell] = {
             "error": error(cell) * np.exp(draw.normal(0, 0.05)),

@@ -18,7 +18,7 @@ from examples.van_laarhoven.store import Result, Store
 from lightning_normreg import find_scale_invariance
 from lightning_normreg.steps import NormTracker, Projector, RotationTracker, StepDispatcher, tags, watch
 
-CURVES = ("unit_norm_rms", "weight_norm", "effective_lr", "angular_update", "gradient_norm")
+CURVES = ("unit_norm_rms", "weight_norm", "effective_lr", "rotation", "gradient_norm")
 POINTS = 40
 """Logged updates of a run."""
 
@@ -44,7 +44,8 @@ def run_cell(cell: Cell, settings: Settings, archive: Path | None = None, device
         "logged": list(rows),
         "entries": [net.get_parameter(name).numel() for name in names],
         "curves": {
-            key: [[float(f"{row[f'{key}/{name}']:.6g}") for row in rows.values()] for name in names] for key in CURVES
+            key: [[float(f"{row[f'weights/{key}/{name}']:.6g}") for row in rows.values()] for name in names]
+            for key in CURVES
         },
     }
 

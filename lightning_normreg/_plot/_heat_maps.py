@@ -55,7 +55,7 @@ class HeatMap:
 
 
 HEAT_MAPS = (
-    HeatMap("rotation per step", _metrics.ANGULAR_UPDATE),
+    HeatMap("rotation per step", _metrics.ROTATION),
     HeatMap("effective learning rate over its first value", _metrics.EFFECTIVE_LR, relative=True),
 )
 

@@ -67,7 +67,7 @@ def plot_curves(
     panels, heat_maps = panels_of(found), heat_maps_of(found)
     if not panels:
         raise ValueError(
-            "`runs` must have a curve that a page shows: effective_lr, unit_norm_rms, angular_update or "
+            "`runs` must have a curve that a page shows: effective_lr, unit_norm_rms, rotation or "
             "equilibrium_ratio. Log with WeightNormMonitor and EffectiveLRMonitor."
         )
     columns = len(found) if len(found) > 1 else GRID[len(panels)]

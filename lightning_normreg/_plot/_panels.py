@@ -51,7 +51,7 @@ class Panel:
     def is_of(self, run: Run) -> bool:
         """Whether a run has anything to show in it."""
         if self.of_summary:
-            return run.summary(self.curve) is not None and run.is_partial(_metrics.ANGULAR_UPDATE)
+            return run.summary(self.curve) is not None and run.is_partial(_metrics.ROTATION)
         compared = self.curve is not _metrics.EFFECTIVE_LR and run.summary(self.curve) is not None
         return bool(run.layers(self.curve)) or compared
 
@@ -60,7 +60,7 @@ PANELS = (
     Panel("effective learning rate", _metrics.EFFECTIVE_LR),
     Panel("effective learning rate, all layers", _metrics.EFFECTIVE_LR, of_summary=True),
     Panel("unit norm", _metrics.UNIT_NORM_RMS, _metrics.EQUILIBRIUM_NORM),
-    Panel("rotation per step", _metrics.ANGULAR_UPDATE, _metrics.EQUILIBRIUM_ROTATION, EQUILIBRIUM_TOLERANCE),
+    Panel("rotation per step", _metrics.ROTATION, _metrics.EQUILIBRIUM_ROTATION, EQUILIBRIUM_TOLERANCE),
     Panel("rotation over its prediction", _metrics.EQUILIBRIUM_RATIO, None, EQUILIBRIUM_TOLERANCE, constant=1.0),
 )
 NOT_INVARIANT = Panel("effective learning rate, not scale-invariant", _metrics.EFFECTIVE_LR_NOT_INVARIANT)

@@ -27,7 +27,7 @@ class Run:
 
     Attributes:
         name: What stands above it.
-        table: A row for each step, a column for each tag, in the order of the layers.
+        table: A row for each step, a column for each tag without prefix, in the order of the layers.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Run:
 
     def lines(self, curve: Curve, layers: Iterable[str]) -> dict[str, pd.Series[float]]:
         """The finite values of these layers, each over its steps."""
-        found = {layer: _finite(self.table[_metrics.tag(curve, layer)]) for layer in layers}
+        found = {layer: _finite(self.table[_metrics.tag(curve, layer, "")]) for layer in layers}
         return {layer: values for layer, values in found.items() if len(values)}
 
     def summary(self, curve: Curve) -> pd.DataFrame | None:
         """Minimum, median and maximum over layers where they were logged."""
-        tags = [_metrics.summary_tag(curve, statistic) for statistic in _metrics.STATISTICS]
+        tags = [_metrics.summary_tag(curve, statistic, "") for statistic in _metrics.STATISTICS]
         if not curve.summary or not set(tags) <= set(self.table.columns):
             return None
         found = self.table[tags].dropna()
@@ -55,7 +55,7 @@ class Run:
     def is_partial(self, curve: Curve) -> bool:
         """Whether the summary is over more layers than those that have curves."""
         summary = self.summary(curve)
-        tags = [_metrics.tag(curve, layer) for layer in self.layers(curve)]
+        tags = [_metrics.tag(curve, layer, "") for layer in self.layers(curve)]
         if summary is None:
             return False
         if not tags:

@@ -24,8 +24,8 @@ def read_runs(path: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
         path: The folder that a logger wrote, a folder of such folders, an event file, or a CSV file.
 
     Returns:
-        For each run its name (the path, and the logger's prefix where there are several) and its curves: one row for
-        each step, one column for each tag of the table of curves, without a logger's prefix.
+        For each run its name (the path, and the prefix where there are several) and its curves: one row for each step,
+        one column for each tag of the table of curves, without any prefix.
 
     Raises:
         ValueError: If there is no such path, no log in it, none of our curves in the logs, or a file cannot be read.
@@ -49,7 +49,7 @@ def read_runs(path: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
 
 
 def by_step(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The columns of a table that are curves of ours, a row a step, apart for each logger's prefix.
+    """The columns of a table that are curves of ours, a row a step, apart for each prefix.
 
     Args:
         frame: With a column ``step``; of several values at one step the last one counts.
@@ -61,9 +61,9 @@ def by_step(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
             found.setdefault(parts[0], {})[column] = parts[1]
     tables = {}
     for prefix, names in found.items():
-        columns = frame[["step", *names]].rename(columns=names)
-        numbers = columns.apply(optional_import("pandas").to_numeric, errors="coerce")
-        table = numbers.dropna(subset="step").groupby("step").last().dropna(how="all")
+        numbers = frame[["step", *names]].apply(optional_import("pandas").to_numeric, errors="coerce")
+        rows = numbers.dropna(subset="step").groupby("step").last().dropna(how="all")
+        table = rows.rename(columns=names).T.groupby(level=0, sort=False).last().T  # old and new tags of one curve
         if len(table):
             tables[prefix] = table
     return tables

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 class EffectiveLRMonitor(Monitor):
     r"""Logs the effective learning rate of each weight, and how far each optimizer step really turned it.
 
+    Behind ``prefix``, that is ``weights/``:
+
     * ``effective_lr/<parameter>``: :math:`\eta/n^p` with n the root mean square over units of the norm before the
       step, and p of the optimizer (2: SGD, 1: Adam, AdamW, RMSprop); equal to lr / unit_norm_rms^p of
       :class:`WeightNormMonitor`. Compare it over time;
       ``effective_lr_not_invariant/<parameter>`` where the weight is not scale-invariant and it means nothing by itself;
-    * ``angular_update/<parameter>``: root mean square over units of the rotation, in radians. Compare it between
-      layers;
+    * ``rotation/<parameter>``: root mean square over units of the rotation, in radians. Compare it between layers;
     * ``relative_update/<parameter>``: likewise of :math:`\lVert\Delta_u\rVert/\lVert w_u\rVert`;
     * for scale-invariant weights under decay ``equilibrium_rotation/<parameter>``, ``equilibrium_norm/…`` and
       ``equilibrium_half_life/…``: where the present learning rate and decay would settle, and in how many steps it is
@@ -40,7 +41,7 @@ class EffectiveLRMonitor(Monitor):
       along the schedule run so far: about 1 in and out of equilibrium, as long as gradients are mostly noise;
     * with ``gradient=True`` also ``gradient_norm/…`` and ``gradient_alignment/…``, before clipping;
     * with ``scale_exponent=True`` ``scale_exponent/…``, the exponent of the step where constants such as eps move it;
-    * ``layers/angular_update_<min|median|max>`` and ``layers/equilibrium_ratio_…`` over layers, and
+    * ``layers/rotation_<min|median|max>`` and ``layers/equilibrium_ratio_…`` over layers, and
       ``layers/effective_lr_ratio_…``, the effective rate over its first logged value.
 
     At the end of a fit it says which layers are "consistent with equilibrium since step …" (after three relaxation
@@ -78,6 +79,7 @@ class EffectiveLRMonitor(Monitor):
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
             above that the summaries and 8 layers spread over the depth.
         logging_interval: ``"step"``, or ``"epoch"`` for the mean over an epoch's logged steps.
+        prefix: First part of every tag.
         progress_bar: Show the median effective learning rate over the scale-invariant layers in the progress bar, as
             ``effective_lr``, on logged steps anew.
 
@@ -92,7 +94,7 @@ class EffectiveLRMonitor(Monitor):
         van Laarhoven 2017, https://arxiv.org/abs/1706.05350.
     """
 
-    summaries = (_metrics.ANGULAR_UPDATE, _metrics.EFFECTIVE_LR, _metrics.EQUILIBRIUM_RATIO)
+    summaries = (_metrics.ROTATION, _metrics.EFFECTIVE_LR, _metrics.EQUILIBRIUM_RATIO)
 
     def __init__(
         self,
@@ -109,6 +111,7 @@ class EffectiveLRMonitor(Monitor):
         on_unhealthy: OnUnhealthy = "warn",
         per_layer: PerLayer = "auto",
         logging_interval: Literal["step", "epoch"] = "step",
+        prefix: str = _metrics.PREFIX,
         progress_bar: bool = False,
     ) -> None:
         super().__init__(
@@ -119,6 +122,7 @@ class EffectiveLRMonitor(Monitor):
             invariance=invariance,
             per_layer=per_layer,
             logging_interval=logging_interval,
+            prefix=prefix,
         )
         if on_unhealthy not in get_args(OnUnhealthy):
             raise ValueError(f"`on_unhealthy` must be 'warn', 'stop' or 'ignore', got {on_unhealthy!r}.")

@@ -51,6 +51,7 @@ class Monitor(StepCallback):
         unit: UnitArgument,
         per_layer: PerLayer,
         logging_interval: Literal["step", "epoch"],
+        prefix: str,
         invariance: str | Mapping[str, Any] | None,
     ) -> None:
         super().__init__(invariance)
@@ -67,7 +68,11 @@ class Monitor(StepCallback):
         self.exclude = exclude
         self.unit = unit
         self.per_layer = per_layer
+        if not isinstance(prefix, str) or prefix != prefix.strip("/"):
+            raise ValueError(f"`prefix` must be the first part of tags, without a slash around it, got {prefix!r}. "
+                             "Use for example 'generator', or '' for none.")  # fmt: skip
         self.logging_interval = logging_interval
+        self.prefix = prefix
         self._reset()
 
     def _reset(self) -> None:
@@ -140,7 +145,7 @@ class Monitor(StepCallback):
             radii = [callback.radius for callback in callbacks if isinstance(callback, NormProjection)]
             found = hyperparameters(optimizers_of(trainer), radii)
             for logger in trainer.loggers:
-                write_beside(logger, found)
+                write_beside(logger, self.prefix, found)
                 log_hyperparameters(logger, found)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -184,7 +189,11 @@ class Monitor(StepCallback):
 
     def _layer_values(self, row: Row) -> dict[str, float]:
         shown = {name: values for name, values in row.items() if name in self._shown}
-        return {_metrics.tag(curve, name): v for name, values in shown.items() for curve, v in values.items()}
+        return {
+            _metrics.tag(curve, name, self.prefix): value
+            for name, values in shown.items()
+            for curve, value in values.items()
+        }
 
     def _summary_values(self, row: Row) -> dict[str, float]:
         """Minimum, median and maximum over layers; of effective rates only the ratios, see the word's definition."""
@@ -198,7 +207,7 @@ class Monitor(StepCallback):
                 for statistic, value in zip(
                     _metrics.STATISTICS, (min(numbers), median(numbers), max(numbers)), strict=True
                 ):
-                    found[_metrics.summary_tag(curve, statistic)] = value
+                    found[_metrics.summary_tag(curve, statistic, self.prefix)] = value
         return found
 
     def _reference(self, name: str, value: float) -> float:
@@ -210,8 +219,7 @@ class Monitor(StepCallback):
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
         assert self._tracker is not None
         for logger in trainer.loggers:
-            separator = logger.group_separator
-            named = values if separator == "/" else {tag.replace("/", separator, 1): v for tag, v in values.items()}
+            named = {tag.replace("/", logger.group_separator): value for tag, value in values.items()}
             logger.log_metrics(named, step=self._step)
         dtype = self._tracker.dtype
         trainer.callback_metrics.update({t: torch.tensor(v, dtype=dtype) for t, v in values.items()})
@@ -230,4 +238,4 @@ class Monitor(StepCallback):
         super().load_state_dict(state_dict)
         self._logged_once = state_dict["logged_once"]
         self._first = dict(state_dict["first"])
-        self._sums = dict(state_dict["sums"])
+        self._sums = {_metrics.retagged(tag, self.prefix): sums for tag, sums in state_dict["sums"].items()}

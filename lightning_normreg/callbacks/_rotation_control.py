@@ -48,7 +48,7 @@ class RotationControl(SphereCallback):
     When it runs: before the first step as :class:`NormProjection`, then in the optimizer's step post-hook, before the
     monitors measure the step. The optimizer's state is left as it is.
 
-    What it logs: nothing by itself; with :class:`EffectiveLRMonitor` ``angular_update/…`` is the rotation after
+    What it logs: nothing by itself; with :class:`EffectiveLRMonitor` ``rotation/…`` is the rotation after
     control, and ``rotation_factor/…`` by what the optimizer's own was multiplied. Reported once for each weight: units
     that are zero or not finite, that were capped at π/2, or whose update is so small that rounding shows in it.
 

@@ -17,38 +17,45 @@ SUB_RUN = "normreg"
 
 CHARTS: dict[str, tuple[Curve, ...]] = {
     "effective learning rate": (_metrics.EFFECTIVE_LR,),
-    "rotation per step, and at equilibrium": (_metrics.ANGULAR_UPDATE, _metrics.EQUILIBRIUM_ROTATION),
+    "rotation per step, and at equilibrium": (_metrics.ROTATION, _metrics.EQUILIBRIUM_ROTATION),
     "unit norm": (_metrics.UNIT_NORM_RMS,),
     "effective learning rate, layers that are not scale-invariant": (_metrics.EFFECTIVE_LR_NOT_INVARIANT,),
 }
 """Charts with a line of each layer."""
 MARGINS: dict[str, Curve] = {
     "effective learning rate over its first value, all layers": _metrics.EFFECTIVE_LR,
-    "rotation per step, all layers": _metrics.ANGULAR_UPDATE,
+    "rotation per step, all layers": _metrics.ROTATION,
     "rotation over its prediction, all layers": _metrics.EQUILIBRIUM_RATIO,
     "unit norm, all layers": _metrics.UNIT_NORM_RMS,
 }
 """Charts of the median over layers, with a margin from the minimum to the maximum."""
 
 
-def layout(prefix: str = "") -> dict[str, dict[str, list[Any]]]:
+def layout(prefix: str = _metrics.PREFIX, logger_prefix: str = "") -> dict[str, dict[str, list[Any]]]:
     """The layout, as ``SummaryWriter.add_custom_scalars`` takes it.
 
     TensorBoard reads the tags of lines as regexes, and those of margins as they are.
 
     Args:
-        prefix: What the logger puts in front of every tag.
+        prefix: First part of the tags.
+        logger_prefix: What the logger puts in front of every tag.
     """
-    start = re.escape(prefix)
-    lines = {title: ["Multiline", [f"^{start}{c.key}/" for c in curves]] for title, curves in CHARTS.items()}
+    start = "^" + re.escape(logger_prefix)
+    lines = {
+        title: ["Multiline", [start + re.escape(_metrics.tag(curve, "", prefix)) for curve in curves]]
+        for title, curves in CHARTS.items()
+    }
     margins = {
-        title: ["Margin", [f"{prefix}{_metrics.summary_tag(curve, s)}" for s in ("median", "min", "max")]]
+        title: [
+            "Margin",
+            [f"{logger_prefix}{_metrics.summary_tag(curve, s, prefix)}" for s in ("median", "min", "max")],
+        ]
         for title, curve in MARGINS.items()
     }
     return {"normalization": lines | margins}
 
 
-def write_beside(logger: Any, hyperparameters: Mapping[str, str | float]) -> None:
+def write_beside(logger: Any, prefix: str, hyperparameters: Mapping[str, str | float]) -> None:
     """Write layout and hyperparameters beside a TensorBoard logger's own run; any other logger is left alone.
 
     In a sub-run of their own: a second layout in one run replaces the first, which may be the user's, while TensorBoard
@@ -60,7 +67,7 @@ def write_beside(logger: Any, hyperparameters: Mapping[str, str | float]) -> Non
     if callable(getattr(experiment, "add_custom_scalars", None)) and isinstance(directory, str):
         shown = {k: v for k, v in getattr(logger, "hparams", {}).items() if isinstance(v, (str, int, float))}
         with SummaryWriter(str(Path(directory) / SUB_RUN)) as writer:
-            writer.add_custom_scalars(layout(tag_prefix(logger)))
+            writer.add_custom_scalars(layout(prefix, tag_prefix(logger)))
             writer.add_hparams({**shown, **hyperparameters}, {}, run_name=".")
 
 

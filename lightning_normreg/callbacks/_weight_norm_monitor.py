@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class WeightNormMonitor(Monitor):
     r"""Logs the norm of each weight, and of the units in it, before each logged optimizer step.
 
+    Behind ``prefix``, that is ``weights/``:
+
     * ``weight_norm/<parameter>``: :math:`\lVert w\rVert` of the whole tensor;
     * ``unit_norm_rms/<parameter>``: :math:`n=\lVert w\rVert/\sqrt{U}` over its U units, ``unit_norm_min/…`` and
       ``unit_norm_max/…``;
@@ -52,6 +54,7 @@ class WeightNormMonitor(Monitor):
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
             above that the summaries and 8 layers spread over the depth.
         logging_interval: ``"step"``, or ``"epoch"`` for the mean over an epoch's logged steps.
+        prefix: First part of every tag.
 
     Raises:
         ValueError: For an argument out of its range, before training starts.
@@ -74,6 +77,7 @@ class WeightNormMonitor(Monitor):
         histograms: bool = False,
         per_layer: PerLayer = "auto",
         logging_interval: Literal["step", "epoch"] = "step",
+        prefix: str = _metrics.PREFIX,
     ) -> None:
         super().__init__(
             every_n_steps=every_n_steps,
@@ -83,6 +87,7 @@ class WeightNormMonitor(Monitor):
             invariance=invariance,
             per_layer=per_layer,
             logging_interval=logging_interval,
+            prefix=prefix,
         )
         self.histograms = histograms
 
@@ -112,4 +117,5 @@ class WeightNormMonitor(Monitor):
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
         super()._log(trainer, values)
         for logger in trainer.loggers:
-            write_histograms(logger, {f"unit_norms/{name}": n for name, n in self._units.items()}, self._step)
+            tagged = {_metrics.tag(_metrics.UNIT_NORMS, name, self.prefix): n for name, n in self._units.items()}
+            write_histograms(logger, tagged, self._step)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SHOWN: dict[str, Curve] = {
     "unit norm": _metrics.UNIT_NORM_RMS,
     "effective learning rate": _metrics.EFFECTIVE_LR,
-    "rotation per step": _metrics.ANGULAR_UPDATE,
+    "rotation per step": _metrics.ROTATION,
 }
 
 

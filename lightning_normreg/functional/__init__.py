@@ -15,7 +15,7 @@ from lightning_normreg.functional._relaxation import predicted_rotation as predi
 from lightning_normreg.functional._rotation import rotate_ as rotate_
 from lightning_normreg.functional._suggestion import suggest_decay as suggest_decay
 from lightning_normreg.functional._suggestion import suggest_projection as suggest_projection
-from lightning_normreg.functional._updates import angular_update as angular_update
 from lightning_normreg.functional._updates import effective_lr as effective_lr
 from lightning_normreg.functional._updates import gradient_alignment as gradient_alignment
 from lightning_normreg.functional._updates import relative_update as relative_update
+from lightning_normreg.functional._updates import rotation as rotation

@@ -116,7 +116,7 @@ def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
 
 
-def angular_update(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim: int = 0, groups: int = 1) -> Tensor:
+def rotation(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim: int = 0, groups: int = 1) -> Tensor:
     r"""Rotation of every unit in one step, :math:`\theta_u=\operatorname{atan2}(\lVert\Delta_\perp\rVert, n+r)`.
 
     With :math:`\Delta` = after − before, :math:`n=\lVert w_u\rVert` before, :math:`r` the part of
@@ -137,7 +137,7 @@ def angular_update(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim:
         ValueError: If ``after`` has another shape than ``before``.
 
     Examples:
-        >>> angular_update(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
+        >>> rotation(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
         tensor([0.7854])
 
     Reference:
@@ -216,7 +216,7 @@ def effective_lr(lr: float | Tensor, norm: float | Tensor, exponent: int) -> Ten
 
     A step of a scale-invariant weight turns it by an angle proportional to :math:`\eta/n^p`, so this, and not
     :math:`\eta`, is the learning rate of the function that the network computes. Compare it over time, not between
-    layers or optimizers: for that there is the rotation itself, :func:`angular_update`.
+    layers or optimizers: for that there is the rotation itself, :func:`rotation`.
 
     Args:
         lr: Learning rate η of the optimizer.

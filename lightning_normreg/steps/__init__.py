@@ -18,7 +18,7 @@ Examples:
     >>> model(batch).exp().mean().backward()
     >>> optimizer.step()
     >>> values = tags(rotation.collect())
-    >>> round(values["effective_lr/0.weight"], 6)  # lr / ‖w‖²
+    >>> round(values["weights/effective_lr/0.weight"], 6)  # lr / ‖w‖²
     0.125
     >>> round(model[0].weight.norm().item(), 6)
     2.0
@@ -73,17 +73,18 @@ def watch(
     return _watch(named_roles(module), include, exclude, unit, verdict)
 
 
-def tags(row: Row) -> dict[str, float]:
+def tags(row: Row, prefix: str = _metrics.PREFIX) -> dict[str, float]:
     """Measured values by the tags that the callbacks log them under.
 
     Args:
         row: From a tracker's ``collect()``.
+        prefix: First part of the tags.
 
     Returns:
-        ``{"quantity/parameter": value}``, for any logger; empty where no step was measured.
+        ``{"weights/quantity/parameter": value}``, for any logger; empty where no step was measured.
 
     Examples:
-        >>> tags({"0.weight": {_metrics.ANGULAR_UPDATE: 0.1}})
-        {'angular_update/0.weight': 0.1}
+        >>> tags({"0.weight": {_metrics.ROTATION: 0.1}})
+        {'weights/rotation/0.weight': 0.1}
     """
-    return {_metrics.tag(curve, name): value for name, values in row.items() for curve, value in values.items()}
+    return {_metrics.tag(curve, name, prefix): value for name, values in row.items() for curve, value in values.items()}

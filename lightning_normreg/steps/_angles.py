@@ -75,7 +75,7 @@ class Angles:
             raise ValueError(
                 f"`angle` must be computable from the recipe for 'equilibrium', but what {type(optimizer).__name__} "
                 "turns a weight by under decay depends on its gradients, or is not known. Give a number, such as the "
-                "`angular_update` that EffectiveLRMonitor shows."
+                "`rotation` that EffectiveLRMonitor shows."
             )
         lr, decay = float(rule.lr(group)), float(group.get("weight_decay", 0.0))
         if lr == 0:

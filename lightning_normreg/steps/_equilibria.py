@@ -204,7 +204,7 @@ class Equilibria:
     def _follow(self, name: str, values: dict[Curve, float], formulas: Formulas, group: Group, step: int) -> None:
         *done, present = _read(self._steps[name])
         self._steps[name] = [present]
-        norm, rotation = values[_metrics.UNIT_NORM_RMS], values[_metrics.ANGULAR_UPDATE]
+        norm, rotation = values[_metrics.UNIT_NORM_RMS], values[_metrics.ROTATION]
         constant = {key: group[key] for key in _CONSTANT if key in group}
         course = self.courses.setdefault(name, Course(norm, constant))
         if constant != course.constant:

@@ -137,7 +137,7 @@ class RotationTracker(Tracker, Recording):
             curve = _metrics.EFFECTIVE_LR_NOT_INVARIANT if watched.invariant is False else _metrics.EFFECTIVE_LR
             gain = rule.momentum_gain(group) if self._momentum_gain else 1.0
             values[curve] = effective_lr(rule.lr(group), norm, rule.exponent) * gain
-        values[_metrics.ANGULAR_UPDATE] = root_mean_square(step.angle())
+        values[_metrics.ROTATION] = root_mean_square(step.angle())
         values[_metrics.RELATIVE_UPDATE] = root_mean_square(step.relative())
         if self._equilibrium and watched.invariant:
             values[_metrics.UNIT_NORM_RMS] = norm

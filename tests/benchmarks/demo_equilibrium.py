@@ -101,13 +101,13 @@ def measure(name: str) -> dict[str, tuple[float, float]]:
     )
     trainer.fit(net, DigitsDataModule())
     turned, norms = (m.history().set_index("step").loc[STEPS * 2 // 3 :] for m in (rotation, norm))
-    layers = [tag.split("/")[1] for tag in turned if tag.startswith("equilibrium_norm/")]
+    layers = [tag.split("/")[2] for tag in turned if tag.startswith("weights/equilibrium_norm/")]
     for said in rotation.equilibrium_status():
         print(f"{name}: {said}")
     return {
         layer: (
-            float((turned[f"angular_update/{layer}"] / turned[f"equilibrium_rotation/{layer}"]).mean()),
-            float((norms[f"unit_norm_rms/{layer}"] / turned[f"equilibrium_norm/{layer}"]).mean()),
+            float((turned[f"weights/rotation/{layer}"] / turned[f"weights/equilibrium_rotation/{layer}"]).mean()),
+            float((norms[f"weights/unit_norm_rms/{layer}"] / turned[f"weights/equilibrium_norm/{layer}"]).mean()),
         )
         for layer in layers
     }

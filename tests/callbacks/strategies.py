@@ -31,7 +31,7 @@ from lightning_normreg import (
     decay_groups,
     find_scale_invariance,
 )
-from lightning_normreg.callbacks import _verdict
+from lightning_normreg.callbacks import _probing
 
 STEPS_PER_EPOCH, BATCH = 6, 8
 
@@ -171,7 +171,7 @@ def main() -> None:
     if rank > 0:  # what the first process was given counts
         verdict = dict.fromkeys(verdict, verdict["head.weight"])
     if project == "observe":  # nobody can be probed: the gradients of the first steps have to do
-        verdict, _verdict.LARGEST = None, 0
+        verdict, _probing.LARGEST = None, 0
     used: Any = {"single": "auto", "ddp": "ddp"}.get(strategy)
     used = used or (FSDP1() if strategy == "fsdp1" else ModelParallelStrategy(*parts))
     callbacks = _callbacks(verdict, optimizer, unit, project)

@@ -115,7 +115,7 @@ def test_the_norm_stays_put(name: str) -> None:
         monitor = EffectiveLRMonitor(20)
         trainer(monitor, *([CorrectedDecay()] if corrected else [])).fit(net, noise(2400))
         ends[corrected] = net.layer.weight.norm(dim=1).square().mean().sqrt().item() / start
-        late = monitor.history()["equilibrium_ratio/layer.weight"].iloc[-20:]
+        late = monitor.history()["weights/equilibrium_ratio/layer.weight"].iloc[-20:]
         assert late.mean() == pytest.approx(1.0, abs=CLOSE)
     assert ends[True] == pytest.approx(1.0, abs=CLOSE)
     assert ends[False] < 1 - 2 * CLOSE

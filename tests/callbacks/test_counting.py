@@ -34,7 +34,7 @@ def fit(net: LightningModule, **options: Any) -> tuple[list[int], list[int]]:
     run.fit(net, loader())
     logger = run.logger
     assert isinstance(logger, RecordingLogger)
-    rows = [step for step, row in logger.rows if any(k.startswith("angular_update") for k in row)]
+    rows = [step for step, row in logger.rows if any(k.startswith("weights/rotation/") for k in row)]
     return counter.counts, rows
 
 
@@ -82,7 +82,7 @@ def test_lbfgs_counts_steps_not_closures() -> None:
     assert len(net.norms) > 12
     # The gradients are those of the first evaluation, at the weights that the step starts from.
     first = [next(norm for step, norm in net.norms if step == i) for i in range(6)]
-    assert monitor.history()["gradient_norm/head.weight"].tolist() == pytest.approx(first, rel=1e-6)
+    assert monitor.history()["weights/gradient_norm/head.weight"].tolist() == pytest.approx(first, rel=1e-6)
 
 
 @pytest.mark.pitfall(3)
@@ -129,7 +129,7 @@ def test_gradient_norm_is_free_of_the_loss_scale(fused: bool) -> None:
         plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
         run = trainer(EffectiveLRMonitor(gradient=True), plugins=[plugin], limit_train_batches=1)
         run.fit(Net(sgd(fused=fused), schedule=False), loader())
-        values.append(run.callback_metrics["gradient_norm/head.weight"].item())
+        values.append(run.callback_metrics["weights/gradient_norm/head.weight"].item())
     assert values[0] == pytest.approx(values[1], rel=1e-2)
     assert 1e-3 < values[0] < 10
 
@@ -182,8 +182,8 @@ def test_manual_optimization_with_two_optimizers(wrapped: bool) -> None:
     logger = run.logger
     assert isinstance(logger, RecordingLogger)
     assert counter.counts == [6, 18]
-    assert len(logger.curves("effective_lr_not_invariant/conv1.weight")) == 6
-    curve = logger.curves("angular_update/critic.weight")
+    assert len(logger.curves("weights/effective_lr_not_invariant/conv1.weight")) == 6
+    curve = logger.curves("weights/rotation/critic.weight")
     assert [step for step, _ in curve] == list(range(6))
     assert [value for _, value in curve] == pytest.approx(gan.angles, rel=1e-5)
 

@@ -75,14 +75,14 @@ def test_pure_noise_settles_where_predicted(name: str) -> None:
     net = Noise(OPTIMIZERS[name])
     monitor, history = fit(net, 1600)
     late = history[history["step"] >= 800]
-    assert late["equilibrium_ratio/layer.weight"].mean() == pytest.approx(1.0, abs=CLOSE)
-    turned = late["angular_update/layer.weight"] / late["equilibrium_rotation/layer.weight"]
+    assert late["weights/equilibrium_ratio/layer.weight"].mean() == pytest.approx(1.0, abs=CLOSE)
+    turned = late["weights/rotation/layer.weight"] / late["weights/equilibrium_rotation/layer.weight"]
     assert turned.mean() == pytest.approx(1.0, abs=CLOSE)
     norm = net.layer.weight.detach().norm(dim=1).square().mean().sqrt().item()
-    assert norm == pytest.approx(late["equilibrium_norm/layer.weight"].iloc[-1], rel=2 * CLOSE)
+    assert norm == pytest.approx(late["weights/equilibrium_norm/layer.weight"].iloc[-1], rel=2 * CLOSE)
     (said,) = monitor.equilibrium_status()
     since = int(said.removeprefix("layer.weight: consistent with equilibrium since step ").rstrip(".").replace(" ", ""))
-    assert since >= 3 * late["equilibrium_half_life/layer.weight"].iloc[-1] / np.log(2) * 0.9
+    assert since >= 3 * late["weights/equilibrium_half_life/layer.weight"].iloc[-1] / np.log(2) * 0.9
 
 
 @pytest.mark.slow
@@ -92,9 +92,9 @@ def test_under_a_schedule_the_norm_equation_is_followed() -> None:
     cosine = lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1600, eta_min=1e-4)  # noqa: E731
     _, history = fit(Noise(OPTIMIZERS["adamw"], cosine), 1600)
     last = history[history["step"] >= 1500]
-    at_equilibrium = last["angular_update/layer.weight"] / last["equilibrium_rotation/layer.weight"]
+    at_equilibrium = last["weights/rotation/layer.weight"] / last["weights/equilibrium_rotation/layer.weight"]
     assert at_equilibrium.mean() < 0.5
-    assert last["equilibrium_ratio/layer.weight"].mean() == pytest.approx(1.0, abs=CLOSE)
+    assert last["weights/equilibrium_ratio/layer.weight"].mean() == pytest.approx(1.0, abs=CLOSE)
 
 
 def test_too_short_a_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -112,8 +112,10 @@ def test_a_scheduled_momentum_is_told_of() -> None:
         UserWarning, match=r"no equilibrium is predicted for 'layer\.weight'\. Its momentum is scheduled"
     ):
         _, history = fit(Noise(OPTIMIZERS["momentum"], one_cycle), 41)
-    assert history["equilibrium_ratio/layer.weight"].notna().sum() == 1  # the first step, before anything has changed
-    assert history["angular_update/layer.weight"].notna().all()
+    assert (
+        history["weights/equilibrium_ratio/layer.weight"].notna().sum() == 1
+    )  # the first step, before anything has changed
+    assert history["weights/rotation/layer.weight"].notna().all()
 
 
 def test_where_nothing_is_predicted() -> None:
@@ -124,7 +126,7 @@ def test_where_nothing_is_predicted() -> None:
         assert not [tag for tag in run.callback_metrics if "equilibrium" in tag]
     run = trainer(EffectiveLRMonitor())
     run.fit(Net(sgd(weight_decay=0.1)), loader())
-    layers = {tag.split("/")[1] for tag in run.callback_metrics if tag.startswith("equilibrium")}
+    layers = {tag.split("/")[2] for tag in run.callback_metrics if tag.startswith("weights/equilibrium")}
     assert layers == {"conv1.weight", "up.weight"}
 
 
@@ -149,7 +151,7 @@ def test_the_size_of_the_gradient_is_that_which_the_optimizer_used() -> None:
     lr = step.lr["conv1.weight"]
     expected = (lr * product**2 / (0.1 * (2 - lr * 0.1))) ** 0.25
     # float32 sums of 18 squares, and a fourth root.
-    assert monitor.history()["equilibrium_norm/conv1.weight"][0] == pytest.approx(expected, rel=1e-5)
+    assert monitor.history()["weights/equilibrium_norm/conv1.weight"][0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_momentum_gain_and_exponent_on_request() -> None:
@@ -159,9 +161,9 @@ def test_momentum_gain_and_exponent_on_request() -> None:
         torch.manual_seed(0)
         run = trainer(EffectiveLRMonitor(momentum_gain=gain, scale_exponent=True))
         run.fit(Net(sgd(momentum=0.75)), loader())
-        rates[gain] = run.callback_metrics["effective_lr/conv1.weight"].item()
-        assert run.callback_metrics["scale_exponent/conv1.weight"].item() == 2.0
+        rates[gain] = run.callback_metrics["weights/effective_lr/conv1.weight"].item()
+        assert run.callback_metrics["weights/scale_exponent/conv1.weight"].item() == 2.0
     assert rates[True] == pytest.approx(4 * rates[False], rel=1e-6)
     run = trainer(EffectiveLRMonitor(scale_exponent=True))
     run.fit(Net(lambda groups: torch.optim.Adam(groups, eps=1e-3)), loader())
-    assert 1.001 < run.callback_metrics["scale_exponent/conv1.weight"].item() < 1.999
+    assert 1.001 < run.callback_metrics["weights/scale_exponent/conv1.weight"].item() < 1.999

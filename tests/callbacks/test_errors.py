@@ -31,6 +31,7 @@ INCLUDE = ["conv1.weight"]
         (lambda: WeightNormMonitor(unit="row"), "`unit` must be one of 'auto', 'neuron', 'column', 'layer', got 'row'"),
         (lambda: WeightNormMonitor(0), "`every_n_steps` must be a positive integer or None, got 0"),
         (lambda: EffectiveLRMonitor(per_layer="all"), "`per_layer` must be True, False or 'auto', got 'all'"),
+        (lambda: WeightNormMonitor(prefix="a/"), "`prefix` must be the first part of tags, without a slash around"),
         (lambda: EffectiveLRMonitor(logging_interval="batch"), "`logging_interval` must be 'step' or 'epoch'"),
     ],
 )
@@ -175,7 +176,7 @@ def test_a_wrapper_around_a_torch_optimizer_is_seen_through() -> None:
 
     run = trainer(EffectiveLRMonitor())
     run.fit(Wrapped(sgd()), loader())
-    assert "effective_lr_not_invariant/head.weight" in run.callback_metrics
+    assert "weights/effective_lr_not_invariant/head.weight" in run.callback_metrics
 
 
 def test_an_optimizer_without_a_rule() -> None:
@@ -197,7 +198,7 @@ def test_an_optimizer_without_a_rule() -> None:
     with pytest.warns(UserWarning, match=r"register_update_rule\(Sign, exponent=…, decay=…\)") as caught:
         run.fit(Net(Sign), loader())
     assert len([w for w in caught if "Sign" in str(w.message)]) == 1
-    assert "angular_update/head.weight" in run.callback_metrics
+    assert "weights/rotation/head.weight" in run.callback_metrics
     assert not [key for key in run.callback_metrics if "effective_lr" in key]
 
     register_update_rule(Sign, exponent=0, decay="none")
@@ -207,7 +208,7 @@ def test_an_optimizer_without_a_rule() -> None:
         register_update_rule(Sign, exponent=1, decay="none")
         run = trainer(EffectiveLRMonitor())
         run.fit(Net(Sign), loader())
-        assert "effective_lr/conv1.weight" in run.callback_metrics
+        assert "weights/effective_lr/conv1.weight" in run.callback_metrics
     finally:
         del _REGISTERED[Sign]
 

@@ -53,7 +53,7 @@ def test_logged_values_equal_the_oracle() -> None:
     for step in map(on_host, net.steps):
         for name in ("conv1.weight", "up.weight", "head.weight"):
             for key, value in expected(step, name, 2).items():
-                assert logged[step.batch][f"{key}/{name}"] == pytest.approx(value, rel=1e-5), (step.batch, key)
+                assert logged[step.batch][f"weights/{key}/{name}"] == pytest.approx(value, rel=1e-5), (step.batch, key)
 
 
 @pytest.mark.usefixtures("no_waiting")

@@ -142,7 +142,7 @@ def test_a_gradient_that_is_not_finite_is_explained() -> None:
     ):
         run.fit(net, loader())
     assert len([w for w in caught if "infinite or NaN" in str(w.message)]) == 1
-    assert run.callback_metrics["relative_update/head.weight"].isfinite()
+    assert run.callback_metrics["weights/relative_update/head.weight"].isfinite()
 
 
 def test_an_action_that_is_unknown() -> None:

@@ -88,10 +88,12 @@ def test_optimizers_that_the_trainer_knows() -> None:
     assert net.conv1.weight.detach().flatten(1).norm(dim=1) == pytest.approx(torch.ones(6), abs=1e-6)
     logger = run.logger
     assert isinstance(logger, RecordingLogger)
-    assert [value for _, value in logger.curves("effective_lr/conv1.weight")] == pytest.approx([LR] * 6, rel=1e-6)
+    assert [value for _, value in logger.curves("weights/effective_lr/conv1.weight")] == pytest.approx(
+        [LR] * 6, rel=1e-6
+    )
     turned = [2 * torch.asin((a / a.norm() - b / b.norm()).norm() / 2).item() for a, b in net.seen]
     # Float32 weights: the chord of directions 1e-2 apart keeps 6e-8 / 1e-2.
-    assert [value for _, value in logger.curves("angular_update/head.weight")] == pytest.approx(turned, rel=1e-4)
+    assert [value for _, value in logger.curves("weights/rotation/head.weight")] == pytest.approx(turned, rel=1e-4)
 
 
 class ByHand(Net):

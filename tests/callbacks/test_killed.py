@@ -50,7 +50,7 @@ def test_killed_and_resumed(devices: int, tmp_path: Path) -> None:
         rows = [row for row in whole["rows"] if row[0] >= SAVED]
         assert rows == [row for row in resumed["rows"] if row[0] >= SAVED]
         # With two processes the momentum is scheduled, so that predictions were given up before the checkpoint.
-        assert any("equilibrium_ratio/net.0.weight" in row for _, row in rows) == (devices == 1)
+        assert any("weights/equilibrium_ratio/net.0.weight" in row for _, row in rows) == (devices == 1)
         assert {step for step, _ in rows} == set(range(SAVED, EPOCHS * BATCHES))
         # The mean of the second epoch has its first two steps from before, and one of them was never seen again.
         assert any(row["step"] == 2 * BATCHES - 1 for row in resumed["histories"][0])

@@ -66,8 +66,8 @@ def test_late_thawing_is_logged_and_resumed(tmp_path: Path) -> None:
         return run
 
     whole = fit(3)
-    assert [s for s, row in rows(whole) if "relative_update/conv1.weight" in row] == list(range(3, 9))
-    assert [s for s, row in rows(whole) if "relative_update/head.weight" in row] == list(range(9))
+    assert [s for s, row in rows(whole) if "weights/relative_update/conv1.weight" in row] == list(range(3, 9))
+    assert [s for s, row in rows(whole) if "weights/relative_update/head.weight" in row] == list(range(9))
     resumed = fit(3, tmp_path / "epoch=1.ckpt")
     for name, value in whole.lightning_module.state_dict().items():
         assert torch.equal(value, resumed.lightning_module.state_dict()[name]), name
@@ -116,7 +116,7 @@ def test_toggling_changes_no_number() -> None:
         found.append((rows(run), net.state_dict()))
     assert found[0][0] == found[1][0]
     assert len(found[0][0]) == 6
-    assert "effective_lr/generator.weight" in found[0][0][0][1]
+    assert "weights/effective_lr/generator.weight" in found[0][0][0][1]
     assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
 
 
@@ -152,7 +152,7 @@ def test_compiled_modules_have_the_same_curves_under_the_same_names(compiled: st
         run = trainer(EffectiveLRMonitor(), WeightNormMonitor(), NormProjection())
         run.fit(net, loader())
         found.append(rows(run))
-    assert "effective_lr/conv1.weight" in found[0][0][1]
+    assert "weights/effective_lr/conv1.weight" in found[0][0][1]
     assert found[0] == found[1]
 
 

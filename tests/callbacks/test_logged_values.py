@@ -51,7 +51,7 @@ def expected(step: Step, name: str, exponent: int) -> dict[str, float]:
         "unit_norm_min": norms.min(),
         "unit_norm_max": norms.max(),
         f"effective_lr{'_not_invariant' * (name == 'head.weight')}": step.lr[name] / rms**exponent,
-        "angular_update": math.sqrt((angles**2).mean()),
+        "rotation": math.sqrt((angles**2).mean()),
         "relative_update": math.sqrt((relative**2).mean()),
     }
 
@@ -83,12 +83,13 @@ def test_logged_values_equal_the_oracle(optimizer: str, precision: Any, decay: f
     for step in net.steps:
         for name in WEIGHTS:
             for key, value in expected(step, name, exponent).items():
-                assert logged[step.batch][f"{key}/{name}"] == pytest.approx(value, rel=tolerance), (step.batch, key)
-    tensor = run.callback_metrics["angular_update/up.weight"]
+                assert logged[step.batch][f"weights/{key}/{name}"] == pytest.approx(value, rel=tolerance), (
+                    step.batch,
+                    key,
+                )
+    tensor = run.callback_metrics["weights/rotation/up.weight"]
     assert tensor.dtype == dtype
-    assert tensor.item() == pytest.approx(
-        expected(net.steps[-1], "up.weight", exponent)["angular_update"], rel=tolerance
-    )
+    assert tensor.item() == pytest.approx(expected(net.steps[-1], "up.weight", exponent)["rotation"], rel=tolerance)
 
 
 def test_effective_lr_follows_from_two_other_curves() -> None:
@@ -101,8 +102,8 @@ def test_effective_lr_follows_from_two_other_curves() -> None:
     assert isinstance(logger, RecordingLogger)
     for name, group in (("conv1.weight", "pg1"), ("up.weight", "pg2")):
         lr = dict(logger.curves(f"lr-SGD/{group}"))
-        rms = dict(logger.curves(f"unit_norm_rms/{name}"))
-        rate = logger.curves(f"effective_lr/{name}")
+        rms = dict(logger.curves(f"weights/unit_norm_rms/{name}"))
+        rate = logger.curves(f"weights/effective_lr/{name}")
         assert len(rate) == 6
         for step, value in rate:
             assert value == pytest.approx(lr[step] / rms[step] ** 2, rel=1e-6)
@@ -114,8 +115,8 @@ def test_layer_units_see_the_whole_tensor() -> None:
     run = trainer(WeightNormMonitor(unit="layer"))
     run.fit(net, loader())
     for name in WEIGHTS:
-        whole = run.callback_metrics[f"weight_norm/{name}"]
-        assert torch.equal(run.callback_metrics[f"unit_norm_rms/{name}"], whole)
+        whole = run.callback_metrics[f"weights/weight_norm/{name}"]
+        assert torch.equal(run.callback_metrics[f"weights/unit_norm_rms/{name}"], whole)
 
 
 @pytest.mark.pitfall(1)
@@ -134,7 +135,10 @@ def test_gradient_curves_are_taken_before_clipping() -> None:
     logger = run.logger
     assert isinstance(logger, RecordingLogger)
     for name in WEIGHTS:
-        norms, aligned = logger.curves(f"gradient_norm/{name}"), logger.curves(f"gradient_alignment/{name}")
+        norms, aligned = (
+            logger.curves(f"weights/gradient_norm/{name}"),
+            logger.curves(f"weights/gradient_alignment/{name}"),
+        )
         assert len(norms) == len(aligned) == 6
         for (step, norm), (_, alignment) in zip(norms, aligned, strict=True):
             gradient, weight = seen[step][name], net.steps[step].before[name]
@@ -153,11 +157,11 @@ def test_summaries_over_layers() -> None:
     metrics = run.callback_metrics
     logger = run.logger
     assert isinstance(logger, RecordingLogger)
-    for key in ("angular_update", "unit_norm_rms"):
-        layers = sorted(metrics[f"{key}/{name}"].item() for name in WEIGHTS)
-        assert [metrics[f"layers/{key}_{s}"].item() for s in ("min", "median", "max")] == layers
-    assert not logger.curves("effective_lr/head.weight")
-    curves = [[value for _, value in logger.curves(f"effective_lr/{name}")] for name in WEIGHTS[:2]]
+    for key in ("rotation", "unit_norm_rms"):
+        layers = sorted(metrics[f"weights/{key}/{name}"].item() for name in WEIGHTS)
+        assert [metrics[f"weights/layers/{key}_{s}"].item() for s in ("min", "median", "max")] == layers
+    assert not logger.curves("weights/effective_lr/head.weight")
+    curves = [[value for _, value in logger.curves(f"weights/effective_lr/{name}")] for name in WEIGHTS[:2]]
     low, high = sorted(curve[-1] / curve[0] for curve in curves)
-    logged = [metrics[f"layers/effective_lr_ratio_{s}"].item() for s in ("min", "median", "max")]
+    logged = [metrics[f"weights/layers/effective_lr_ratio_{s}"].item() for s in ("min", "median", "max")]
     assert logged == pytest.approx([low, (low + high) / 2, high], rel=1e-6)

@@ -29,9 +29,9 @@ def fit(*loggers: Logger) -> Curves:
     run = trainer(*monitors, NormSummary(), logger=[*loggers, recording], max_epochs=2)
     run.fit(Net(sgd(weight_decay=0.1)), loader())
     tags = {tag for _, row in recording.rows for tag in row}
-    assert {"effective_lr/up.weight", "weight_norm/up.weight", "layers/angular_update_max"} <= tags
-    assert len(recording.curves("effective_lr/up.weight")) == 12
-    assert len(recording.curves("weight_norm/up.weight")) == 2
+    assert {"weights/effective_lr/up.weight", "weights/weight_norm/up.weight", "weights/layers/rotation_max"} <= tags
+    assert len(recording.curves("weights/effective_lr/up.weight")) == 12
+    assert len(recording.curves("weights/weight_norm/up.weight")) == 2
     return {tag: recording.curves(tag) for tag in tags}
 
 

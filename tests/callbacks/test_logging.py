@@ -17,7 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import Tensor, nn
 
 from lightning_normreg import CorrectedDecay, EffectiveLRMonitor, NormProjection, NormSummary, WeightNormMonitor
-from lightning_normreg._metrics import CURVES, STATISTICS
+from lightning_normreg._metrics import CURVES, STATISTICS, split_tag
 from tests.harness import Net, RecordingLogger, images, loader, sgd, trainer
 
 
@@ -36,7 +36,7 @@ def test_first_update_then_every_n(every: int | None, interval: int, expected: l
     """The first update, then the Trainer's interval or the monitor's own; interval 0 logs nothing."""
     run = trainer(EffectiveLRMonitor(every), log_every_n_steps=interval, max_epochs=2)
     run.fit(Net(sgd()), loader())
-    assert steps_of(run, "effective_lr/up.weight") == expected
+    assert steps_of(run, "weights/effective_lr/up.weight") == expected
 
 
 def test_epoch_interval_logs_means() -> None:
@@ -47,7 +47,7 @@ def test_epoch_interval_logs_means() -> None:
     means = epoch.history()
     assert means["step"].tolist() == [5, 11]
     assert means["epoch"].tolist() == [0, 1]
-    tag = "weight_norm/conv1.weight"
+    tag = "weights/weight_norm/conv1.weight"
     expected = step.history().groupby("epoch")[tag].mean()
     # A running mean of 6 float64 values.
     assert means[tag].tolist() == pytest.approx(expected.tolist(), rel=1e-14)
@@ -58,10 +58,10 @@ def test_every_curve_of_the_table_is_logged_and_no_other() -> None:
     run = trainer(WeightNormMonitor(), EffectiveLRMonitor(gradient=True, scale_exponent=True))
     run.fit(Net(sgd(weight_decay=0.1)), loader())
     keys = {c.key for c in CURVES} - {"rotation_factor"}
-    invariant = {f"{key}/{n}" for key in keys if "not" not in key for n in ("conv1.weight", "up.weight")}
+    invariant = {f"weights/{key}/{n}" for key in keys if "not" not in key for n in ("conv1.weight", "up.weight")}
     others = {key for key in keys if key != "effective_lr" and not key.startswith("equilibrium")}
-    layers = invariant | {f"{key}/head.weight" for key in others}
-    summaries = {f"layers/{c.summary}_{s}" for c in CURVES if c.summary for s in STATISTICS}
+    layers = invariant | {f"weights/{key}/head.weight" for key in others}
+    summaries = {f"weights/layers/{c.summary}_{s}" for c in CURVES if c.summary for s in STATISTICS}
     logger = run.logger
     assert isinstance(logger, RecordingLogger)
     assert {tag for _, row in logger.rows for tag in row} == layers | summaries
@@ -96,11 +96,13 @@ def test_many_layers_are_shown_as_summaries_and_eight(
     run = trainer(monitor)
     with caplog.at_level("INFO"):
         run.fit(Deep(depth), loader())
-    curves = [c.removeprefix("weight_norm/") for c in run.callback_metrics if c.startswith("weight_norm/")]
+    curves = [
+        c.removeprefix("weights/weight_norm/") for c in run.callback_metrics if c.startswith("weights/weight_norm/")
+    ]
     assert len(curves) == shown
     said = [r for r in caplog.records if "Use per_layer=True for all curves" in r.getMessage()]
     assert len(said) == (depth > 32 and per_layer == "auto")
-    assert "layers/unit_norm_rms_median" in run.callback_metrics
+    assert "weights/layers/unit_norm_rms_median" in run.callback_metrics
     if shown:
         assert curves[0] == "layers.0.weight"
         assert curves[-1] == f"layers.{depth - 1}.weight"
@@ -116,7 +118,7 @@ def test_progress_bar_shows_the_median_effective_lr() -> None:
         run.fit(Net(sgd()), loader())
         assert isinstance(run.logger, RecordingLogger)
         runs[shown] = (run.logger.rows, monitor.history())
-        rates = [monitor.history()[f"effective_lr/{name}.weight"].iloc[-1] for name in ("conv1", "up")]
+        rates = [monitor.history()[f"weights/effective_lr/{name}.weight"].iloc[-1] for name in ("conv1", "up")]
         # Lightning keeps it in float32.
         expected = {"effective_lr": pytest.approx(sum(rates) / 2, rel=1e-6)} if shown else {}
         assert {k: v for k, v in run.progress_bar_metrics.items() if k != "v_num"} == expected
@@ -127,7 +129,7 @@ def test_progress_bar_shows_the_median_effective_lr() -> None:
 def test_without_a_logger_values_are_still_there() -> None:
     """One warning, then ``callback_metrics`` and the history have them; early stopping can watch them."""
     monitor = EffectiveLRMonitor()
-    stop = EarlyStopping("angular_update/head.weight", patience=1, stopping_threshold=0.0, mode="max",
+    stop = EarlyStopping("weights/rotation/head.weight", patience=1, stopping_threshold=0.0, mode="max",
                          check_on_train_epoch_end=True)  # fmt: skip
     run = trainer(monitor, stop, logger=False, max_epochs=5)
     with pytest.warns(UserWarning, match="has no logger, so the curves of EffectiveLRMonitor go to"):
@@ -135,7 +137,7 @@ def test_without_a_logger_values_are_still_there() -> None:
     assert run.current_epoch == 1
     frame = monitor.history()
     assert len(frame) == 6
-    assert frame["angular_update/head.weight"].iloc[-1] == run.callback_metrics["angular_update/head.weight"].item()
+    assert frame["weights/rotation/head.weight"].iloc[-1] == run.callback_metrics["weights/rotation/head.weight"].item()
 
 
 @pytest.mark.pitfall(16)
@@ -147,7 +149,7 @@ def test_tensorboard_layout_shows_all_layers_in_one_chart(tmp_path: Any) -> None
     run.fit(Net(sgd(weight_decay=0.1)), loader())
     own = EventAccumulator(str(logger.log_dir)).Reload()
     tags = own.Tags()["scalars"]
-    assert len(own.Scalars("my.run-effective_lr/up.weight")) == 6
+    assert len(own.Scalars("my.run-weights/effective_lr/up.weight")) == 6
 
     written = EventAccumulator(f"{logger.log_dir}/normreg").Reload()
     events = written.Tensors("custom_scalars__config__")
@@ -156,17 +158,46 @@ def test_tensorboard_layout_shows_all_layers_in_one_chart(tmp_path: Any) -> None
     charts = {chart.title: chart for chart in layout.category[0].chart}
     (regex,) = charts["effective learning rate"].multiline.tag
     matched = [tag for tag in tags if re.match(regex, tag)]  # as TensorBoard does
-    assert matched == [f"my.run-effective_lr/{n}.weight" for n in ("conv1", "up")]
+    assert matched == [f"my.run-weights/effective_lr/{n}.weight" for n in ("conv1", "up")]
     (regex,) = charts["effective learning rate, layers that are not scale-invariant"].multiline.tag
-    assert [tag for tag in tags if re.match(regex, tag)] == ["my.run-effective_lr_not_invariant/head.weight"]
+    assert [tag for tag in tags if re.match(regex, tag)] == ["my.run-weights/effective_lr_not_invariant/head.weight"]
     margin = charts["rotation per step, all layers"].margin.series[0]
     # The page takes these as they are, and would escape a regex.
     assert [margin.value, margin.lower, margin.upper] == [
-        f"my.run-layers/angular_update_{s}" for s in ("median", "min", "max")
+        f"my.run-weights/layers/rotation_{s}" for s in ("median", "min", "max")
     ]
     assert {name for c in charts.values() for s in c.margin.series for name in (s.value, s.lower, s.upper)} < set(tags)
     (mine,) = own.Tensors("custom_scalars__config__")
     assert layout_pb2.Layout.FromString(mine.tensor_proto.string_val[0]).category[0].title == "mine"
+
+
+@pytest.mark.parametrize("prefix, start", [("critic", "critic/"), ("a/b", "a/b/"), ("", "")])
+def test_a_prefix(prefix: str, start: str, tmp_path: Any) -> None:
+    """Of every tag, and of TensorBoard's layout."""
+    logger = TensorBoardLogger(tmp_path)
+    monitors = [kind(prefix=prefix) for kind in (WeightNormMonitor, EffectiveLRMonitor)]
+    trainer(*monitors, logger=[logger]).fit(Net(sgd()), loader())
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()["scalars"]
+    assert {f"{start}weight_norm/up.weight", f"{start}layers/rotation_max"} < set(tags)
+    assert {found[0] for found in map(split_tag, tags) if found} == {prefix}
+    written = EventAccumulator(f"{logger.log_dir}/normreg").Reload().Tensors("custom_scalars__config__")
+    chart = layout_pb2.Layout.FromString(written[0].tensor_proto.string_val[0]).category[0].chart[0]
+    assert [tag for tag in tags if re.match(chart.multiline.tag[0], tag)] == [
+        f"{start}effective_lr/{name}.weight" for name in ("conv1", "up")
+    ]
+
+
+def test_sums_of_a_checkpoint_of_before_the_first_release() -> None:
+    """Its tags are those of that time; what comes with them goes on under the present ones."""
+    monitor = EffectiveLRMonitor(logging_interval="epoch")
+    state = monitor.state_dict()
+    monitor.load_state_dict(
+        state | {"sums": {"angular_update/a.weight": (0.3, 2), "layers/angular_update_max": (1, 2)}}
+    )
+    assert monitor.state_dict()["sums"] == {
+        "weights/rotation/a.weight": (0.3, 2),
+        "weights/layers/rotation_max": (1, 2),
+    }
 
 
 def test_csv_and_several_loggers(tmp_path: Any) -> None:
@@ -175,21 +206,21 @@ def test_csv_and_several_loggers(tmp_path: Any) -> None:
     run = trainer(EffectiveLRMonitor(), logger=[table, recording])
     run.fit(Net(sgd()), loader())
     with open(f"{table.log_dir}/metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["effective_lr/up.weight"]]
-    assert [float(r["effective_lr/up.weight"]) for r in rows] == [
-        v for _, v in recording.curves("effective_lr/up.weight")
+        rows = [row for row in csv.DictReader(file) if row["weights/effective_lr/up.weight"]]
+    assert [float(r["weights/effective_lr/up.weight"]) for r in rows] == [
+        v for _, v in recording.curves("weights/effective_lr/up.weight")
     ]
 
 
 def test_a_logger_with_its_own_separator() -> None:
-    """Tags take the logger's separator between quantity and parameter."""
+    """Tags take the logger's separator between prefix, quantity and parameter."""
 
     class Dashes(RecordingLogger):
         group_separator = "-"
 
     run = trainer(WeightNormMonitor(), logger=Dashes())
     run.fit(Net(sgd()), loader())
-    assert steps_of(run, "weight_norm-up.weight") == list(range(6))
+    assert steps_of(run, "weights-weight_norm-up.weight") == list(range(6))
 
 
 @pytest.mark.pitfall(25)
@@ -213,8 +244,8 @@ def test_fast_dev_run_and_all_zero_layers() -> None:
     run = trainer(EffectiveLRMonitor(), fast_dev_run=True)
     with pytest.warns(UserWarning, match="1 units of 'head.weight' are zero"):
         run.fit(net, loader())
-    assert "effective_lr_not_invariant/head.weight" not in run.callback_metrics
-    assert run.callback_metrics["angular_update/head.weight"].item() == 0.0
+    assert "weights/effective_lr_not_invariant/head.weight" not in run.callback_metrics
+    assert run.callback_metrics["weights/rotation/head.weight"].item() == 0.0
 
 
 def test_the_other_namespace() -> None:
@@ -244,7 +275,7 @@ def test_the_other_namespace() -> None:
     )
     with pytest.warns(UserWarning, match="has no logger"):
         run.fit(Other(), torch.utils.data.DataLoader(images(8), batch_size=4))
-    assert run.callback_metrics["effective_lr_not_invariant/layer.weight"].item() == pytest.approx(
+    assert run.callback_metrics["weights/effective_lr_not_invariant/layer.weight"].item() == pytest.approx(
         1e-3 / 3**0.5, rel=1e-6
     )
     assert len(monitor.history()) == 2

@@ -75,11 +75,13 @@ def test_monitors_begin_when_enough_gradients_were_seen(model: str, monkeypatch:
     run = trainer(EffectiveLRMonitor(), WeightNormMonitor(), max_epochs=7)  # 6 steps an epoch
     with pytest.warns(UserWarning, match=f"{CANNOT}: .*({why}).*invariance=, a verdict from find_scale_invariance"):
         run.fit(net, loader())
-    curves = run.logger.curves("effective_lr/up.weight")
+    curves = run.logger.curves("weights/effective_lr/up.weight")
     assert [step for step, _ in curves] == list(range(33, 42))
-    assert len(run.logger.curves("effective_lr_not_invariant/head.weight")) == 9
+    assert len(run.logger.curves("weights/effective_lr_not_invariant/head.weight")) == 9
     rows = net.last_start.view(2, 3, 2, 9).transpose(1, 2).reshape(4, 27)  # in two groups
-    assert run.callback_metrics["unit_norm_max/up.weight"].item() == pytest.approx(rows.norm(dim=1).max().item(), 1e-6)
+    assert run.callback_metrics["weights/unit_norm_max/up.weight"].item() == pytest.approx(
+        rows.norm(dim=1).max().item(), 1e-6
+    )
 
 
 def test_too_short_a_run_says_that_nothing_was_logged() -> None:
@@ -90,7 +92,7 @@ def test_too_short_a_run_says_that_nothing_was_logged() -> None:
         pytest.warns(UserWarning, match=r"logged nothing: .* 6 optimizer steps are fewer than the 33 that"),
     ):
         run.fit(Manual(), loader())
-    assert "effective_lr/up.weight" not in run.callback_metrics
+    assert "weights/effective_lr/up.weight" not in run.callback_metrics
 
 
 def test_weak_evidence_never_projects(tmp_path: Any) -> None:

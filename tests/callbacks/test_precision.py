@@ -52,7 +52,10 @@ def test_logged_values_are_those_of_the_stored_weights(name: str, make: Any, exp
     for step in net.steps:
         for weight in WEIGHTS:
             for key, value in expected(step, weight, exponent).items():
-                assert logged[step.batch][f"{key}/{weight}"] == pytest.approx(value, rel=tolerance), (step.batch, key)
+                assert logged[step.batch][f"weights/{key}/{weight}"] == pytest.approx(value, rel=tolerance), (
+                    step.batch,
+                    key,
+                )
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
@@ -154,8 +157,8 @@ def test_hooks_could_run_on_any_accelerator(
     run = trainer(*monitors, projection, *corrected, **options)
     run.fit(net, loader(dtype=dtype))
     assert [entered.count(hook) for _, hook in wrapped] == [6, 6, 6]
-    assert "angular_update/head.weight" in run.callback_metrics
-    assert run.callback_metrics["angular_update/head.weight"].dtype == torch.float32
+    assert "weights/rotation/head.weight" in run.callback_metrics
+    assert run.callback_metrics["weights/rotation/head.weight"].dtype == torch.float32
 
 
 def test_the_check_can_fail() -> None:

@@ -42,11 +42,11 @@ def test_ranks_log_the_same(folder: Path, name: str) -> None:
     assert first["rows"] == second["rows"]
     assert len(first["rows"]) == 8 + 1
     assert first["metrics"] == second["metrics"]
-    assert {"effective_lr/layer.weight", "unit_norm_rms/head.weight"} <= set(first["metrics"])
+    assert {"weights/effective_lr/layer.weight", "weights/unit_norm_rms/head.weight"} <= set(first["metrics"])
     assert all(torch.equal(value, second["weights"][key]) for key, value in first["weights"].items())
     assert off(first["weights"]["layer.weight"]) < 1e-6
     for path in (folder / name).rglob("metrics.csv"):
-        assert "effective_lr/layer.weight" in path.read_text().splitlines()[0]
+        assert "weights/effective_lr/layer.weight" in path.read_text().splitlines()[0]
     assert list((folder / name).rglob("events.out*"))
 
 

@@ -134,7 +134,7 @@ def test_the_monitor_sees_the_step_before_the_projection() -> None:
         net = Net(sgd(weight_decay=10.0))
         run = trainer(*[NormProjection(include=INCLUDE), EffectiveLRMonitor()][::order])
         run.fit(net, loader())
-        values.append(run.callback_metrics["relative_update/conv1.weight"].item())
+        values.append(run.callback_metrics["weights/relative_update/conv1.weight"].item())
     # Almost the whole update is radial (lr·wd = 1e-3·0.9⁵·10), which a projected weight would not show.
     assert values[0] == values[1] > 0.9**5 * 1e-2 * 0.99
 

@@ -61,7 +61,7 @@ def test_directions_go_on_under_a_schedule(tmp_path: Path) -> None:
         # BatchNorm's averages of what comes out of the weight are partly from before.
         if not name.startswith("norm1.running"):
             torch.testing.assert_close(other, value, rtol=0.0, atol=1e-12)
-    curve = "effective_lr/conv1.weight"
+    curve = "weights/effective_lr/conv1.weight"
     found = [[row[curve] for _, row in run_rows if curve in row] for run_rows in (plain_rows, rows)]
     assert len(found[0]) == 6
     assert found[1] == pytest.approx(found[0], rel=1e-12)
@@ -74,6 +74,6 @@ def test_resume(tmp_path: Path) -> None:
     resumed, later = run(tmp_path, FACTOR, 2, resume=tmp_path / "1.ckpt")
     for name, value in whole.items():
         assert torch.equal(resumed[name], value), name
-    tail = [row for row in rows if row[0] >= CUT and "effective_lr/conv1.weight" in row[1]]
+    tail = [row for row in rows if row[0] >= CUT and "weights/effective_lr/conv1.weight" in row[1]]
     assert len(tail) == 3
-    assert [row for row in later if row[0] >= CUT and "effective_lr/conv1.weight" in row[1]] == tail
+    assert [row for row in later if row[0] >= CUT and "weights/effective_lr/conv1.weight" in row[1]] == tail

@@ -122,7 +122,9 @@ def test_settings_are_those_of_the_groups_as_they_are_now() -> None:
     run_of_six = trainer(Reload(), monitor, NormProjection(include=["conv1.weight"]), CorrectedDecay())
     run_of_six.fit(net, DataLoader(images(), batch_size=4))
     # At radius 1 it is the learning rate, in float32.
-    assert monitor.history()["effective_lr/conv1.weight"].tolist() == pytest.approx([1e-3] * 2 + [7e-3] * 4, rel=1e-6)
+    assert monitor.history()["weights/effective_lr/conv1.weight"].tolist() == pytest.approx(
+        [1e-3] * 2 + [7e-3] * 4, rel=1e-6
+    )
     assert [group["lr"] for group in run_of_six.optimizers[0].param_groups] == pytest.approx([7e-3, 21e-3])
 
 
@@ -133,4 +135,4 @@ def test_a_second_fit_starts_afresh() -> None:
         torch.manual_seed(0)
         trainer(monitor, max_epochs=1).fit(Net(sgd()), DataLoader(images(12), batch_size=4))
         assert len(monitor.history()) == 3
-        assert monitor.history()["layers/effective_lr_ratio_max"].iloc[0] == 1.0
+        assert monitor.history()["weights/layers/effective_lr_ratio_max"].iloc[0] == 1.0

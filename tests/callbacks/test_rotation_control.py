@@ -165,7 +165,7 @@ def test_resume_bit_for_bit(name: str, options: dict[str, Any], tmp_path: Any) -
     resumed, later = run(2, tmp_path / "end.ckpt")
     assert all(value.equal(resumed[key]) for key, value in whole.items())
     assert later == rows[6:]
-    assert all("rotation_factor/first.weight" in row for _, row in later)
+    assert all("weights/rotation_factor/first.weight" in row for _, row in later)
     means = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]
     held = next(state["means"] for key, state in means.items() if key.startswith("RotationControl"))
     assert bool(held) == ("hold" in options)
@@ -226,9 +226,9 @@ def test_the_monitor_sees_what_the_weights_have_done() -> None:
         net = Mlp("adamw")
         run = fit(net, *[RotationControl(), EffectiveLRMonitor()][::order])
         for (_, row), step in zip(run.logger.rows, net.steps, strict=True):
-            assert row["angular_update/first.weight"] == pytest.approx(step.lr["first.weight"], rel=1e-9)
-            assert row["rotation_factor/first.weight"] > 0
-            assert "rotation_factor/head.weight" not in row
+            assert row["weights/rotation/first.weight"] == pytest.approx(step.lr["first.weight"], rel=1e-9)
+            assert row["weights/rotation_factor/first.weight"] > 0
+            assert "weights/rotation_factor/head.weight" not in row
 
 
 def test_the_factor_is_that_of_the_tangential_part() -> None:
@@ -236,8 +236,8 @@ def test_the_factor_is_that_of_the_tangential_part() -> None:
     net = Mlp("sgd")
     run = fit(net, RotationControl(), EffectiveLRMonitor(gradient=True), limit_train_batches=1)
     (_, row), lr = run.logger.rows[0], net.steps[0].lr["first.weight"]
-    rms = lr * row["gradient_norm/first.weight"] / math.sqrt(10)
-    assert row["rotation_factor/first.weight"] == pytest.approx(lr / rms, rel=1e-9)
+    rms = lr * row["weights/gradient_norm/first.weight"] / math.sqrt(10)
+    assert row["weights/rotation_factor/first.weight"] == pytest.approx(lr / rms, rel=1e-9)
 
 
 def said_of(callback: RotationControl, net: Net, caplog: Any, **options: Any) -> str:

@@ -72,7 +72,7 @@ def differences(strategy: str, config: Config) -> tuple[float, float]:
         for tag, value in expected.items():
             if math.isfinite(value):
                 # A cosine near 0 is a cancelled sum, whose error is relative to 1.
-                size = 1.0 if tag.startswith("gradient_alignment") else abs(value)
+                size = 1.0 if tag.startswith("weights/gradient_alignment") else abs(value)
                 values.append(abs(row[tag] - value) / max(size, 1e-30))
             else:
                 assert not math.isfinite(row[tag])

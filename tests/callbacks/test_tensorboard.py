@@ -66,7 +66,7 @@ def test_without_a_logger_that_takes_histograms() -> None:
     run = trainer(WeightNormMonitor(histograms=True))
     with pytest.warns(UserWarning, match=r"needs a logger whose .* The Trainer's are: RecordingLogger. No histograms"):
         run.fit(Net(sgd()), loader())
-    assert "weight_norm/up.weight" in run.callback_metrics
+    assert "weights/weight_norm/up.weight" in run.callback_metrics
 
 
 def test_units_that_are_not_finite_are_no_part_of_histograms(tmp_path: Path) -> None:
@@ -184,6 +184,6 @@ def test_two_hundred_layers_do_not_flood_a_page(tmp_path: Path) -> None:
     tags = accumulated(logger.log_dir).Tags()
     ours = [tag for tag in tags["scalars"] if tag not in ("epoch", "hp_metric")]
     assert len(ours) <= 8 * 11 + 4 * 3
-    assert len([tag for tag in ours if tag.startswith("effective_lr/")]) >= 7
+    assert len([tag for tag in ours if tag.startswith("weights/effective_lr/")]) >= 7
     assert len(tags["histograms"]) == 8
     assert [tag for tag in tags["tensors"] if "norm_summary" in tag] == ["norm_summary/text_summary"]

@@ -69,8 +69,12 @@ def test_blocks_and_joined_biases_equal_the_oracle() -> None:
                 "unit_norm_min": min(norms),
                 "unit_norm_max": max(norms),
                 "effective_lr": 0.1 / rms**2,
-                "angular_update": np.sqrt(np.mean([(2 * np.arcsin(c / 2)) ** 2 for c in chords])),
+                "rotation": np.sqrt(np.mean([(2 * np.arcsin(c / 2)) ** 2 for c in chords])),
                 "relative_update": np.sqrt(np.mean(np.square(moved))),
             }
             for key, value in expected.items():
-                assert dict(logger.curves(f"{key}/{name}"))[step] == pytest.approx(value, rel=1e-5), (name, key, step)
+                assert dict(logger.curves(f"weights/{key}/{name}"))[step] == pytest.approx(value, rel=1e-5), (
+                    name,
+                    key,
+                    step,
+                )

@@ -154,7 +154,7 @@ def test_one_probe_for_all_callbacks_and_none_on_resume(tmp_path: Any, monkeypat
         run = trainer(*everything, max_epochs=1 if path is None else 2)
         run.fit(Net(sgd()), loader(), ckpt_path=path)
         run.save_checkpoint(tmp_path / "end.ckpt")
-        assert "effective_lr/conv1.weight" in run.callback_metrics
+        assert "weights/effective_lr/conv1.weight" in run.callback_metrics
     assert calls == [1]
     # A callback that was not there before shares what another one has restored.
     four = [EffectiveLRMonitor(include=["up.*"]), WeightNormMonitor(), EffectiveLRMonitor(), NormProjection()]
@@ -174,8 +174,8 @@ def test_a_saved_verdict_is_taken_instead_of_a_probe(tmp_path: Any, monkeypatch:
         WeightNormMonitor(invariance=path), EffectiveLRMonitor(invariance=verdict), NormProjection(invariance=path)
     )
     run.fit(net, loader())
-    assert run.callback_metrics["unit_norm_max/up.weight"].item() == pytest.approx(1.0, rel=1e-6)
-    assert "effective_lr_not_invariant/head.weight" in run.callback_metrics
+    assert run.callback_metrics["weights/unit_norm_max/up.weight"].item() == pytest.approx(1.0, rel=1e-6)
+    assert "weights/effective_lr_not_invariant/head.weight" in run.callback_metrics
 
 
 def fit_plain(*callbacks: Any, net: LightningModule | None = None) -> LightningModule:
@@ -294,7 +294,7 @@ def test_a_loader_whose_first_batch_is_none() -> None:
     run = trainer(*everything)
     with pytest.warns(UserWarning, match="train_dataloader yielded None"):
         run.fit(Net(sgd(), schedule=False), torch.utils.data.DataLoader(Sparse(), batch_size=None))
-    assert "effective_lr/up.weight" in run.callback_metrics
+    assert "weights/effective_lr/up.weight" in run.callback_metrics
 
 
 def test_a_bias_that_belongs_to_a_unit_is_held_once() -> None:

@@ -156,8 +156,8 @@ def test_flags_alone(folder: Path) -> None:
     )
     assert named(groups(run)) == SPLIT
     assert logged(run, "lr-AdamW/weight") == pytest.approx([1e-3] * BATCHES + [0.5e-3] * BATCHES, rel=1e-12)
-    rates = logged(run, "effective_lr/hidden.weight")
-    assert len(rates) == len(logged(run, "unit_norm_rms/hidden.weight")) == STEPS
+    rates = logged(run, "weights/effective_lr/hidden.weight")
+    assert len(rates) == len(logged(run, "weights/unit_norm_rms/hidden.weight")) == STEPS
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_the_other_namespace(folder: Path) -> None:
         module="users_other_module",
     )
     assert named(groups(run)) == SPLIT
-    assert logged(run, "unit_norm_rms/hidden.weight") == pytest.approx([2.0] * STEPS, rel=1e-6)  # float32
+    assert logged(run, "weights/unit_norm_rms/hidden.weight") == pytest.approx([2.0] * STEPS, rel=1e-6)  # float32
     made = NormRegCLI(args=["--config=config.yaml"], run=False)
     assert type(made.trainer).__module__.startswith("lightning.pytorch")
 

@@ -188,14 +188,18 @@ def test_agrees_with_what_the_monitor_logs_next(
     logger = RecordingLogger()
     again = trainer(EffectiveLRMonitor(), logger=logger, max_epochs=2)
     again.fit(Scheduled(make(name, **options)), loader(), ckpt_path=path)
-    _, first = next((step, row) for step, row in logger.rows if any(key.startswith("effective") for key in row))
-    logged = {key: value for key, value in first.items() if key.startswith("effective_lr") and "layers" not in key}
-    assert set(logged) == {f"{k}/{n}" for n, row in rows.items() for k in row if k.startswith("effective") and row[k]}
+    _, first = next((step, row) for step, row in logger.rows if any(key.startswith("weights/effective") for key in row))
+    logged = {
+        key: value for key, value in first.items() if key.startswith("weights/effective_lr") and "layers" not in key
+    }
+    assert set(logged) == {
+        f"weights/{k}/{n}" for n, row in rows.items() for k in row if k.startswith("effective") and row[k]
+    }
     for key, value in logged.items():
-        kind, parameter = key.split("/")
+        _, kind, parameter = key.split("/")
         assert rows[parameter][kind] == pytest.approx(value, rel=2 * FLOAT32)
     for curve in ("equilibrium_rotation", *(["equilibrium_norm"] if name == "AdamW" else [])):
-        assert rows["conv1.weight"][curve] == pytest.approx(first[f"{curve}/conv1.weight"], rel=1e-9)
+        assert rows["conv1.weight"][curve] == pytest.approx(first[f"weights/{curve}/conv1.weight"], rel=1e-9)
     assert rows["up.weight"]["units"] == "each neuron"
     assert rows["head.weight"]["equilibrium_rotation"] is None
 

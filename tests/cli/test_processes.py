@@ -69,7 +69,7 @@ def test_fit_with_any_model_and_callbacks_by_short_name(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (table,) = tmp_path.rglob("metrics.csv")
-    assert "effective_lr/block1.conv.weight" in table.read_text()
+    assert "weights/effective_lr/block1.conv.weight" in table.read_text()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 EXAMPLES = {
-    "add_to_trainer.py": "angular_update/net.0.weight",
+    "add_to_trainer.py": "weights/rotation/net.0.weight",
     "adamw_decay_groups.py": "gamma      decay 0",
     "bare_loop.py": "norms of the first layer: 1.000000 to 1.000000",
     "fabric_loop.py": "  14  rotation of the first layer 0.",

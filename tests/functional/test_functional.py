@@ -86,7 +86,7 @@ def test_updates_match_the_oracle(dtype: torch.dtype, case: str, unit: str | int
     # Two norms, their quotient and the arc tangent; three halves of the significand leave eps^1.5 of what is along.
     eps = torch.finfo(accumulator(dtype)).eps
     tolerances = {"rtol": 2 * noise(before) + 2 * eps, "atol": eps**1.5}
-    for name in ("angular_update", "relative_update"):
+    for name in ("rotation", "relative_update"):
         actual = getattr(F, name)(before, after, **where)
         assert actual.dtype == accumulator(dtype)
         close(getattr(reference, name)(exact(before), exact(after), **where), actual, **tolerances)
@@ -173,7 +173,7 @@ def test_both_ways_to_row_norms_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_waits_for_a_device() -> None:
     """No function reads a value back, which would block a GPU: all run on tensors that have no values."""
     weight, after = torch.empty(8, 300, device="meta"), torch.empty(8, 300, device="meta")
-    for function in (F.angular_update, F.relative_update, F.gradient_alignment):
+    for function in (F.rotation, F.relative_update, F.gradient_alignment):
         assert function(weight, after).shape == (8,)
     assert F.weight_norm(weight).shape == ()
     assert F.effective_lr(torch.empty((), device="meta"), F.unit_norms(weight), 2).shape == (8,)
@@ -212,19 +212,19 @@ def test_rotation_keeps_its_digits(
     after = cos * along + sin * across
     for dtype in (torch.float32, torch.float64):
         before, after = start.to(dtype), (after * start.norm(dim=1, keepdim=True)).to(dtype)
-        expected = reference.angular_update(exact(before), exact(after))
+        expected = reference.rotation(exact(before), exact(after))
         assert expected == pytest.approx([angle_rad] * len(start), rel=0.05)
         rtol = 2 * noise(before) + 2 * torch.finfo(dtype).eps  # two norms, their quotient and the arc tangent
-        close(expected, F.angular_update(before, after), rtol=min(rtol, 1e-5))
+        close(expected, F.rotation(before, after), rtol=min(rtol, 1e-5))
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight measured a few rows at a time gives the bits that it gives at once, in the same order."""
     before, after = random((20, 300)), random((20, 300), seed=SEED + 1)
-    whole = F.angular_update(before, after), F.relative_update(before, after)
+    whole = F.rotation(before, after), F.relative_update(before, after)
     for entries in (1, 1000):
         monkeypatch.setattr(_updates, "BLOCK", entries)
-        assert torch.equal(whole[0], F.angular_update(before, after))
+        assert torch.equal(whole[0], F.rotation(before, after))
         assert torch.equal(whole[1], F.relative_update(before, after))
 
 
@@ -234,21 +234,21 @@ def test_rows_that_moved_along_themselves_beside_rows_that_turned() -> None:
     turned = before + 1e-3 * random((6, 700), seed=SEED + 1)
     after = torch.where(torch.tensor([True, False] * 3).unsqueeze(1), turned, 0.9 * turned)
     for rows in (slice(0, 6), slice(0, 1), slice(1, 2)):
-        expected = reference.angular_update(exact(before[rows]), exact(after[rows]))
-        close(expected, F.angular_update(before[rows], after[rows]), rtol=4 * noise(before))
+        expected = reference.rotation(exact(before[rows]), exact(after[rows]))
+        close(expected, F.rotation(before[rows], after[rows]), rtol=4 * noise(before))
     rows = before.reshape(1, -1), after.reshape(1, -1)
-    whole = reference.angular_update(*(exact(r) for r in rows))
+    whole = reference.rotation(*(exact(r) for r in rows))
     for columns in (64, 700, _updates.COLUMNS):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_updates, "COLUMNS", columns)
-            close(whole, F.angular_update(*rows), rtol=4 * noise(rows[0]))
+            close(whole, F.rotation(*rows), rtol=4 * noise(rows[0]))
 
 
 def test_steps_from_and_to_zero_have_no_angle() -> None:
     """A unit that is zero on either side did not turn; it did not move relative to itself if it was zero before."""
     weight, zero = random((5, 50)), torch.zeros(5, 50)
     for before, after in [(weight, zero), (zero, weight), (zero, zero)]:
-        assert F.angular_update(before, after).tolist() == [0.0] * 5
+        assert F.rotation(before, after).tolist() == [0.0] * 5
         assert F.gradient_alignment(before, after).tolist() == [0.0] * 5
     assert F.relative_update(zero, weight).tolist() == [0.0] * 5
     close([1.0] * 5, F.relative_update(weight, zero), rtol=noise(weight))
@@ -260,7 +260,7 @@ def test_non_finite_units_show(bad: float) -> None:
     broken, whole = random((3, 50)), random((3, 50), seed=SEED + 1)
     broken[1, 7] = bad
     for before, after in [(broken, whole), (whole, broken)]:
-        for function in (F.angular_update, F.relative_update, F.gradient_alignment):
+        for function in (F.rotation, F.relative_update, F.gradient_alignment):
             assert function(before, after).isfinite().tolist() == [True, False, True]
 
 
@@ -285,7 +285,7 @@ def test_effective_lr_matches_the_oracle(exponent: int) -> None:
         (ValueError, lambda w: F.unit_norms(w, 0), r"`unit` must be .* a number of neighbouring neurons, got 0\."),
         (ValueError, lambda w: F.project_(w, unit=3), r"`unit` must divide the number of neurons .*, got 3 for 2\."),
         (TypeError, lambda w: F.unit_norms(w.int()), r"`weight` must be a floating-point tensor, got torch\.int32\."),
-        (ValueError, lambda w: F.angular_update(w, w[:1]), r"`after` must have the weight's shape \(2, 3\), got \(1"),
+        (ValueError, lambda w: F.rotation(w, w[:1]), r"`after` must have the weight's shape \(2, 3\), got \(1"),
         (ValueError, lambda w: F.relative_update(w, w.t()), r"`after` must have the weight's shape .*, got \(3, 2\)\."),
         (ValueError, lambda w: F.gradient_alignment(w, w[0]), r"`gradient` must have the weight's shape .*got \(3,\)"),
         (ValueError, lambda w: F.project_(w, 0.0), r"`radius` must be positive and finite, got 0\.0\. Use 1\.0"),
@@ -312,7 +312,7 @@ def test_table_of_curves() -> None:
     assert len(set(summaries)) == len(summaries)
     assert set(_metrics.CURVES) == {v for v in vars(_metrics).values() if isinstance(v, _metrics.Curve)}
     rows = _metrics.markdown_table().splitlines()[2:]
-    assert [row.split("`")[1].split("/")[0] for row in rows] == keys + [_metrics.SUMMARY_GROUP] * len(summaries)
+    assert [row.split("`")[1].split("/")[1] for row in rows] == keys + [_metrics.SUMMARY_GROUP] * len(summaries)
 
 
 def test_table_of_curves_has_four_cells_in_each_row() -> None:

@@ -76,7 +76,7 @@ def test_projection_is_idempotent_and_keeps_the_direction(case: Case, radius: fl
     # that turns a unit by no more. A unit that was near the radius stays off by rounding and two measurements.
     eps = torch.finfo(dtype).eps
     close(np.full(len(after), radius), after, rtol=eps + 3 * noise(start))
-    assert F.angular_update(start, weight, **case.where).max() <= 1.1 * eps  # measured to 10% and better
+    assert F.rotation(start, weight, **case.where).max() <= 1.1 * eps  # measured to 10% and better
 
 
 @given(cases, sizes, positive)
@@ -85,9 +85,9 @@ def test_rotation_ignores_scale(case: Case, size: float, factor: float) -> None:
     before, after = case.step(size)
     # Scaling rounds every entry by eps/2 of itself, which turns a unit by no more; both results are quotients of norms.
     rtol = 4 * noise(before) + 4 * EPS
-    expected = exact(F.angular_update(before, after, **case.where))
+    expected = exact(F.rotation(before, after, **case.where))
     for scaled in [(before * factor, after), (before, after * factor)]:
-        close(expected, F.angular_update(*scaled, **case.where), rtol=rtol, atol=EPS)
+        close(expected, F.rotation(*scaled, **case.where), rtol=rtol, atol=EPS)
     # Both sides are rounded by eps/2: relative to the weight's norm, by eps/2 and by at most (1 + expected) eps/2.
     expected = exact(F.relative_update(before, after, **case.where))
     close(expected, F.relative_update(before * factor, after * factor, **case.where), rtol=rtol, atol=EPS)
@@ -97,7 +97,7 @@ def test_rotation_ignores_scale(case: Case, size: float, factor: float) -> None:
 def test_rotation_is_symmetric(case: Case, size: float) -> None:
     """A unit turns back by the angle that it turned."""
     before, after = case.step(size)
-    there, back = F.angular_update(before, after, **case.where), F.angular_update(after, before, **case.where)
+    there, back = F.rotation(before, after, **case.where), F.rotation(after, before, **case.where)
     ratio = F.unit_norms(before, **case.where) / F.unit_norms(after, **case.where)
     assume(ratio.min() > 1e-6 and ratio.max() < 1e6)
     # Both are quotients of norms, from which three halves of a significand leave 2^-36 of what is along the unit.
@@ -110,7 +110,7 @@ def test_decay_alone_does_not_rotate(case: Case, decay: float) -> None:
     before, after = case.weight(), case.weight() * (1 - decay)
     relative = F.relative_update(before, after, **case.where)
     close(np.full(len(relative), decay), relative, rtol=2 * noise(before) + EPS, atol=EPS)
-    assert F.angular_update(before, after, **case.where).max() <= EPS / (1 - decay)
+    assert F.rotation(before, after, **case.where).max() <= EPS / (1 - decay)
 
 
 @given(seeds, st.floats(1e-3, 1e3), st.sampled_from([1, 2]))
@@ -135,7 +135,7 @@ def test_equal_effective_rates_turn_equally(seed: int, c: float) -> None:
         # Sums of some ten terms, in which 8 outputs may cancel to a hundredth: 1e-12, with room for worse cases.
         assert F.gradient_alignment(start, parameter.grad).max() < 1e-9
         torch.optim.SGD([parameter], lr=lr).step()
-        return F.angular_update(start, parameter)
+        return F.rotation(start, parameter)
 
     close(exact(turn(weight, 0.1)), turn(c * weight, 0.1 * c * c), rtol=1e-9)
 
@@ -171,7 +171,7 @@ def test_memory_layout_does_not_matter(unit: str | int, dim: int, shape: tuple[i
     rtol = 2 * noise(before)
     for a, b in zip(layouts(before), reversed(layouts(after)), strict=True):
         close(exact(F.unit_norms(before, **where)), F.unit_norms(a, **where), rtol=rtol)
-        for function in (F.angular_update, F.relative_update):
+        for function in (F.rotation, F.relative_update):
             close(exact(function(before, after, **where)), function(a, b, **where), rtol=rtol + 2 * EPS)
         aligned = F.gradient_alignment(a, b, **where)
         close(exact(F.gradient_alignment(before, after, **where)), aligned, rtol=0, atol=4 * rtol)
@@ -188,7 +188,7 @@ def test_permuting_rows_permutes_results(rows: int, length: int, seed: int) -> N
     """A neuron's values depend on no other neuron: bit for bit."""
     before, after = Case((rows, length), {}, seed).step(0.1)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    for function in (F.angular_update, F.relative_update, F.gradient_alignment):
+    for function in (F.rotation, F.relative_update, F.gradient_alignment):
         assert torch.equal(function(before, after)[order], function(before[order], after[order]))
     permuted = before[order]
     assert torch.equal(F.project_(before)[order], F.project_(permuted))
@@ -267,7 +267,7 @@ def test_projection_reaches_far(dtype: str) -> None:
             assert reached != torch.equal(start, weight)
             tolerance = torch.finfo(weight.dtype).eps + 3 * noise(start)
             assert not reached or reference.unit_norms(exact(weight)) == pytest.approx([radius] * 4, rel=tolerance)
-            assert max(reference.angular_update(exact(start), exact(weight))) <= tolerance
+            assert max(reference.rotation(exact(start), exact(weight))) <= tolerance
 
 
 @pytest.mark.pitfall(24)

@@ -70,13 +70,13 @@ def test_float64_has_its_own_digits() -> None:
                                                       (2, 0, 1, (6, 5)), ("layer", 0, 1, (6, 5))])  # fmt: skip
 def test_units_of_every_kind(unit: Any, dim: int, groups: int, shape: Any) -> None:
     """Every unit turns by the angle, whichever entries it has."""
-    from lightning_normreg.functional import angular_update
+    from lightning_normreg.functional import rotation
 
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(shape, generator=generator, dtype=torch.float64)
     weight = before + 0.01 * torch.randn(shape, generator=generator, dtype=torch.float64)
     angles = rotate_(weight, before, 0.2, unit, per="unit", radius=2.0, dim=dim, groups=groups)
-    measured = angular_update(before, weight, unit, dim=dim, groups=groups)
+    measured = rotation(before, weight, unit, dim=dim, groups=groups)
     torch.testing.assert_close(measured, torch.full_like(measured, 0.2), rtol=1e-13, atol=0)
     torch.testing.assert_close(angles, measured, rtol=1e-13, atol=0)
     norms = _norms.unit_norms(weight, unit, dim=dim, groups=groups)

@@ -14,7 +14,7 @@ from matplotlib.transforms import Bbox
 STATISTICS = {"min": np.min, "median": np.median, "max": np.max}
 SUMMARIES = {
     "unit_norm_rms": "unit_norm_rms",
-    "angular_update": "angular_update",
+    "rotation": "rotation",
     "equilibrium_ratio": "equilibrium_ratio",
     "effective_lr": "effective_lr_ratio",
 }
@@ -45,7 +45,7 @@ def history(layers: int, *, rows: int = 40, seed: int = 0, shown: range | None =
     for layer in range(layers):
         norm = 0.4 + 0.3 * layer / layers + (1 + random.random()) * np.exp(-steps / 60)
         rotation = np.sqrt(0.02 * rate) * np.exp(0.2 * random.standard_normal(rows))
-        curves = {"unit_norm_rms": norm, "weight_norm": 4 * norm, "angular_update": rotation}
+        curves = {"unit_norm_rms": norm, "weight_norm": 4 * norm, "rotation": rotation}
         if layer < layers - 1 or layers == 1:
             curves["effective_lr"] = rate / norm**2
             curves["equilibrium_rotation"] = np.sqrt(0.02 * rate)
@@ -56,10 +56,10 @@ def history(layers: int, *, rows: int = 40, seed: int = 0, shown: range | None =
         for key in SUMMARIES.keys() & curves.keys():
             all_curves[key].append(curves[key] / (curves[key][0] if key == "effective_lr" else 1))
         if shown is None or layer in shown:
-            found |= {f"{key}/{name_of(layer, layers)}": values for key, values in curves.items()}
+            found |= {f"weights/{key}/{name_of(layer, layers)}": values for key, values in curves.items()}
     for key, summary in SUMMARIES.items():
         for name, statistic in STATISTICS.items():
-            found[f"layers/{summary}_{name}"] = statistic(np.array(all_curves[key]), axis=0)
+            found[f"weights/layers/{summary}_{name}"] = statistic(np.array(all_curves[key]), axis=0)
     return pd.DataFrame(found)
 
 

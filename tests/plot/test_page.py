@@ -22,7 +22,7 @@ LONG = "a_rather_long_name_of_a_package.backbone.stages.3.blocks.17.mlp.{}.proje
 def long_names(layers: int) -> pd.DataFrame:
     """The names differ in the middle only."""
     names = {name_of(layer, layers): LONG.format(layer) for layer in range(layers)}
-    rename = {c: c.replace(c.partition("/")[2], names.get(c.partition("/")[2], "")) for c in history(layers).columns}
+    rename = {c: c.replace(c.rpartition("/")[2], names.get(c.rpartition("/")[2], "")) for c in history(layers).columns}
     frame = history(layers)
     return frame.rename(columns={old: new for old, new in rename.items() if new.endswith("weight")})
 
@@ -108,7 +108,7 @@ def test_lines_are_the_logged_values(layers: int) -> None:
     panels = {
         "effective learning rate": ("effective_lr", layers - 1),
         "unit norm": ("unit_norm_rms", layers),
-        "rotation per step": ("angular_update", layers),
+        "rotation per step": ("rotation", layers),
         "rotation over its prediction": ("equilibrium_ratio", layers - 1),
     }
     for title, (key, count) in panels.items():
@@ -118,7 +118,7 @@ def test_lines_are_the_logged_values(layers: int) -> None:
         assert luminance == sorted(luminance)
         for layer, line in enumerate(found):
             assert line.get_xdata().tolist() == frame["step"].tolist()
-            assert line.get_ydata().tolist() == frame[f"{key}/{name_of(layer, layers)}"].tolist()
+            assert line.get_ydata().tolist() == frame[f"weights/{key}/{name_of(layer, layers)}"].tolist()
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     deep = ["rotation per step", "effective learning rate over its first value"]
     assert [title for title in titles if title] == (deep if layers == 200 else [])
@@ -129,7 +129,7 @@ def test_the_prediction_and_its_band() -> None:
     frame = history(4)
     figure = plot_curves(frame)
     (axes,) = [axes for axes in figure.axes if axes.get_title() == "rotation per step"]
-    target = frame["equilibrium_rotation/block0.conv.weight"].to_numpy()
+    target = frame["weights/equilibrium_rotation/block0.conv.weight"].to_numpy()
     assert axes.lines[-1].get_ydata() == pytest.approx(target)
     (band,) = axes.collections
     (path,) = band.get_paths()
@@ -152,13 +152,13 @@ def test_layers_without_curves_are_in_the_band() -> None:
     figure = plot_curves(frame)
     for title, summary in (
         ("unit norm", "unit_norm_rms"),
-        ("rotation per step", "angular_update"),
+        ("rotation per step", "rotation"),
         ("effective learning rate, all layers", "effective_lr_ratio"),
     ):
         (axes,) = [axes for axes in figure.axes if axes.get_title() == title]
         (path,) = axes.collections[0].get_paths()
         for statistic, extreme in (("min", np.min), ("max", np.max)):
-            expected = frame[f"layers/{summary}_{statistic}"]
+            expected = frame[f"weights/layers/{summary}_{statistic}"]
             assert extreme(path.vertices[:, 1]) == extreme(expected)
     assert "effective learning rate, all layers" not in [a.get_title() for a in plot_curves(history(4)).axes]
 
@@ -173,7 +173,7 @@ def test_runs_side_by_side_have_one_scale() -> None:
         assert left.get_ylabel() == right.get_ylabel()
         assert left.get_ylim() == right.get_ylim()
     low, high = top[0].get_ylim()
-    rates = [history(3, lr=lr)["effective_lr/block0.conv.weight"] for lr in (0.1, 0.001)]
+    rates = [history(3, lr=lr)["weights/effective_lr/block0.conv.weight"] for lr in (0.1, 0.001)]
     assert low < min(rate.min() for rate in rates)
     assert high > max(rate.max() for rate in rates)
 
@@ -181,7 +181,7 @@ def test_runs_side_by_side_have_one_scale() -> None:
 def test_peaks_of_long_runs_are_kept() -> None:
     """Of 9000 logged steps, and in the heat map the geometric mean over neighbours."""
     frame = history(20, rows=9000)
-    column = f"angular_update/{name_of(3, 20)}"
+    column = f"weights/rotation/{name_of(3, 20)}"
     frame.loc[4567, column] = 1.5
     figure = plot_curves(frame)
     (axes,) = [axes for axes in figure.axes if axes.get_title() == "rotation per step"]
@@ -199,7 +199,7 @@ def test_peaks_of_long_runs_are_kept() -> None:
 def test_zeros_and_infinities_are_left_out() -> None:
     """A warm-up starts at learning rate 0, a broken run ends at NaN; the rest is drawn."""
     frame = history(3)
-    rate = "effective_lr/block0.conv.weight"
+    rate = "weights/effective_lr/block0.conv.weight"
     frame.loc[0, rate] = 0.0
     frame.loc[frame.index[-2:], rate] = [np.inf, np.nan]
     figure = plot_curves(frame)

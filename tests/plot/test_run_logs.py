@@ -25,7 +25,8 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
     loggers = [TensorBoardLogger(folder, "events", prefix="my-run"), CSVLogger(folder, "table", prefix="my-run")]
     trainer(*monitors, logger=loggers).fit(Net(sgd(weight_decay=0.1)), loader())
     norms, rates = (monitor.history().drop(columns="epoch").set_index("step") for monitor in monitors)
-    return folder, norms.join(rates)
+    both = norms.join(rates)
+    return folder, both.rename(columns=lambda tag: tag.removeprefix("weights/"))
 
 
 def written(folder: Path, tags: dict[str, list[tuple[int, float]]]) -> Path:
@@ -41,7 +42,7 @@ def written(folder: Path, tags: dict[str, list[tuple[int, float]]]) -> Path:
     "place, rel", [("events/version_0", 6e-8), ("table/version_0", 0.0), ("table/version_0/metrics.csv", 0.0)]
 )
 def test_curves_come_back(place: str, rel: float, logs: tuple[Path, pd.DataFrame]) -> None:
-    """All of them, without the logger's prefix; TensorBoard rounds to float32 (half an ulp, 2^-24), CSV not at all."""
+    """All of them, without any prefix; TensorBoard rounds to float32 (half an ulp, 2^-24), CSV not at all."""
     folder, expected = logs
     (found,) = read_runs(folder / place).values()
     assert set(found.columns) == set(expected.columns)
@@ -78,19 +79,29 @@ def test_histories_of_two_monitors_are_one_run() -> None:
 
 def test_a_resumed_run_and_several_prefixes(tmp_path: Path) -> None:
     """Of steps that were run twice the second time counts; two loggers in one folder are two runs."""
-    tag = "effective_lr/a.weight"
+    tag = "weights/effective_lr/a.weight"
     written(tmp_path, {tag: [(0, 1.0), (5, 2.0), (10, 3.0)]})
     written(tmp_path, {tag: [(10, 4.0), (15, 5.0)], f"other-{tag}": [(0, 7.0)]})
-    first, other = read_runs(tmp_path).values()
-    assert first[tag].to_dict() == {0: 1.0, 5: 2.0, 10: 4.0, 15: 5.0}
-    assert other[tag].to_dict() == {0: 7.0}
-    assert list(read_runs(tmp_path)) == [f"{tmp_path} (no prefix)", f"{tmp_path} (other)"]
+    written(tmp_path, {"generator/effective_lr/a.weight": [(0, 8.0)]})
+    first, other, generator = (table["effective_lr/a.weight"].to_dict() for table in read_runs(tmp_path).values())
+    assert (first, other, generator) == ({0: 1.0, 5: 2.0, 10: 4.0, 15: 5.0}, {0: 7.0}, {0: 8.0})
+    assert list(read_runs(tmp_path)) == [f"{tmp_path} ({name})" for name in ("no prefix", "other", "generator")]
+
+
+def test_logs_of_before_the_first_release(tmp_path: Path) -> None:
+    """Their tags had another name for the rotation, and no prefix; resumed with the new ones they are one run."""
+    written(tmp_path, {"angular_update/a.weight": [(0, 1.0)], "layers/angular_update_max": [(0, 1.5)]})
+    written(tmp_path, {"weights/rotation/a.weight": [(5, 2.0)], "weights/layers/rotation_max": [(5, 2.5)]})
+    (found,) = read_runs(tmp_path).values()
+    assert found.to_dict() == {"rotation/a.weight": {0: 1.0, 5: 2.0}, "layers/rotation_max": {0: 1.5, 5: 2.5}}
 
 
 def test_layers_of_a_table_are_in_natural_order(tmp_path: Path) -> None:
     """A CSVLogger sorts columns as text: 10 before 2."""
     names = [f"layers.{layer}.weight" for layer in (0, 1, 10, 11, 2)]
-    pd.DataFrame({"step": [0], **{f"weight_norm/{name}": [1.0] for name in names}}).to_csv(tmp_path / "metrics.csv")
+    pd.DataFrame({"step": [0], **{f"weights/weight_norm/{name}": [1.0] for name in names}}).to_csv(
+        tmp_path / "metrics.csv"
+    )
     (found,) = read_runs(tmp_path).values()
     assert [c.split(".")[1] for c in found.columns] == ["0", "1", "2", "10", "11"]
 
@@ -98,7 +109,7 @@ def test_layers_of_a_table_are_in_natural_order(tmp_path: Path) -> None:
 def test_more_points_than_tensorboard_samples(tmp_path: Path) -> None:
     """All of them, where TensorBoard itself would show 1000; the user's own tags are left out."""
     points = [(step, float(step)) for step in range(1500)]
-    written(tmp_path, {"weight_norm/a": points, "loss": points, "layers/other_min": points})
+    written(tmp_path, {"weights/weight_norm/a": points, "loss": points, "weights/layers/other_min": points})
     (found,) = read_runs(tmp_path).values()
     assert list(found.columns) == ["weight_norm/a"]
     assert found["weight_norm/a"].tolist() == [value for _, value in points]
@@ -106,7 +117,7 @@ def test_more_points_than_tensorboard_samples(tmp_path: Path) -> None:
 
 def cut(folder: Path) -> Path:
     """An event file that ends within an event."""
-    written(folder, {"weight_norm/a": [(step, 1.0) for step in range(50)]})
+    written(folder, {"weights/weight_norm/a": [(step, 1.0) for step in range(50)]})
     (file,) = folder.iterdir()
     file.write_bytes(file.read_bytes()[:-7])
     return folder
@@ -131,7 +142,7 @@ def table(folder: Path, content: bytes) -> Path:
         (lambda f: f, r"has no logs: neither an event file of TensorBoard nor a metrics.csv"),
         (lambda f: written(f, {"loss": [(0, 1.0)]}), r"has logs, but no curves of this package. Train with"),
         (lambda f: table(f, b"step,loss\n1,2\n"), r"has logs, but no curves of this package"),
-        (lambda f: table(f, b"weight_norm/a\n2\n"), r"has no column 'step'"),
+        (lambda f: table(f, b"weights/weight_norm/a\n2\n"), r"has no column 'step'"),
         (lambda f: table(f, b""), r"cannot be read as a table of CSVLogger: No columns"),
         (lambda f: table(f, b"\xff\xfe\x00weight_norm/a"), r"cannot be read as a table of CSVLogger"),
         (lambda f: Path(shutil.copy(__file__, f / "curves.txt")), r"is neither an event file of TensorBoard nor a CSV"),

@@ -94,12 +94,12 @@ def test_charts_are_served_the_logged_values(server: str, run: tuple[Path, pd.Da
         "effective learning rate, layers that are not scale-invariant": {"effective_lr_not_invariant": ["head.weight"]},
         "unit norm": {"unit_norm_rms": [*LAYERS, "head.weight"]},
         "rotation per step, and at equilibrium": {
-            "angular_update": [*LAYERS, "head.weight"],
+            "rotation": [*LAYERS, "head.weight"],
             "equilibrium_rotation": LAYERS,
         },
     }
     for title, expected in keys.items():
-        tags = {f"{key}/{layer}" for key, layers in expected.items() for layer in layers}
+        tags = {f"weights/{key}/{layer}" for key, layers in expected.items() for layer in layers}
         # The chart joins its tags in this way.
         found = served(server, "|".join(f"({tag})" for tag in charts[title]["multiline"]["tag"]))
         assert set(found) == tags
@@ -111,7 +111,7 @@ def test_charts_are_served_the_logged_values(server: str, run: tuple[Path, pd.Da
         for name in (series["value"], series["lower"], series["upper"]):
             assert served(server, name)[name] == pytest.approx(logged[name].dropna().to_dict(), rel=6e-8)
     assert set(get(server, "data/plugin/histograms/tags")["."]) == {
-        f"unit_norms/{layer}" for layer in (*LAYERS, "head.weight")
+        f"weights/unit_norms/{layer}" for layer in (*LAYERS, "head.weight")
     }
 
 
