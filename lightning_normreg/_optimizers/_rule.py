@@ -87,6 +87,11 @@ class UpdateRule:
         gain = (1 - float(group.get("dampening", 0.0))) / (1 - beta)
         return 1 + beta * gain if group.get("nesterov") else gain
 
+    def state_powers(self, dimensions: int) -> dict[str, float]:
+        """Degree of each entry of the state that a weight with so many dimensions has."""
+        degrees = self.state_degrees or {}
+        return {key: degree(dimensions) if callable(degree) else degree for key, degree in degrees.items()}
+
     def decay_share(self, group: Group) -> float | Tensor:
         """Share of the weight that decay takes off in a step, about; 0 where it goes through the second moment."""
         if not (self.decay == "decoupled" or self.exponent == 2) or not group.get("weight_decay"):

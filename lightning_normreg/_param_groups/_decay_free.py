@@ -201,7 +201,7 @@ def _norm(weight: Tensor) -> float:
 def _rescale_state(optimizer: Optimizer, group: Group, rule: UpdateRule, factor: float) -> None:
     """State as it would be had every weight been so many times as large in all steps."""
     for weight in group["params"]:
-        for key, degree in (rule.state_degrees or {}).items():
+        for key, power in rule.state_powers(weight.dim()).items():
             value = optimizer.state[weight].get(key)
             if isinstance(value, Tensor):
-                value.mul_(factor ** (degree(weight.dim()) if callable(degree) else degree))
+                value.mul_(factor**power)

@@ -58,6 +58,7 @@ def decay_groups(
         ``param_names`` in all groups of an optimizer or in none: one that is added later needs them, too.
 
     Raises:
+        TypeError: If ``module`` is no ``torch.nn.Module``.
         ValueError: If a decay is negative or no number, nothing is trainable, a lazy module is not materialized, or an
             override matches nothing.
 
@@ -70,6 +71,10 @@ def decay_groups(
         beta 0.0 ['1.bias']
         bias 0.0 ['0.bias', '2.bias']
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"`module` must be a torch.nn.Module, got {type(module).__name__}. DecayGroupsMixin must be mixed into one."
+        )
     by_role = {"gamma": gamma, "beta": beta, "bias": bias, "embedding": embedding, "other": other}
     _check_decay("weight_decay", weight_decay)
     for argument, decay in by_role.items():
@@ -117,46 +122,7 @@ class DecayGroupsMixin:
         ['weight', 'bias']
     """
 
-    def decay_groups(
-        self,
-        weight_decay: float,
-        *,
-        gamma: float | None = 0.0,
-        beta: float | None = 0.0,
-        bias: float | None = 0.0,
-        embedding: float | None = None,
-        other: float | Literal["auto"] | None = "auto",
-        overrides: Mapping[str, float | None] | None = None,
-    ) -> list[dict[str, Any]]:
-        """Split this module's trainable parameters by role; see :func:`lightning_normreg.decay_groups`.
-
-        Args:
-            weight_decay: Decay of the weights.
-            gamma: Decay of the gains of normalizations.
-            beta: Decay of the shifts of normalizations.
-            bias: Decay of all other biases.
-            embedding: Decay of embedding tables; ``None``: as ``weight_decay``.
-            other: Decay of bare parameters; ``"auto"``: 0 with at most one dimension.
-            overrides: Decay by glob over clean names.
-
-        Returns:
-            Groups for an optimizer.
-
-        Raises:
-            TypeError: If this object is no ``torch.nn.Module``.
-        """
-        if not isinstance(self, nn.Module):
-            raise TypeError(f"DecayGroupsMixin must be mixed into a torch.nn.Module, got {type(self).__name__}.")
-        return decay_groups(
-            self,
-            weight_decay,
-            gamma=gamma,
-            beta=beta,
-            bias=bias,
-            embedding=embedding,
-            other=other,
-            overrides=overrides,
-        )
+    decay_groups = decay_groups
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the states of schedulers, which are restored after the optimizers'."""

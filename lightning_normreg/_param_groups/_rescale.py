@@ -107,9 +107,8 @@ def _multiply_weight(optimizer: Optimizer, parameter: Tensor, rule: UpdateRule, 
     if parameter.grad is not None:
         parameter.grad.div_(factor)
     state = optimizer.state.get(parameter, {})
-    for key, degree in {**(rule.state_degrees or {}), **rule.rate_degrees}.items():
+    for key, power in {**rule.state_powers(parameter.ndim), **rule.rate_degrees}.items():
         if key in state:
-            power = degree(parameter.ndim) if callable(degree) else degree
             state[key] = _times(state[key], factor**power)
 
 

@@ -17,9 +17,9 @@ from lightning_normreg._weights import Watched
 from lightning_normreg.functional import equilibrium_rotation
 from lightning_normreg.functional._rotation import check_angle
 from lightning_normreg.steps._equilibria import Formulas
+from lightning_normreg.steps._tracker import Stepping
 
 Angle = float | Literal["lr", "equilibrium"]
-Stepping = Sequence[tuple[Watched, Group, Optimizer]]
 
 _NEED_GRADIENT = ("adam_l2", "rmsprop_l2")
 """Families whose rotation under decay depends on the size of the gradients."""

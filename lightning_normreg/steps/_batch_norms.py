@@ -46,7 +46,7 @@ def keep_batch_norms(
     after = _batch_statistics(call, module)
     before, after = share(before), share(after)
     for name in norms.keys() & before.keys() & after.keys():
-        _follow(norms[name], before[name], after[name])
+        _move(norms[name], before[name], after[name])
 
 
 def _callable_with(module: nn.Module, batches: list[Any]) -> tuple[PrivateCall, Statistics]:
@@ -86,7 +86,7 @@ class _Recorder:
 
 
 @torch.no_grad()
-def _follow(norm: _BatchNorm, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> None:
+def _move(norm: _BatchNorm, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> None:
     (mean, variance), (new_mean, new_variance) = before, after
     # A channel without variance has no scale to follow; one behind unchanged weights keeps its bits.
     usable = (variance > 0) & (new_variance > 0) & ((mean != new_mean) | (variance != new_variance))

@@ -20,10 +20,18 @@ from lightning_normreg._symmetries import (
     observed_verdict,
     unit_statistic,
 )
-from lightning_normreg._weights import ParameterRole, ScaleInvariance, at_once, is_sharded, local, shard_of, whole_shape
-from lightning_normreg.steps._step_hooks import Phase
+from lightning_normreg._weights import (
+    ParameterRole,
+    ScaleInvariance,
+    Verdict,
+    at_once,
+    is_sharded,
+    local,
+    shard_of,
+    whole_shape,
+)
+from lightning_normreg.steps._step_hooks import Phase, of_mine
 
-Verdict = Mapping[str, ScaleInvariance]
 Named = Sequence[tuple[str, Parameter, ParameterRole]]
 """All parameters, as :func:`named_roles` gives them."""
 
@@ -69,9 +77,9 @@ class GradientWatch(ABC):
         self._ready.add(index)
         if not self.is_due(self._steps.get(index, 0)):
             return
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            if parameter in self._looked_at and parameter.grad is not None:
-                name, axes = self._looked_at[parameter]
+        mine = {p: (p, *looked_at) for p, looked_at in self._looked_at.items()}
+        for (parameter, name, axes), _, _ in of_mine([optimizer], mine):
+            if parameter.grad is not None:
                 seen = Observed.of(local(parameter), local(parameter.grad), axes)
                 seen = seen.spread(self._shards[name]) if name in self._shards else seen
                 self._seen.setdefault(name, []).append(seen)

@@ -17,7 +17,7 @@ from lightning_normreg._optimizers import group_of, update_rule
 from lightning_normreg._weights import Watched, at_once, norms_of
 from lightning_normreg.functional._norms import root_mean_square
 from lightning_normreg.functional._projection import check_radius
-from lightning_normreg.steps._step_hooks import Phase
+from lightning_normreg.steps._step_hooks import Phase, of_mine
 
 Radius = float | Literal["auto", "initial"]
 
@@ -62,8 +62,7 @@ class Projector:
 
     def optimized(self, optimizers: Iterable[Optimizer]) -> list[Watched]:
         """Targets that these optimizers update, as their groups stand now."""
-        parameters = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-        return [self._by_parameter[p] for p in parameters if p in self._by_parameter]
+        return [target for target, _, _ in of_mine(optimizers, self._by_parameter)]
 
     @torch.no_grad()
     def project(self, targets: Iterable[Watched]) -> None:
@@ -94,7 +93,7 @@ class Projector:
             mine = {t.name for t in self.optimized([optimizer])}
             for target, factor in zip(targets, factors, strict=True):
                 if target.name in mine and all(optimizer.state.get(p) for p in target.tensors()):
-                    _follow(optimizer, target, torch.where(factor.isfinite(), factor, 1.0))
+                    _let_state_follow(optimizer, target, torch.where(factor.isfinite(), factor, 1.0))
 
     @torch.no_grad()
     def off(self, targets: Iterable[Watched]) -> list[Watched]:
@@ -206,14 +205,13 @@ def _why_off(name: str, units: int, zero: int, wild: int, astray: int) -> str:
     return ""
 
 
-def _follow(optimizer: Optimizer, target: Watched, factors: Tensor) -> None:
+def _let_state_follow(optimizer: Optimizer, target: Watched, factors: Tensor) -> None:
     rule = update_rule(optimizer, group_of(optimizer, target.parameter))
-    degrees = None if rule is None else rule.state_degrees
-    odd = [] if degrees is not None else ["state"]
-    for key, degree in (degrees or {}).items():
+    known = rule is not None and rule.state_degrees is not None
+    odd = [] if known else ["state"]
+    for key, power in (rule.state_powers(target.parameter.ndim) if rule is not None else {}).items():
         entries = [optimizer.state[p].get(key) for p in target.tensors()]
         if all(isinstance(e, Tensor) and e.shape == p.shape for e, p in zip(entries, target.tensors(), strict=True)):
-            power = degree(target.parameter.ndim) if callable(degree) else degree
             target.multiply(factors**power, _StateOf(optimizer, key))
         elif any(entry is not None for entry in entries):
             odd.append(key)

@@ -21,7 +21,7 @@ from lightning_normreg.functional._norms import root_mean_square
 from lightning_normreg.functional._updates import Step
 from lightning_normreg.steps._equilibria import GRADIENT_AT_NORM_1, needs_gradient
 from lightning_normreg.steps._health import Health, signs
-from lightning_normreg.steps._step_hooks import Recording
+from lightning_normreg.steps._step_hooks import Recording, of_mine
 from lightning_normreg.steps._tracker import Measured, Stepping, Tracker
 
 _MEMORY = 0.9
@@ -89,7 +89,7 @@ class RotationTracker(Tracker, Recording):
         inside = index in self._inside
         if not self.due or (inside and self._gradients.get(index, _NO_GRADIENTS).inside):
             return  # a closure that is evaluated again (LBFGS) is at other weights by now
-        mine = [watched for watched, _ in self.stepping(optimizer)]
+        mine = [watched for watched, _, _ in of_mine([optimizer], self._by_parameter, ready=True)]
         measured = at_once(_norm_and_alignment, mine)
         values: dict[Parameter, dict[Curve, Tensor]] = {
             watched.parameter: {_metrics.GRADIENT_NORM: norm / scale, _metrics.GRADIENT_ALIGNMENT: aligned}
@@ -106,8 +106,8 @@ class RotationTracker(Tracker, Recording):
     def measure(self, index: int, optimizer: Optimizer, stepping: Stepping) -> list[Measured]:
         """The curves of one update."""
 
-        def ask(pair: tuple[Watched, Group], total: SumOverShards) -> Later[tuple[Step, Tensor]]:
-            watched, group = pair
+        def ask(one: tuple[Watched, Group, Optimizer], total: SumOverShards) -> Later[tuple[Step, Tensor]]:
+            watched, group, _ = one
             controlled = watched.parameter in self.record.factors
             rule = update_rule(optimizer, group)
             shrink = 0.0 if controlled or rule is None else rule.decay_share(group)
@@ -116,7 +116,7 @@ class RotationTracker(Tracker, Recording):
             return lambda: (step(), gradients())
 
         found = []
-        for (watched, group), (step, gradients) in zip(stepping, at_once(ask, stepping), strict=True):
+        for (watched, group, _), (step, gradients) in zip(stepping, at_once(ask, stepping), strict=True):
             rule = update_rule(optimizer, group)
             values = self._rates(watched, rule, group, step)
             if watched.parameter in self.record.factors:
@@ -159,15 +159,10 @@ class RotationTracker(Tracker, Recording):
 
     def explain_rules(self, optimizers: Iterable[Optimizer]) -> None:
         """Say once why an optimizer's weights have no curve of the effective learning rate."""
-        rules: dict[str, None] = {}
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                if any(p in self._by_parameter for p in group["params"]):
-                    said = _about_rule(optimizer, group)
-                    if said:
-                        rules.setdefault(said)
-        for said in rules:
-            rank_zero_warn(said)
+        mine = of_mine(optimizers, self._by_parameter)
+        for said in dict.fromkeys(_about_rule(optimizer, group) for _, group, optimizer in mine):
+            if said:
+                rank_zero_warn(said)
 
 
 @dataclass(frozen=True)

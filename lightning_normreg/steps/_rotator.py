@@ -19,7 +19,8 @@ from lightning_normreg.functional._rotation import LARGEST, Mixture, Per, layer_
 from lightning_normreg.functional._turn import Turn
 from lightning_normreg.steps._angles import Angle, Angles
 from lightning_normreg.steps._projector import ASTRAY, Projector, Radius
-from lightning_normreg.steps._step_hooks import Phase, Recording, has_gradient
+from lightning_normreg.steps._step_hooks import Phase, Recording, of_mine
+from lightning_normreg.steps._tracker import Stepping
 
 Hold = Literal["step", "mean"]
 Mean = tuple[Tensor, Tensor]
@@ -72,7 +73,7 @@ class Rotator(Projector, Recording):
         self.means = dict(means or {})
         self._named = {target.name: target for target in self.targets}
         self._batches: dict[tuple[str, ...], _Batch] = {}
-        self._last: list[tuple[Watched, Group, Optimizer]] = []
+        self._last: Stepping = []
 
     def allocate(self, optimizers: Iterable[Optimizer]) -> int:
         """Make room for copies of the weights, so that memory runs out at the start or never; the new bytes."""
@@ -80,7 +81,7 @@ class Rotator(Projector, Recording):
 
     def announce(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
         """Say what angle and decay mean from now on, and check that the angle can be had. Reads the device."""
-        self.angles.announce(self._stepping(optimizers, ready=False))
+        self.angles.announce(of_mine(optimizers, self._by_parameter))
         short = [target.name for target in self.optimized(optimizers) if target.longest() == 1]
         if short:
             rank_zero_warn(
@@ -99,7 +100,7 @@ class Rotator(Projector, Recording):
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Turn what the optimizer has updated."""
-        stepping = self._stepping([optimizer], ready=True)
+        stepping = of_mine([optimizer], self._by_parameter, ready=True)
         self._last = stepping or self._last
         targets = [target for target, _, _ in stepping]
         self._prepare(targets)
@@ -113,9 +114,7 @@ class Rotator(Projector, Recording):
             self._turn([stepping[i] for i in places], [turns[i] for i in places], skipped)
         self._stepped.update(t.name for t in targets)
 
-    def _turn(
-        self, stepping: Sequence[tuple[Watched, Group, Optimizer]], turns: Sequence[Turn], skipped: Tensor | None
-    ) -> None:
+    def _turn(self, stepping: Stepping, turns: Sequence[Turn], skipped: Tensor | None) -> None:
         targets = [target for target, _, _ in stepping]
         batch = self._batch(targets, turns)
         turn = Turn.joined(turns)
@@ -142,7 +141,7 @@ class Rotator(Projector, Recording):
         batch: _Batch,
         speeds: Tensor,
         layers: Tensor,
-        stepping: Sequence[tuple[Watched, Group, Optimizer]],
+        stepping: Stepping,
         skipped: Tensor | None,
     ) -> Tensor:
         """Speed at which a unit turns by the angle itself."""
@@ -168,16 +167,6 @@ class Rotator(Projector, Recording):
             self.means.update(zip(names, pairs, strict=True))
             own = torch.where(weights > 0, lr * (sums / weights).sqrt(), 0.0)
         return own[batch.layer] if self.per == "layer" else own
-
-    def _stepping(self, optimizers: Iterable[Optimizer], *, ready: bool) -> list[tuple[Watched, Group, Optimizer]]:
-        """Targets with their groups and optimizers; with ``ready`` only those that a step moves."""
-        return [
-            (self._by_parameter[p], group, optimizer)
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p in self._by_parameter and (not ready or has_gradient(p))
-        ]
 
     def _batch(self, targets: Sequence[Watched], turns: Sequence[Turn]) -> _Batch:
         key = tuple(target.name for target in targets)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_normreg._weights import is_flat, local
+
+T = TypeVar("T")
 
 _INNER = ("optimizer", "_optimizer", "base_optimizer", "base")
 
@@ -240,6 +242,25 @@ def torch_optimizer(optimizer: object) -> Optimizer:
 
 def _is(a: object, b: object) -> bool:
     return a is b
+
+
+def of_mine(
+    optimizers: Iterable[Optimizer], mine: Mapping[Parameter, T], *, ready: bool = False
+) -> list[tuple[T, dict[str, Any], Optimizer]]:
+    """What of mine some optimizers have, by their group lists as they stand now, each with its group and optimizer.
+
+    Args:
+        optimizers: The optimizers.
+        mine: What belongs to each parameter.
+        ready: Only what the coming or present step moves; before a closure has run, gradients may not be there yet.
+    """
+    return [
+        (mine[p], group, optimizer)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p in mine and (not ready or has_gradient(p))
+    ]
 
 
 def has_gradient(parameter: Tensor) -> bool:

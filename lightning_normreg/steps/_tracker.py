@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +14,14 @@ from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
 from lightning_normreg._metrics import Curve
+from lightning_normreg._optimizers import Group
 from lightning_normreg._weights import Later, Watched, at_once
 from lightning_normreg.functional._norms import accumulator, root_mean_square
 from lightning_normreg.steps._health import SIGNS, Health, signs
-from lightning_normreg.steps._step_hooks import Phase, has_gradient
+from lightning_normreg.steps._step_hooks import Phase, of_mine
 
-Stepping = list[tuple[Watched, dict[str, Any]]]
-"""Weights that an optimizer updates, each with its group."""
+Stepping = Sequence[tuple[Watched, Group, Optimizer]]
+"""Weights that optimizers update, each with its group."""
 Row = dict[str, dict[Curve, float]]
 """Parameter name → curve → value."""
 
@@ -61,19 +61,9 @@ class Tracker(ABC):
         wide = any(accumulator(w.parameter.dtype) == torch.float64 for w in self.watched)
         return torch.float64 if wide else torch.float32
 
-    def stepping(self, optimizer: Optimizer) -> Stepping:
-        """Watched weights that an optimizer updates, with their groups, as its group list stands now."""
-        return [
-            (self._by_parameter[p], group)
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p in self._by_parameter and has_gradient(p)
-        ]
-
     def optimized(self, optimizer: Optimizer) -> list[Watched]:
-        """Watched weights that an optimizer has; before its step gradients may not be there yet."""
-        parameters = {p for group in optimizer.param_groups for p in group["params"]}
-        return [w for w in self.watched if w.parameter in parameters]
+        """Watched weights that an optimizer has."""
+        return [watched for watched, _, _ in of_mine([optimizer], self._by_parameter)]
 
     @abstractmethod
     def before_step(self, index: int, optimizer: Optimizer) -> None:
@@ -87,7 +77,7 @@ class Tracker(ABC):
         """Measure the update and hold its values on the device."""
         if not self.due:
             return
-        stepping = self.stepping(optimizer)
+        stepping = of_mine([optimizer], self._by_parameter, ready=True)
         if not stepping:
             return
         measured = self.measure(index, optimizer, stepping)
@@ -95,7 +85,7 @@ class Tracker(ABC):
         flat = [v.to(device, dtype) for m in measured for v in m.values.values()]
         signs = [m.signs.to(device, dtype) for m in measured]
         self._pending[index] = _Pending(
-            [watched.name for watched, _ in stepping],
+            [watched.name for watched, _, _ in stepping],
             [list(m.values) for m in measured],
             torch.stack(flat),
             torch.cat(signs),
@@ -153,7 +143,7 @@ class NormTracker(Tracker):
     def measure(self, index: int, optimizer: Optimizer, stepping: Stepping) -> list[Measured]:
         """The four curves of the norms taken before."""
         found = []
-        for watched, _ in stepping:
+        for watched, _, _ in stepping:
             norms, whole = self._norms[watched.parameter]
             values = {
                 _metrics.WEIGHT_NORM: whole,
