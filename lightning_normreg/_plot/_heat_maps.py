@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_normreg import _metrics
 from lightning_normreg._compat import optional_import
 from lightning_normreg._metrics import Curve
-from lightning_normreg._plot._run import Run
+from lightning_normreg._plot._run import LoggedRun
 from lightning_normreg._plot._style import Depth, axis_label, set_log_ticks, spread, step_axis
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class HeatMap:
             else axis_label(self.curve)
         )
 
-    def table(self, run: Run) -> pd.DataFrame:
+    def table(self, run: LoggedRun) -> pd.DataFrame:
         """Positive values, a row for each step."""
         lines = run.lines(self.curve, run.layers(self.curve))
         found: pd.DataFrame = optional_import("pandas").DataFrame(lines).sort_index()
@@ -60,12 +60,12 @@ HEAT_MAPS = (
 )
 
 
-def heat_maps_of(runs: Sequence[Run]) -> list[HeatMap]:
+def heat_maps_of(runs: Sequence[LoggedRun]) -> list[HeatMap]:
     """The heat maps that a page of these runs has."""
     return [h for h in HEAT_MAPS if any(len(run.layers(h.curve)) > DEEP and _has_any(h.table(run)) for run in runs)]
 
 
-def draw_heat_map(figure: Any, row: Sequence[Any], heat_map: HeatMap, runs: Sequence[Run], depth: Depth) -> None:
+def draw_heat_map(figure: Any, row: Sequence[Any], heat_map: HeatMap, runs: Sequence[LoggedRun], depth: Depth) -> None:
     """Draw one heat map of each run, with one colour bar for all."""
     colors = optional_import("matplotlib.colors")
     tables = [heat_map.table(run) for run in runs]

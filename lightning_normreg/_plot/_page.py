@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_normreg._compat import optional_import
 from lightning_normreg._plot._heat_maps import draw_heat_map, heat_maps_of
 from lightning_normreg._plot._panels import Panel, draw, panels_of
-from lightning_normreg._plot._run import Run, all_layers, choose, runs_of
+from lightning_normreg._plot._run import LoggedRun, all_layers, choose, runs_of
 from lightning_normreg._plot._style import Depth, one_scale, short_names
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def plot_curves(
     return figure
 
 
-def _one_run(figure: Any, grid: Any, panels: Sequence[Panel], run: Run, depth: Depth) -> list[Any]:
+def _one_run(figure: Any, grid: Any, panels: Sequence[Panel], run: LoggedRun, depth: Depth) -> list[Any]:
     """Panels in reading order."""
     found = []
     for place, panel in enumerate(panels):
@@ -108,7 +108,9 @@ def _one_run(figure: Any, grid: Any, panels: Sequence[Panel], run: Run, depth: D
     return found
 
 
-def _side_by_side(figure: Any, grid: Any, panels: Sequence[Panel], runs: Sequence[Run], depth: Depth) -> list[Any]:
+def _side_by_side(
+    figure: Any, grid: Any, panels: Sequence[Panel], runs: Sequence[LoggedRun], depth: Depth
+) -> list[Any]:
     """A column for each run, a row for each panel, with one scale."""
     found = []
     names = short_names([run.name for run in runs], "/")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_normreg import _metrics
 from lightning_normreg._compat import optional_import
 from lightning_normreg._metrics import EQUILIBRIUM_TOLERANCE, Curve
-from lightning_normreg._plot._run import Run
+from lightning_normreg._plot._run import LoggedRun
 from lightning_normreg._plot._style import Depth, axis_label, log_axis, step_axis
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Panel:
         """Symbol and unit."""
         return "η / $n^p$ over its first value [1]" if self.of_summary else axis_label(self.curve)
 
-    def is_of(self, run: Run) -> bool:
+    def is_of(self, run: LoggedRun) -> bool:
         """Whether a run has anything to show in it."""
         if self.of_summary:
             return run.summary(self.curve) is not None and run.is_partial(_metrics.ROTATION)
@@ -66,7 +66,7 @@ PANELS = (
 NOT_INVARIANT = Panel("effective learning rate, not scale-invariant", _metrics.EFFECTIVE_LR_NOT_INVARIANT)
 
 
-def panels_of(runs: Sequence[Run]) -> list[Panel]:
+def panels_of(runs: Sequence[LoggedRun]) -> list[Panel]:
     """The panels that any of the runs has something for."""
     found = [panel for panel in PANELS if any(panel.is_of(run) for run in runs)]
     if not any(run.layers(_metrics.EFFECTIVE_LR) for run in runs) and any(NOT_INVARIANT.is_of(run) for run in runs):
@@ -74,7 +74,7 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
     return found
 
 
-def draw(axes: Any, panel: Panel, run: Run, depth: Depth) -> None:
+def draw(axes: Any, panel: Panel, run: LoggedRun, depth: Depth) -> None:
     """Draw one run's curves into a panel."""
     shown: list[pd.Series[float]] = []
     if panel.of_summary or (panel.curve is not _metrics.EFFECTIVE_LR and run.is_partial(panel.curve)):
@@ -116,7 +116,7 @@ def _draw_summary(axes: Any, summary: pd.DataFrame | None) -> list[pd.Series[flo
     return [summary[name] for name in _metrics.STATISTICS]
 
 
-def _draw_target(axes: Any, panel: Panel, run: Run, depth: Depth) -> list[pd.Series[float]]:
+def _draw_target(axes: Any, panel: Panel, run: LoggedRun, depth: Depth) -> list[pd.Series[float]]:
     """What is predicted, with its band."""
     if panel.constant is not None:
         low, high = panel.constant * (1 - panel.tolerance), panel.constant * (1 + panel.tolerance)

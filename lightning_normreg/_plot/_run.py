@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """One run.
 
     Attributes:
@@ -65,21 +65,21 @@ class Run:
         wider = (summary["max"] > shown.max(axis=1) * (1 + 1e-5)) | (summary["min"] < shown.min(axis=1) * (1 - 1e-5))
         return bool(wider.any())
 
-    def chosen(self, layers: Iterable[str]) -> Run:
+    def chosen(self, layers: Iterable[str]) -> LoggedRun:
         """The run with the curves of these layers only."""
         wanted = set(layers)
         split = [(column, str(column).partition("/")) for column in self.table.columns]
         kept = [column for column, (key, _, layer) in split if layer in wanted or key == _metrics.SUMMARY_GROUP]
-        return Run(self.name, self.table[kept])
+        return LoggedRun(self.name, self.table[kept])
 
 
-def runs_of(source: Source | Mapping[str, Source]) -> list[Run]:
+def runs_of(source: Source | Mapping[str, Source]) -> list[LoggedRun]:
     """The runs that are to be drawn."""
     if isinstance(source, Mapping):
         found = []
         for name, part in source.items():
             same = runs_of(part)
-            found += [Run(str(name) if len(same) == 1 else f"{name} {run.name}", run.table) for run in same]
+            found += [LoggedRun(str(name) if len(same) == 1 else f"{name} {run.name}", run.table) for run in same]
         return found
     if isinstance(source, (str, os.PathLike)):
         tables = read_runs(source)
@@ -99,10 +99,10 @@ def runs_of(source: Source | Mapping[str, Source]) -> list[Run]:
                 "where that is empty because a strategy trained in processes of its own, use the logger's folder, "
                 "trainer.log_dir."
             )
-    return [Run(name, table) for name, table in tables.items()]
+    return [LoggedRun(name, table) for name, table in tables.items()]
 
 
-def all_layers(runs: Iterable[Run]) -> list[str]:
+def all_layers(runs: Iterable[LoggedRun]) -> list[str]:
     """Every layer that has a curve, by depth."""
     found: dict[str, None] = {}
     for run in runs:
@@ -111,7 +111,7 @@ def all_layers(runs: Iterable[Run]) -> list[str]:
     return list(found)
 
 
-def choose(runs: list[Run], globs: Sequence[str] | None) -> list[Run]:
+def choose(runs: list[LoggedRun], globs: Sequence[str] | None) -> list[LoggedRun]:
     """The runs with the layers that match one of the globs; all of them where there is none."""
     if globs is None:
         return runs
