@@ -73,7 +73,8 @@ def decay_groups(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"`module` must be a torch.nn.Module, got {type(module).__name__}. DecayGroupsMixin must be mixed into one."
+            "`module` must be a torch.nn.Module, and DecayGroupsMixin mixed into a torch.nn.Module, got "
+            f"{type(module).__name__}."
         )
     by_role = {"gamma": gamma, "beta": beta, "bias": bias, "embedding": embedding, "other": other}
     _check_decay("weight_decay", weight_decay)
