@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_normreg._optimizers._lookup import acting, group_of, update_rule
 from lightning_normreg._optimizers._rule import Group, Local, UpdateRule
 from lightning_normreg._weights import is_sharded, local
-from lightning_normreg.functional._norms import accumulator
+from lightning_normreg.functional._device import accumulator
 
 State = dict[str, Any]
 

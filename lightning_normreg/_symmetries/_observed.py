@@ -18,8 +18,8 @@ from lightning_normreg._symmetries._euler import euler_entries, pooled_statistic
 from lightning_normreg._symmetries._reasons import explain
 from lightning_normreg._symmetries._slices import Axis, axes, slice_squares, slice_sums, unit_of_slice, unit_sums
 from lightning_normreg._symmetries._thresholds import ObserverThresholds
-from lightning_normreg._weights import Kind, Later, ParameterRole, ScaleInvariance, Shard, SumOverShards
-from lightning_normreg.functional._norms import accumulator
+from lightning_normreg._weights import Kind, ParameterRole, ScaleInvariance, Shard, summed
+from lightning_normreg.functional._device import accumulator
 
 FEWEST_STEPS = 4
 """Steps with a finite gradient below which nothing is said of a weight."""
@@ -66,11 +66,19 @@ class Observed:
             tables[axis] = Table(*(v.new_zeros(size).index_add_(0, places, v) for v in table))
         return Observed(tables, self.gradient.square())
 
-    def sum_later(self, shard: Shard, total: SumOverShards) -> Later[Observed]:
-        """The sum over processes of several steps that were spread."""
-        tables = {axis: [total.add(v, shard) for v in table] for axis, table in self.tables.items()}
-        square = total.add(self.gradient, shard)
-        return lambda: Observed({axis: Table(*(v() for v in t)) for axis, t in tables.items()}, square().sqrt())
+    @staticmethod
+    def summed(spread: Mapping[str, tuple[Observed, Shard]]) -> dict[str, Observed]:
+        """The sums over processes of several steps that were spread, by one reduction for all parameters."""
+        parts = [
+            (values, shard.groups)
+            for seen, shard in spread.values()
+            for values in (*(v for table in seen.tables.values() for v in table), seen.gradient)
+        ]
+        sums = iter(summed(parts))
+        return {
+            name: Observed({axis: Table(next(sums), next(sums)) for axis in seen.tables}, next(sums).sqrt())
+            for name, (seen, _) in spread.items()
+        }
 
     def where(self, steps: Tensor) -> Observed:
         """The steps of a stack that a mask names."""

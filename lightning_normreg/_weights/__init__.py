@@ -6,6 +6,7 @@ from lightning_normreg._weights._flat_shards import whole_shape as whole_shape
 from lightning_normreg._weights._names import check_globs as check_globs
 from lightning_normreg._weights._names import clean_name as clean_name
 from lightning_normreg._weights._names import match as match
+from lightning_normreg._weights._pieces import gradient_of as gradient_of
 from lightning_normreg._weights._roles import ROLES as ROLES
 from lightning_normreg._weights._roles import ParameterRole as ParameterRole
 from lightning_normreg._weights._roles import named_roles as named_roles
@@ -15,14 +16,16 @@ from lightning_normreg._weights._selection import UnitArgument as UnitArgument
 from lightning_normreg._weights._selection import Verdict as Verdict
 from lightning_normreg._weights._selection import check_selection as check_selection
 from lightning_normreg._weights._selection import watch as watch
-from lightning_normreg._weights._sharding import Later as Later
 from lightning_normreg._weights._sharding import Shard as Shard
-from lightning_normreg._weights._sharding import SumOverShards as SumOverShards
-from lightning_normreg._weights._sharding import at_once as at_once
 from lightning_normreg._weights._sharding import is_sharded as is_sharded
 from lightning_normreg._weights._sharding import local as local
 from lightning_normreg._weights._sharding import reshard as reshard
 from lightning_normreg._weights._sharding import shard_of as shard_of
+from lightning_normreg._weights._sharding import summed as summed
+from lightning_normreg._weights._table import Norms as Norms
+from lightning_normreg._weights._table import Table as Table
+from lightning_normreg._weights._table import norms_of as norms_of
+from lightning_normreg._weights._table import share as share
 from lightning_normreg._weights._verdict import EVIDENCE as EVIDENCE
 from lightning_normreg._weights._verdict import KINDS as KINDS
 from lightning_normreg._weights._verdict import Evidence as Evidence
@@ -31,5 +34,3 @@ from lightning_normreg._weights._verdict import ScaleInvariance as ScaleInvarian
 from lightning_normreg._weights._verdict import strong as strong
 from lightning_normreg._weights._verdict import summarize as summarize
 from lightning_normreg._weights._watched import Watched as Watched
-from lightning_normreg._weights._watched import gradient_of as gradient_of
-from lightning_normreg._weights._watched import norms_of as norms_of

@@ -9,8 +9,7 @@ from torch.nn.parameter import Parameter
 
 from lightning_normreg._weights._names import check_globs, select
 from lightning_normreg._weights._roles import ParameterRole
-from lightning_normreg._weights._sharded import ShardedWatched
-from lightning_normreg._weights._sharding import is_sharded, shard_of
+from lightning_normreg._weights._sharding import shard_of
 from lightning_normreg._weights._verdict import ScaleInvariance
 from lightning_normreg._weights._watched import Part, Watched
 
@@ -62,11 +61,11 @@ def watch(
         parameter, role = found[name]
         known = None if verdict is None else verdict.get(name)
         parts, bias, invariant = _units(role, unit, known)
-        joined = found[bias][0] if bias in found else None
         standardized = known is not None and known.standardized
-        shards = [shard_of(p, name) for p in (parameter, joined) if p is not None and is_sharded(p)]
-        kind = ShardedWatched if shards else Watched
-        watched.append(kind(name, parameter, role, parts, joined, invariant, standardized))
+        joined = (found[bias][0],) if bias in found else ()
+        for p in (parameter, *joined):
+            shard_of(p, name)  # refuses what is spread in a way that is not understood
+        watched.append(Watched(name, parameter, role, parts, joined, invariant, standardized))
     return watched
 
 

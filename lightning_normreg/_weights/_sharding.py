@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,49 +97,21 @@ def _places(parameter: Any) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-S = TypeVar("S")
-T = TypeVar("T")
-Later = Callable[[], T]
-"""A value that is there once the sums that it depends on have been reduced."""
+def summed(
+    parts: Sequence[tuple[Tensor, tuple[dist.ProcessGroup, ...]]],
+) -> list[Tensor]:
+    """Partial sums of all processes added up, in one all-reduce for each process group, that is dimension of the mesh.
 
+    Every process must give the same parts in the same order: what is given never depends on local values.
 
-def at_once(ask: Callable[[S, SumOverShards], Later[T]], things: Sequence[S]) -> list[T]:
-    """What ``ask`` gives for each of some things, with one reduction for all of them."""
-    total = SumOverShards()
-    values = [ask(thing, total) for thing in things]
-    total.reduce()
-    return [value() for value in values]
-
-
-class SumOverShards:
-    """Adds up partial sums of all processes, in one all-reduce for each process group, that is dimension of the mesh.
-
-    Every process must add the same pieces in the same order: what is added never depends on local values.
+    Args:
+        parts: Partial sums of one type and device, each with the groups that it is spread over.
     """
-
-    def __init__(self) -> None:
-        self._pieces: list[tuple[Tensor, tuple[dist.ProcessGroup, ...]]] = []
-
-    def add(self, partial: Tensor, shard: Shard | None) -> Later[Tensor]:
-        """Take a partial sum, or a whole one; what is returned gives the whole one, after :meth:`reduce`."""
-        if shard is None or not shard.groups:
-            return lambda: partial
-        place = len(self._pieces)
-        self._pieces.append((partial, shard.groups))
-        return lambda: self._pieces[place][0]
-
-    def reduce(self) -> None:
-        """Let all processes add their parts."""
-        for group in dict.fromkeys(group for _, groups in self._pieces for group in groups):
-            mine = [place for place, (_, groups) in enumerate(self._pieces) if group in groups]
-            kinds = {(self._pieces[place][0].dtype, self._pieces[place][0].device): None for place in mine}
-            for kind in kinds:  # one, but for models of several types
-                self._reduce([p for p in mine if (self._pieces[p][0].dtype, self._pieces[p][0].device) == kind], group)
-
-    def _reduce(self, places: list[int], group: dist.ProcessGroup) -> None:
-        parts = [self._pieces[place][0] for place in places]
-        flat = torch.cat([part.flatten() for part in parts])
+    values = [part for part, _ in parts]
+    for group in dict.fromkeys(group for _, groups in parts for group in groups):
+        mine = [place for place, (_, groups) in enumerate(parts) if group in groups]
+        flat = torch.cat([values[place].flatten() for place in mine])
         dist.all_reduce(flat, group=group)
-        wholes = torch.split(flat, [part.numel() for part in parts])
-        for place, part, whole in zip(places, parts, wholes, strict=True):
-            self._pieces[place] = (whole.reshape(part.shape), self._pieces[place][1])
+        for place, whole in zip(mine, torch.split(flat, [values[place].numel() for place in mine]), strict=True):
+            values[place] = whole.reshape(values[place].shape)
+    return values

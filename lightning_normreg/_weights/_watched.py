@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,9 @@ from torch.nn.parameter import Parameter
 
 from lightning_normreg._weights._flat_shards import whole_shape
 from lightning_normreg._weights._roles import ParameterRole
-from lightning_normreg._weights._sharding import Later, SumOverShards, at_once
-from lightning_normreg.functional._norms import accumulator, row_norms, weight_norm
-from lightning_normreg.functional._projection import dead_band, project_views_
-from lightning_normreg.functional._rotation import Mixture, mix_
-from lightning_normreg.functional._turn import Turn, measure_turn
-from lightning_normreg.functional._units import Unit, View, count_units, over_units, split_units, unit_rows
-from lightning_normreg.functional._updates import Step, align_rows, measure_rows
+from lightning_normreg.functional._device import accumulator
+from lightning_normreg.functional._projection import dead_band
+from lightning_normreg.functional._units import Unit, View, split_units
 
 
 @dataclass(frozen=True)
@@ -43,38 +39,33 @@ class Part:
         piece = tensor if self.start is None else tensor.narrow(self.dim, self.start, self.stop - self.start)
         return split_units(piece, self.unit, self.dim, self.groups)
 
+    def slices(self, shape: torch.Size) -> tuple[int, int]:
+        """First slice in a tensor of some shape, and the one after the last."""
+        whole = shape[self.dim] * self.groups if len(shape) > 1 else 1
+        return (0, whole) if self.start is None else (self.start, self.stop)
+
+    def size(self, shape: torch.Size) -> int:
+        """Slices in one unit."""
+        start, stop = self.slices(shape)
+        return stop - start if self.unit == "layer" else 1 if self.unit == "neuron" else self.unit
+
     def units(self, shape: torch.Size) -> int:
         """Number of units in a tensor of some shape."""
-        if self.unit == "layer" or len(shape) < 2:
-            return 1
-        slices = shape[self.dim] * self.groups if self.start is None else self.stop - self.start
-        return slices if self.unit == "neuron" else slices // self.unit
-
-    def bias_view(self, bias: Tensor, units: int) -> View:
-        """The entries of a bias that belong to these units."""
-        piece = bias.detach() if self.start is None else bias.detach()[self.start : self.stop]
-        return piece.view(units, -1), (0,)
-
-
-def itself(parameter: Parameter) -> Tensor:
-    return parameter.detach()
-
-
-def gradient_of(parameter: Parameter) -> Tensor:
-    """The gradient of a parameter, zero where there is none."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        start, stop = self.slices(shape)
+        return (stop - start) // self.size(shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """One parameter and its units.
+    """One parameter and its units, to which entries of further tensors may belong.
 
     Attributes:
         name: Clean name.
         parameter: The parameter.
         role: What it is.
         parts: Its units; entries outside of them are left alone.
-        bias: A bias whose entries belong to the units.
+        joined: Tensors that belong to the units: as a whole where these are one unit, or a bias with an entry for each
+            slice.
         invariant: Whether the units are scale-invariant; None where nobody knows.
         standardized: Whether a normalization divides its rows by their own standard deviation.
     """
@@ -83,7 +74,7 @@ class Watched:
     parameter: Parameter
     role: ParameterRole
     parts: tuple[Part, ...]
-    bias: Parameter | None = None
+    joined: tuple[Parameter, ...] = ()
     invariant: bool | None = None
     standardized: bool = False
 
@@ -92,96 +83,33 @@ class Watched:
         """Of the whole parameter."""
         return whole_shape(self.parameter)
 
-    def tensors(self) -> list[Parameter]:
-        """The parameter, and the bias that belongs to it."""
-        return [self.parameter] if self.bias is None else [self.parameter, self.bias]
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same for whoever watches the same units of the same tensors."""
+        return (*map(id, self.tensors()), self.parts)
 
-    def norms(self) -> Tensor:
-        """Norm of every unit, shape ``(units,)``; every process must ask."""
-        return norms_of([self])[0]
+    def tensors(self) -> list[Parameter]:
+        """The parameter, and what belongs to its units."""
+        return [self.parameter, *self.joined]
 
     def units(self) -> int:
         """Number of units."""
         return sum(part.units(self.shape) for part in self.parts)
 
-    def norms_later(self, total: SumOverShards, read: Callable[[Parameter], Tensor] = itself) -> Later[Tensor]:
-        """Norm of every unit of what ``read`` gives, such as the gradient."""
-        norms = torch.cat([row_norms(rows) for rows in self._rows(read)])
-        return lambda: norms
+    def is_one_unit(self) -> bool:
+        """Whether all of it is one unit."""
+        return len(self.parts) == 1 and self.parts[0].start is None and self.units() == 1
 
-    def whole_norm_later(self, total: SumOverShards, read: Callable[[Parameter], Tensor] = itself) -> Later[Tensor]:
-        """Norm of the whole tensor, without the bias and with entries that are in no unit."""
-        norm = weight_norm(read(self.parameter))
-        return lambda: norm
-
-    def step_later(
-        self, total: SumOverShards, before: Callable[[Parameter], Tensor], shrink: float | Tensor = 0.0
-    ) -> Later[Step]:
-        """What the units have done since ``before``.
-
-        Args:
-            total: Takes partial sums.
-            before: From a parameter to what this process held of it before.
-            shrink: Share of the weight that decay took off, as far as all processes know it.
-        """
-        pairs = zip(self._rows(before), self._rows(itself), strict=True)
-        steps = [measure_rows(start, end) for start, end in pairs]
-        parts = zip(*((s.norm, s.along, s.across, s.update) for s in steps), strict=True)
-        step = Step(*(torch.cat(values) for values in parts))
-        return lambda: step
-
-    def turn_later(
-        self, total: SumOverShards, before: Callable[[Parameter], Tensor], shrink: float | Tensor = 0.0
-    ) -> Later[Turn]:
-        """What the update since ``before`` has done along and across the units; arguments as of :meth:`step_later`."""
-        turns = [measure_turn(self._views(part, itself), self._views(part, before)) for part in self.parts]
-        turn = Turn.joined(turns)
-        return lambda: turn
-
-    def mix(self, mix: Mixture, before: Callable[[Parameter], Tensor]) -> None:
-        """Make each unit the mixture of what it was before and of its update."""
-        done = 0
-        for part in self.parts:
-            views = self._views(part, itself)
-            units = count_units(*views[0])
-            own = mix if len(self.parts) == 1 else Mixture(*(values[done : done + units] for values in mix))
-            mix_(views, self._views(part, before), own)
-            done += units
-
-    def alignment_later(self, total: SumOverShards) -> Later[Tensor]:
-        """Cosine between every unit and its gradient."""
-        pairs = zip(self._rows(itself), self._rows(gradient_of), strict=True)
-        cosines = torch.cat([align_rows(weight, gradient) for weight, gradient in pairs])
-        return lambda: cosines
-
-    def project_later(self, total: SumOverShards, radius: float | Tensor) -> Later[Tensor]:
-        """Put every unit at a radius, and return the norms before."""
-        norms: list[Tensor] = []
-        for part in self.parts:
-            views = self._views(part, itself)
-            units = count_units(*views[0])
-            start = sum(len(n) for n in norms)
-            own = radius[start : start + units] if isinstance(radius, Tensor) and radius.ndim else radius
-            norms.append(project_views_(views, own))
-        return lambda: torch.cat(norms)
-
-    def multiply(self, factors: Tensor, read: Callable[[Parameter], Tensor]) -> None:
-        """Multiply the entries of each unit, in tensors that are shaped like its parameters, by the unit's factor."""
-        done = 0
-        for part in self.parts:
-            views = self._views(part, read)
-            units = count_units(*views[0])
-            for view, kept in views:
-                view.mul_(over_units(factors[done : done + units].to(view.dtype), view, kept))
-            done += units
+    def longest(self) -> int:
+        """Entries of the longest unit, on all processes."""
+        if self.is_one_unit():
+            return sum(whole_shape(p).numel() for p in self.tensors())
+        largest = max(part.size(self.shape) for part in self.parts)
+        return largest * (math.prod(self.shape) // max(1, self.slices()) + len(self.joined))
 
     def dead_band(self) -> float:
         """Relative distance from the radius within which a unit counts as being on it; that of the longest unit."""
         return dead_band(self.parameter.dtype, self.longest())
-
-    def longest(self) -> int:
-        """Entries of the longest unit."""
-        return max((rows.shape[1] for rows in self._rows(itself)), default=1)
 
     def natural_norms(self) -> Tensor:
         """Norm that each unit has when its neurons have norm 1 on average, or, standardized, its entries have.
@@ -192,26 +120,21 @@ class Watched:
         for part in self.parts:
             slices = self.shape[self.role.dim] * self.role.groups if len(self.shape) > 1 else 1
             size = slices if part.unit == "layer" else 1 if isinstance(part.unit, str) else part.unit
-            units = part.units(self.shape)
-            squares += [size * (self.shape.numel() // slices if self.standardized else 1)] * units
+            entries = self.shape.numel() // slices if self.standardized else 1
+            squares += [size * entries] * part.units(self.shape)
         return torch.tensor(squares, dtype=accumulator(self.parameter.dtype)).sqrt()
 
-    def _rows(self, read: Callable[[Parameter], Tensor]) -> list[Tensor]:
-        """For each part its units as rows, in the parameter's own order of entries."""
-        found = []
+    def slices(self) -> int:
+        """Slices of the whole tensor along the dimension of its units."""
+        part = self.parts[0]
+        return self.shape[part.dim] * part.groups if len(self.shape) > 1 else 1
+
+    def unit_of_slice(self) -> Tensor:
+        """For each slice of the whole tensor the number of its unit, -1 for none."""
+        units = torch.full((self.slices(),), -1)
+        done = 0
         for part in self.parts:
-            like = part.view(self.parameter)[0]
-            (view, kept), *bias = self._views(part, read)
-            rows = unit_rows(view, kept, like=like)
-            found.append(torch.cat([rows, *(v for v, _ in bias)], dim=1) if bias else rows)
-        return found
-
-    def _views(self, part: Part, read: Callable[[Parameter], Tensor]) -> list[View]:
-        view, kept = part.view(read(self.parameter))
-        joined = [] if self.bias is None else [part.bias_view(read(self.bias), count_units(view, kept))]
-        return [(view, kept), *joined]
-
-
-def norms_of(watched: Sequence[Watched]) -> list[Tensor]:
-    """Norm of every unit of some parameters; every process must ask for the same ones."""
-    return at_once(lambda w, total: w.norms_later(total), watched)
+            start, stop = part.slices(self.shape)
+            units[start:stop] = done + torch.arange(stop - start) // part.size(self.shape)
+            done += part.units(self.shape)
+        return units

@@ -64,7 +64,7 @@ class AveragedWeights:
         twins = dict(zip(module.parameters(), copy.parameters(), strict=True))
         self._projector = projector
         self._targets = [
-            replace(t, parameter=twins[t.parameter], bias=None if t.bias is None else twins[t.bias])
+            replace(t, parameter=twins[t.parameter], joined=tuple(twins[p] for p in t.joined))
             for t in projector.targets
         ]
         mine = {p for target in self._targets for p in target.tensors()}

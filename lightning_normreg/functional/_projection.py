@@ -9,29 +9,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_normreg.functional._norms import CHUNK, accumulator, row_norms
-from lightning_normreg.functional._units import Unit, View, over_units, split_units, unit_rows
+from lightning_normreg.functional._device import accumulator, way_of
+from lightning_normreg.functional._norms import CHUNK, row_norms
+from lightning_normreg.functional._units import Unit, over_units, split_units, unit_rows
 
 
 def dead_band(dtype: torch.dtype, entries: int) -> float:
     r"""Relative distance from the radius within which a unit counts as being on it.
 
-    Projecting rounds each of the m entries and the quotient, and takes two roots, each time by at most ε/2, evenly
-    spread: a variance of ε²/12 each, ε²/3 together. The norm is measured twice, to project and to see that it is done.
-    Summing 64 squares has some 18 roundings in a row, of which the root keeps half: at most 3/8 ε² for each factor
-    of 64 in m, and that only where one entry outweighs all others. Five standard deviations of it all,
+    Projecting rounds each of the m entries and the factor, each time by at most ε/2, evenly spread: a variance of
+    ε²/12 each. The norm is measured twice, to project and to see that it is done. Each time a root is taken (ε²/12),
+    and sums of 256 squares have some 36 roundings in a row, of which the root keeps half: at most 3/4 ε², and that only
+    where one entry outweighs all others. Where chunks are added in float64 nothing is added by them, else as much for
+    each factor of 256 in m. Five standard deviations of it all,
 
-    .. math:: 5\,\epsilon\sqrt{1/3 + 3/4\,\lceil\log_{64} m\rceil},
+    .. math:: 5\,\epsilon\sqrt{1/3 + 3/2\,\lceil\log_{256} m\rceil},
 
-    are 8.1e-7 for a float32 row of 768. Anything closer to the radius than this cannot be told from a projected unit,
-    so it is left alone: a projected weight is projected again without changing a bit. (Rows can be made, of one entry
-    and equal dust, in which all roundings agree and which settle only the second time.) A type narrower than the
-    accumulator adds the ε_w/2 by which it rounds the entries.
+    are 8.1e-7 for a float32 row, and more where there is no float64, or all is. Anything closer to the radius than this
+    cannot be told from a projected unit, so it is left alone: a projected weight is projected again without changing a
+    bit. (Rows can be made, of one entry and equal dust, in which all roundings agree and which settle only the second
+    time.) A type narrower than the accumulator adds the ε_w/2 by which it rounds the entries.
     """
     eps = torch.finfo(accumulator(dtype)).eps
     levels = max(1, math.ceil(math.log(max(entries, 1), CHUNK)))
     narrow = 0.0 if dtype.to_real() == accumulator(dtype) else torch.finfo(dtype).eps / 2
-    return narrow + 5 * math.sqrt(1 / 3 + 3 / 4 * levels) * eps
+    return narrow + 5 * math.sqrt(1 / 3 + 3 / 2 * levels) * eps
 
 
 class Limits(NamedTuple):
@@ -93,38 +95,37 @@ def project_(
         van Laarhoven 2017, section "Normalizing Weights": w ← w/‖w‖ after the ordinary step; not a parametrization.
     """
     check_radius(radius)
-    return project_views_([split_units(weight, unit, dim, groups)], radius)
+    view, kept = split_units(weight, unit, dim, groups)
+    rows = unit_rows(view, kept)
+    norms = row_norms(rows)
+    scale_(view, kept, factors(norms, radius, Limits.of(weight.dtype, rows.shape[1])))
+    return norms.to(accumulator(weight.dtype))
 
 
-@torch.no_grad()
-def project_views_(views: Sequence[View], radius: float | Tensor) -> Tensor:
-    """Likewise for units that are spread over several tensors, such as a weight and its bias.
-
-    Args:
-        views: For each tensor what :func:`split_units` returns; all with the same number of units.
-        radius: As in :func:`project_`.
-    """
-    rows = [unit_rows(view, kept) for view, kept in views]
-    norms = row_norms(rows[0]) if len(rows) == 1 else row_norms(torch.stack([row_norms(r) for r in rows], dim=1))
-    divisor = divisors(norms, radius, Limits.of(rows[0].dtype, sum(r.shape[1] for r in rows)))
-    for view, kept in views:
-        shaped = over_units(divisor, view, kept)
-        if view.dtype == shaped.dtype:
-            view.div_(shaped)
-        else:
-            view.copy_(view.to(shaped.dtype) / shaped)
-    return norms
-
-
-def divisors(norms: Tensor, radius: float | Tensor, limits: Limits) -> Tensor:
-    """What each unit is to be divided by to come to the radius; 1 where it is there, or cannot come there."""
+def factors(norms: Tensor, radius: float | Tensor, limits: Limits) -> Tensor:
+    """What each unit is to be multiplied by to come to the radius; 1 where it is there, or cannot come there."""
     target = radius.to(norms) if isinstance(radius, Tensor) else radius
-    divisor = norms / target
-    off = (divisor - 1).abs() > limits.band
-    tiny = torch.finfo(norms.dtype).tiny
-    possible = norms.isfinite() & (norms >= tiny) & divisor.isfinite() & (divisor >= tiny)
-    possible &= limits.hold(target)
-    return torch.where(off & possible, divisor, 1.0)
+    factor = target / torch.where(norms > 0, norms, 1.0)
+    possible = norms.isfinite() & (norms > 0) & factor.isfinite() & (factor > 0) & limits.hold(target)
+    return torch.where(possible & ((norms / target - 1).abs() > limits.band), factor, 1.0)
+
+
+def scale_(view: Tensor, kept: tuple[int, ...], values: Tensor) -> None:
+    """Multiply each unit in the view of :func:`split_units` by its value, in place."""
+    view.mul_(over_units(fitting(values, view.dtype), view, kept))
+
+
+def fitting(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Factors in the type in which they are multiplied with entries of a type.
+
+    On a CPU that is the entries' own, for another makes temporaries, unless it cannot hold them: 1e-44 put at 1.
+    """
+    kept = accumulator(dtype)
+    if way_of(values) == "host" and values.dtype != kept:
+        narrow = values.to(kept)
+        if bool((narrow.isfinite() & (narrow.abs() >= torch.finfo(kept).tiny)).all()):
+            return narrow
+    return values
 
 
 def project_all_(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_normreg.functional._norms import known_unset
-from lightning_normreg.functional._projection import Limits, check_radius, divisors
-from lightning_normreg.functional._turn import Turn, block_of, measure_turn
-from lightning_normreg.functional._units import Unit, View, over_units, split_units
+from lightning_normreg.functional._device import BLOCK, accumulator, way_of
+from lightning_normreg.functional._projection import Limits, check_radius, factors
+from lightning_normreg.functional._units import Unit, over_units, split_units, unit_rows
+from lightning_normreg.functional._updates import Lengths, measure_rows
 
 Per = Literal["layer", "unit"]
 
@@ -26,6 +26,15 @@ class Mixture(NamedTuple):
     before: Tensor
     update: Tensor
     alone: Tensor
+
+    def to(self, dtype: torch.dtype) -> Mixture:
+        """The numbers in another type."""
+        return Mixture(self.before.to(dtype), self.update.to(dtype), self.alone)
+
+    def at(self, places: Tensor) -> Mixture:
+        """Those of the units at some places; beyond the last one what stays as it is."""
+        left = [(self.before, 0.0), (self.update, 1.0), (self.alone, True)]
+        return Mixture(*(torch.cat([v, v.new_full((1,), x)])[places] for v, x in left))
 
 
 @torch.no_grad()
@@ -93,16 +102,19 @@ def rotate_(
         check_radius(radius)
     if weight.shape != before.shape:
         raise ValueError(f"`before` must have the weight's shape {tuple(weight.shape)}, got {tuple(before.shape)}.")
-    views, starts = [split_units(weight, unit, dim, groups)], [split_units(before, unit, dim, groups)]
-    turn = measure_turn(views, starts)
-    dtype = views[0][0].dtype
-    speeds = turn.speeds(torch.finfo(dtype).eps)
-    angles = unit_angles(speeds, angle, speeds if per == "unit" else layer_speeds(speeds, turn.finite(), [len(speeds)]))
+    (view, kept), (start, _) = (split_units(tensor, unit, dim, groups) for tensor in (weight, before))
+    rows = unit_rows(view, kept)
+    lengths = measure_rows(unit_rows(start, kept, like=view), rows)
+    speeds = lengths.speeds(torch.finfo(view.dtype).eps)
+    counted = lengths.finite()
+    whole = (torch.where(counted, speeds, 0.0).square().sum() / counted.sum().clamp_min(1)).sqrt()
+    angles = unit_angles(speeds, angle, speeds if per == "unit" else whole)
     if per == "layer":
         angles = angles.clamp(max=LARGEST)
-    limits = Limits.of(dtype, views[0][0].numel() // max(1, len(speeds)))
-    mix_(views, starts, mixture(turn, angles, turn.norm if radius is None else radius, limits))
-    return angles
+    limits = Limits.of(view.dtype, rows.shape[1])
+    mix = mixture(lengths, angles, lengths.norm if radius is None else radius, limits)
+    mix_(view, start, kept, mix.to(accumulator(view.dtype)))
+    return angles.to(accumulator(view.dtype))
 
 
 def check_angle(angle: float | Tensor) -> None:
@@ -111,57 +123,57 @@ def check_angle(angle: float | Tensor) -> None:
         raise ValueError(f"`angle` must be in [0, π) radians, got {angle:g}. Angles per step are small, such as 0.01.")
 
 
-def layer_speeds(speeds: Tensor, counted: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Root mean square of the speeds of those units of a layer that count, for each layer of some sizes."""
-    norms = torch._foreach_norm(torch.split(torch.cat([speeds, counted.to(speeds.dtype)]), [*sizes, *sizes]))
-    lengths, roots = torch.stack(norms).chunk(2)  # the root of a number is the norm of so many ones
-    return lengths / roots.clamp_min(1)
-
-
 def unit_angles(speeds: Tensor, angle: float | Tensor, typical: Tensor) -> Tensor:
     """Angle of each unit: ``angle`` at the typical speed, in proportion to its own; 0 where nothing moves."""
     moves = typical > 0
     return torch.where(moves, speeds / torch.where(moves, typical, 1.0) * angle, 0.0)
 
 
-def mixture(turn: Turn, angles: Tensor, radius: float | Tensor, limits: Limits) -> Mixture:
+def mixture(lengths: Lengths, angles: Tensor, radius: float | Tensor, limits: Limits) -> Mixture:
     """How to mix weight and update so that each unit turns by its angle and is at the radius.
 
     With r the radial and τ the tangential length, t = Δ − (r/n)w, so
     R/n·(w cos θ + t n/τ sin θ) = R/n·(cos θ − r/τ sin θ)w + R/τ sin θ Δ.
     A unit that does not turn keeps every bit if it is at the radius already, as under projection.
     """
-    target = radius.to(turn.norm) if isinstance(radius, Tensor) else torch.full_like(turn.norm, radius)
-    turns, born = angles > 0, turn.norm == 0
-    alone = ~(turn.finite() & limits.hold(target) & (born | turn.ordinary()))
-    norm, tangent = torch.where(turns, turn.norm, 1.0), torch.where(turns, turn.tangent, 1.0)
-    across = target * angles.sin() / tangent
+    norm, radial, tangent = lengths.norm, lengths.radial, lengths.tangent
+    target = radius.to(norm) if isinstance(radius, Tensor) else torch.full_like(norm, radius)
+    turns, born = angles > 0, norm == 0
+    alone = ~(lengths.finite() & limits.hold(target) & (born | lengths.ordinary()))
+    length = torch.where(turns, norm, 1.0)
+    across = target * angles.sin() / torch.where(turns, tangent, 1.0)
     half = (angles / 2).sin()
-    turned = (target - norm) / norm - 2 * target / norm * half * half - across * (turn.radial / norm)
+    turned = (target - length) / length - 2 * target / length * half * half - across * (radial / length)
     # Of a zero unit all of the update counts as tangential, and none has been projected yet.
-    divisor = divisors(torch.where(born, turn.tangent, turn.norm), target, limits).reciprocal()
-    before, update = torch.where(turns, turned, divisor - 1), torch.where(turns, across, divisor * born)
+    factor = factors(torch.where(born, tangent, norm), target, limits)
+    before, update = torch.where(turns, turned, factor - 1), torch.where(turns, across, factor * born)
     return Mixture(before.masked_fill(alone, 0.0), update.masked_fill(alone, 1.0), alone)
 
 
-def mix_(views: Sequence[View], starts: Sequence[View], mix: Mixture) -> None:
-    """Write what each unit becomes, in place."""
-    all_move = known_unset(mix.alone)
-    for (view, kept), (start, _) in zip(views, starts, strict=True):
-        before, update, alone = (over_units(values, view, kept) for values in mix)
-        if all_move and view.dtype == update.dtype:
-            for end, begin, b, u in _slices(view, start, before, update):
-                torch.lerp(begin, end, u, out=end).addcmul_(begin, b)
-            continue
-        for end, begin, b, u, left in _slices(view, start, before, update, alone):
+def mix_(view: Tensor, start: Tensor, kept: tuple[int, ...], mix: Mixture) -> None:
+    """Write what each unit becomes, in place.
+
+    Args:
+        view: What :func:`split_units` returns of the weight.
+        start: The same of the weight before the update.
+        kept: Dimensions that number the units.
+        mix: In the type of sums of the weight.
+    """
+    before, update, alone = (over_units(values, view, kept) for values in mix)
+    # Where values can be read at once, that is almost never.
+    guarded = way_of(mix.alone) != "host" or bool(mix.alone.any())
+    for end, begin, b, u, left in _blocks(view, start, before, update, alone):
+        if view.dtype == u.dtype and not guarded:
+            torch.lerp(begin, end, u, out=end).addcmul_(begin, b)
+        else:
             wide, start_wide = end.to(u.dtype), begin.to(u.dtype)
             end.copy_(torch.where(left, wide, start_wide.lerp(wide, u).addcmul_(start_wide, b)))
 
 
-def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Slices of the first tensor that fit the cache, and of others that broadcast against it."""
     first = tensors[0]
-    block = block_of(first)
+    block = BLOCK[way_of(first)]
     if not first.ndim or first.numel() <= block:
         yield tensors
         return

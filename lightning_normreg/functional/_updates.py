@@ -1,119 +1,214 @@
-"""What one optimizer step did to a weight, relative to the weight's own scale."""
+"""What one update did to each unit, along it and across it; or where a gradient points, seen from its weight."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_normreg.functional._norms import accumulator, host_reads_are_free, row_norms, squares_fit
+from lightning_normreg.functional._device import BLOCK, accumulator, number_type, scratch, way_of
+from lightning_normreg.functional._norms import plain_norms, squares_fit
 from lightning_normreg.functional._units import Unit, paired_rows
 
-BLOCK = 2**20
-"""Entries of a weight that are measured at a time."""
-COLUMNS = 2**18
-"""Entries of a longer row that are summed at a time."""
+_ROUNDING = 0.5
+"""Tangential part, in ε‖w‖, up to which it may be nothing but the rounding of each entry by at most ε/2."""
+_SHAKY = 4.0
+"""Tangential part, in ε‖w‖, up to which rounding, about 0.2 ε‖w‖ long, makes up 5 % of it or more."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step of every unit, seen from where it started, each of shape ``(units,)``.
+class Lengths:
+    """An update of every unit, or another vector at it, seen from where the unit was, each of shape ``(units,)``.
 
     Attributes:
-        norm: Norm before the step.
-        along: Signed length of the unit after the step along its direction before.
-        across: Length of the unit after the step across that direction.
-        update: Length of the update.
+        norm: Norm of the unit before.
+        radial: Signed length of the update along the unit.
+        tangent: Length of the update across it.
     """
 
     norm: Tensor
-    along: Tensor
-    across: Tensor
-    update: Tensor
+    radial: Tensor
+    tangent: Tensor
 
-    def angle(self) -> Tensor:
-        """Rotation in radians; 0 for a unit that is zero before the step or after it."""
-        moved = torch.atan2(self.across, self.along)
-        return torch.where(self.norm == 0, torch.zeros_like(moved), moved)
+    def update(self) -> Tensor:
+        """Length of the update."""
+        return torch.hypot(self.radial, self.tangent)
+
+    def after(self) -> Tensor:
+        """Norm after the update."""
+        return torch.hypot(self.norm + self.radial, self.tangent)
+
+    def rotation(self) -> Tensor:
+        """Rotation in radians; 0 for a unit that is zero before the update or after it."""
+        turned = torch.atan2(self.tangent, self.norm + self.radial)
+        return torch.where(self.norm == 0, torch.zeros_like(turned), turned)
 
     def relative(self) -> Tensor:
         """Length of the update over the norm before it; 0 for a zero unit."""
-        return _over(self.update, self.norm)
+        return torch.where(self.norm == 0, 0.0, self.update() / self.norm)
+
+    def cosine(self) -> Tensor:
+        """Cosine of the angle between unit and update, without its sign; 0 where one of them is zero."""
+        update = self.update()
+        return torch.where((update == 0) | (self.norm == 0), 0.0, (self.radial.abs() / update).clamp(max=1.0))
+
+    def speeds(self, eps: float | Tensor) -> Tensor:
+        """Length of the tangential part over the norm; 0 for a unit without direction, and for rounding alone.
+
+        Args:
+            eps: Of the type that the weight is kept in.
+        """
+        turns = (self.tangent > _ROUNDING * eps * self._rounded()) & self.ordinary()
+        return torch.where(turns, self.tangent / torch.where(turns, self.norm, 1.0), 0.0)
+
+    def shaky(self, eps: float | Tensor) -> Tensor:
+        """Which units have an update so small that the rounding of the weights shows in its direction."""
+        return (self.tangent > 0) & (self.tangent <= _SHAKY * eps * self._rounded())
+
+    def _rounded(self) -> Tensor:
+        """Length of what was rounded: the weight after the update, or before it where that is longer."""
+        return self.norm + self.radial.abs()
+
+    def ordinary(self) -> Tensor:
+        """Which units have a direction, and a finite update."""
+        return (self.norm >= torch.finfo(torch.float32).tiny) & self.finite()
+
+    def finite(self) -> Tensor:
+        """Which units were finite, and have a finite update."""
+        return (self.norm + self.radial.abs() + self.tangent).isfinite()
 
 
-def measure_step(before: Tensor, after: Tensor, unit: Unit, dim: int, groups: int) -> Step:
-    """Compare every unit before and after a step."""
-    start, end = paired_rows(before, after, unit, dim, groups, name="after")
-    return measure_rows(start, end)
+def measure_rows(start: Tensor, end: Tensor, *, update: bool = True) -> Lengths:
+    """Compare rows, each a unit, with what has become of them, or with other vectors at them (``update=False``)."""
+    raw = torch.empty(3, len(start), dtype=number_type(start), device=start.device)
+    row_products(start, end, raw, update=update)
+    return lengths_of(*row_sums(raw, start.dtype, lambda odd: exact_sums(start[odd], end[odd], update=update)))
 
 
-def measure_rows(start: Tensor, end: Tensor) -> Step:
-    """Likewise with the units as rows, some rows at a time, so that temporaries stay small and in the cache."""
-    rows = max(1, BLOCK // max(1, start.shape[1]))
-    blocks = [_measure_block(*block) for block in zip(torch.split(start, rows), torch.split(end, rows), strict=True)]
-    return Step(*torch.cat(blocks, dim=1))
+def lengths_of(squares: Tensor, products: Tensor, tangents: Tensor) -> Lengths:
+    """From the sums over the entries of each unit: of a², of a·d, and of the square of what d has across a."""
+    norm = squares.sqrt()
+    return Lengths(norm, products / torch.where(norm > 0, norm, 1.0), tangents.clamp_min(0).sqrt())
 
 
-def _measure_block(start: Tensor, end: Tensor) -> Tensor:
-    """Norm before, length along and across it afterwards, and length of the update, of each row."""
-    if not host_reads_are_free(start):
-        return torch.stack(_measure_radial(start, end))
-    pieces = zip(torch.split(start, COLUMNS, dim=1), torch.split(end, COLUMNS, dim=1), strict=True)
-    sums = [torch.stack(values, dim=1) for values in zip(*(_sums(*piece) for piece in pieces), strict=True)]
-    norm, update = row_norms(sums[0]), row_norms(sums[2])
-    along = sums[1].sum(dim=1) / torch.where(norm > 0, norm, 1.0)
-    found = torch.stack([norm, norm + along, ((update - along) * (update + along)).sqrt(), update])
-    # Where the update is no more along the row than that, its sums keep all digits but one bit; NaN compares false.
-    radial = ~((along.abs() <= update / 2) & squares_fit(norm) & (squares_fit(update) | (update == 0)))
-    if bool(radial.any()):
-        found[:, radial] = torch.stack(_measure_radial(start[radial], end[radial]))
+def row_products(start: Tensor, end: Tensor, out: Tensor, *, update: bool = True) -> None:
+    """For each row a of ``start`` and d its norm, the norm of d, and the product of both, into ``out``, ``(3, rows)``.
+
+    d is the row of ``end`` less a, which is exact for close numbers, or with ``update=False`` that row itself. Some
+    entries at a time, with temporaries in memory that is kept.
+    """
+    wide = number_type(start) if way_of(start) != "host" else accumulator(start.dtype)
+    for a, b, place in _tiles(start, end, out):
+        both = scratch("rows", a, 2 * a.numel(), wide).view(2, *a.shape)
+        first, second = both[0], both[1]
+        first.copy_(a)
+        if update:
+            torch.sub(b, first, out=second)
+        else:
+            second.copy_(b)
+        plain_norms(both, place[:2])
+        products = first.mul_(second)
+        if wide == place.dtype:
+            torch.sum(products, dim=1, out=place[2])
+        else:
+            place[2].copy_(products.sum(dim=1))
+
+
+def _tiles(start: Tensor, end: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Blocks of the rows, and the place of their results; the parts of rows longer than a block are put together."""
+    block, entries = BLOCK[way_of(start)], max(1, start.shape[1])
+    if entries <= block:
+        rows = block // entries
+        yield from zip(torch.split(start, rows), torch.split(end, rows), torch.split(out, rows, 1), strict=True)
+        return
+    parts = []
+    for a, b in zip(torch.split(start, block, 1), torch.split(end, block, 1), strict=True):
+        parts.append(torch.empty_like(out))
+        for row in range(len(a)):
+            yield a[row : row + 1], b[row : row + 1], parts[-1][:, row : row + 1]
+    torch.linalg.vector_norm(torch.stack([part[:2] for part in parts]), dim=0, out=out[:2])
+    torch.sum(torch.stack([part[2] for part in parts]), dim=0, out=out[2])
+
+
+def row_sums(raw: Tensor, dtype: torch.dtype, detour: Callable[[Tensor], Tensor]) -> Tensor:
+    r"""The sums that add over the parts of a unit, from what :func:`row_products` gives.
+
+    :math:`\sum a^2`, :math:`\sum ad`, and the square of what d has across a, which is a difference,
+    :math:`\sum d^2-(\sum ad)^2/\sum a^2`. In float32 it keeps its digits where d is no more along a than across it.
+
+    Args:
+        raw: Shape ``(3, rows)``.
+        dtype: Of the weight.
+        detour: :func:`exact_sums` of rows that are marked; taken on a CPU, and everywhere for rows of float64.
+
+    Returns:
+        Shape ``(3, rows)``.
+    """
+    norms, lengths, products = raw
+    squares = norms.square()
+    along = products.square() / torch.where(norms > 0, squares, 1.0)
+    sums = torch.stack([squares, products, lengths.square() - along])
+    way, kept = way_of(raw), accumulator(dtype)
+    if way == "host":
+        # Not a number compares false.
+        fine = (
+            (2 * along <= lengths.square()) & squares_fit(norms, kept) & (squares_fit(lengths, kept) | (lengths == 0))
+        )
+        if not bool(fine.all()):
+            sums[:, ~fine] = detour(~fine)
+    elif way == "wide" and kept == torch.float64:
+        sums = detour(torch.ones_like(norms, dtype=torch.bool))
+    return sums
+
+
+def exact_sums(start: Tensor, end: Tensor, *, update: bool = True) -> Tensor:
+    """The sums of :func:`row_sums` in float64; of rows that are float64, what is along a is taken off d first."""
+    found = torch.empty(3, len(start), dtype=torch.float64, device=start.device)
+    rows = max(1, BLOCK[way_of(start)] // max(1, start.shape[1]))
+    for a, b, place in zip(torch.split(start, rows), torch.split(end, rows), torch.split(found, rows, 1), strict=True):
+        first, second, product = scratch("exact", a, 3 * a.numel(), torch.float64).view(3, *a.shape)
+        first.copy_(a)
+        second.copy_(b)
+        if update:
+            second.sub_(first)
+        squares, along = (
+            torch.mul(first, first, out=product).sum(dim=1),
+            torch.mul(first, second, out=product).sum(dim=1),
+        )
+        more = torch.zeros_like(along)
+        if start.dtype == torch.float64:
+            share = along / torch.where(squares > 0, squares, 1.0)
+            second.addcmul_(first, share.unsqueeze(1), value=-1)
+            more = torch.mul(first, second, out=product).sum(dim=1)
+        lengths = torch.mul(second, second, out=product).sum(dim=1)
+        radial = more if start.dtype == torch.float64 else along
+        place[0], place[1] = squares, along + more
+        place[2] = lengths - radial.square() / torch.where(squares > 0, squares, 1.0)
     return found
 
 
-def _sums(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm before, scalar product of row and update, length of the update."""
-    wide = accumulator(start.dtype)
-    start, update = start.to(wide), end.to(wide) - start.to(wide)
-    return row_norms(start), (start * update).sum(dim=1), row_norms(update)
+def with_radial(sums: Tensor) -> Tensor:
+    r"""The sums of :func:`row_sums` and :math:`(\sum ad)^2/\sum a^2`, all of which add over the parts of a unit."""
+    squares, products, _ = sums
+    along = products.square() / torch.where(squares > 0, squares, 1.0)
+    return torch.cat([sums, along.unsqueeze(0)])
 
 
-def _measure_radial(start: Tensor, end: Tensor) -> tuple[Tensor, ...]:
-    """The same for updates along the row as well, at ten times the cost.
+def totals(sums: Tensor) -> Tensor:
+    r"""The three sums of units, from those of their parts as :func:`with_radial` gives them.
 
-    What is left of the row after taking off k times the row before keeps its digits only if taking off rounds nothing:
-    acos has none left below 3e-4 in float32, and where decay makes the update almost radial, rounding the radial part
-    costs what it is longer than the other. So k and the weight are cut into halves of their significands, whose
-    products are exact, and k is found in three such halves: what is along the row then falls below the last digit.
+    What is across a unit is what is across each part, and :math:`\sum_i P_i^2/A_i-(\sum_i P_i)^2/\sum_i A_i` of the
+    sums A of squares and P of products of the parts.
     """
-    wide = accumulator(start.dtype)
-    start, end = start.to(wide), end.to(wide)
-    norm = row_norms(start)
-    length = torch.where(norm > 0, norm, 1.0).unsqueeze(1)
-    direction, upper = start / length, _upper_half(start)
-    lower = start - upper
-    rest, along = end, torch.zeros_like(length)
-    for _ in range(3):
-        k = _nearest_half((direction * rest).sum(dim=1, keepdim=True) / length)
-        rest = (rest - k * upper) - k * lower
-        along = along + k * length
-    return norm, along.squeeze(1), row_norms(rest), row_norms(end - start)
+    squares, products, tangents, along = sums
+    between = along - products.square() / torch.where(squares > 0, squares, 1.0)
+    return torch.stack([squares, products, tangents + between.clamp_min(0)])
 
 
-def _upper_half(values: Tensor) -> Tensor:
-    """The numbers with the lower half of their significand cut off."""
-    integer, bits = (torch.int64, 27) if values.dtype == torch.float64 else (torch.int32, 12)
-    return (values.contiguous().view(integer) & -(1 << bits)).view(values.dtype)
-
-
-def _nearest_half(values: Tensor) -> Tensor:
-    """The nearest numbers with half of the significand (Dekker 1971)."""
-    scaled = values * ((1 << (27 if values.dtype == torch.float64 else 12)) + 1)
-    return scaled - (scaled - values)
-
-
-def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
+def _compare(before: Tensor, after: Tensor, unit: Unit, dim: int, groups: int) -> Lengths:
+    return measure_rows(*paired_rows(before, after, unit, dim, groups, name="after"))
 
 
 def rotation(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim: int = 0, groups: int = 1) -> Tensor:
@@ -143,7 +238,7 @@ def rotation(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim: int =
     Reference:
         The rotation of Kosson et al. 2024, "Rotational Equilibrium", https://arxiv.org/abs/2305.17212.
     """
-    return measure_step(before, after, unit, dim, groups).angle()
+    return _compare(before, after, unit, dim, groups).rotation().to(accumulator(before.dtype))
 
 
 def relative_update(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim: int = 0, groups: int = 1) -> Tensor:
@@ -169,7 +264,7 @@ def relative_update(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim
     Reference:
         The relative update of Kosson et al. 2024, https://arxiv.org/abs/2305.17212.
     """
-    return measure_step(before, after, unit, dim, groups).relative()
+    return _compare(before, after, unit, dim, groups).relative().to(accumulator(before.dtype))
 
 
 def gradient_alignment(
@@ -200,15 +295,8 @@ def gradient_alignment(
     Reference:
         van Laarhoven 2017: :math:`\nabla L(\alpha w)=\nabla L(w)/\alpha`, so :math:`\langle w,\nabla L\rangle=0`.
     """
-    return align_rows(*paired_rows(weight, gradient, unit, dim, groups, name="gradient"))
-
-
-def align_rows(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Likewise with the units as rows."""
-    w, g = (rows.to(accumulator(weight.dtype)) for rows in (weight, gradient))
-    w_norm, g_norm = row_norms(w), row_norms(g)
-    cosine = (_over(w, w_norm.unsqueeze(1)) * _over(g, g_norm.unsqueeze(1))).sum(dim=1).abs()
-    return cosine.clamp(max=1.0)
+    rows = paired_rows(weight, gradient, unit, dim, groups, name="gradient")
+    return measure_rows(*rows, update=False).cosine().to(accumulator(weight.dtype))
 
 
 def effective_lr(lr: float | Tensor, norm: float | Tensor, exponent: int) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,7 +16,7 @@ from lightning_normreg._weights import Watched
 from lightning_normreg.functional import equilibrium_rotation
 from lightning_normreg.functional._rotation import check_angle
 from lightning_normreg.steps._equilibria import Formulas
-from lightning_normreg.steps._tracker import Stepping
+from lightning_normreg.steps._tracker import Stepping, as_column
 
 Angle = float | Literal["lr", "equilibrium"]
 
@@ -53,10 +52,10 @@ class Angles:
     def numbers(self, values: Sequence[float | Tensor], like: Tensor) -> Tensor:
         """Numbers, some of which may be on a device already, as one tensor; the device is not waited for."""
         if any(isinstance(value, Tensor) for value in values):
-            return torch.stack([torch.as_tensor(value).to(like, non_blocking=True).reshape(()) for value in values])
+            return as_column(values, like)
         key = (like.device, like.dtype, *values)
         if key not in self._kept:
-            self._kept = {key: torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)}
+            self._kept = {key: as_column(values, like)}
         return self._kept[key]
 
     def _of(self, watched: Watched, group: Group, optimizer: Optimizer) -> float | Tensor:

@@ -9,6 +9,9 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_normreg._weights import Table
+from lightning_normreg.functional._updates import Lengths
+
 OnUnhealthy = Literal["warn", "stop", "ignore"]
 
 EXPLODED = 100.0
@@ -16,28 +19,28 @@ EXPLODED = 100.0
 _SHORT = 0.1
 """Units that start shorter than this have grown, and not exploded, while they are no longer than EXPLODED times it."""
 
-SIGNS = ("zero", "wild", "steered", "lost", "longest")
+SIGNS = ("zero", "wild", "driven", "lost", "longest")
 
 
-def signs(
-    norms: Tensor, *, wild: Tensor | None = None, lost: Tensor | None = None, steered: Tensor | None = None
-) -> Tensor:
-    """What a step shows of a weight's units, as one tensor in the order of ``SIGNS``; the device is not waited for.
+def signs(table: Table, norms: Tensor, lengths: Lengths | None = None, driven: Tensor | None = None) -> Tensor:
+    """What a step shows of the units of each weight, in the order of ``SIGNS``; the device is not waited for.
 
     Args:
-        norms: Norms before the step, shape ``(units,)``.
-        wild: Which units are infinite or NaN before the step or after it; by default those whose norms are.
-        lost: Which units have not moved.
-        steered: Which units have a gradient that should move them.
+        table: The weights.
+        norms: Norms of units before the step.
+        lengths: What the step did to them.
+        driven: Which units have a gradient that should move them.
+
+    Returns:
+        Shape ``(len(SIGNS), weights)``: how many units are zero, infinite or NaN before the step or after it, should
+        move, and have not moved all the same; and the largest norm.
     """
-    none = norms.new_zeros(norms.shape, dtype=torch.bool)
-    wild = ~norms.isfinite() if wild is None else wild
-    steered = none if steered is None else steered & (norms > 0) & ~wild
-    lost = none if lost is None else lost & steered
-    counts = [(norms == 0).sum(), wild.sum(), steered.sum(), lost.sum()]
-    finite = torch.where(norms.isfinite(), norms, 0.0)
-    longest = finite.max() if norms.numel() else norms.new_zeros(())
-    return torch.stack([*(count.to(norms.dtype) for count in counts), longest])
+    finite = norms.isfinite() if lengths is None else lengths.finite()
+    none = torch.zeros_like(finite)
+    driven = none if driven is None else driven & (norms > 0) & finite
+    lost = none if lengths is None else driven & (lengths.update() == 0)
+    counts = [table.totals(flags) for flags in (norms == 0, ~finite, driven, lost)]
+    return torch.stack([*counts, table.extremes(torch.where(norms.isfinite(), norms, 0.0))[1]])
 
 
 class Health:
@@ -77,11 +80,11 @@ class Health:
                 "logging began: its effective learning rate is gone. Lower the learning rate, warm it up, add decay, "
                 "or hold the norm by NormProjection.",
             )
-        if numbers["lost"] > numbers["steered"] / 2:
+        if numbers["lost"] > numbers["driven"] / 2:
             self._alarm(
                 name,
                 "updates lost to rounding",
-                f"{numbers['lost']:.0f} of {numbers['steered']:.0f} units of {name!r} with a gradient did not move in "
+                f"{numbers['lost']:.0f} of {numbers['driven']:.0f} units of {name!r} with a gradient did not move in "
                 f"a step: the update is below what {dtype} can add to the weight. Keep the weights in float32 (for "
                 "example precision='bf16-mixed'), or raise the learning rate.",
             )

@@ -24,7 +24,6 @@ from lightning_normreg._weights import (
     ParameterRole,
     ScaleInvariance,
     Verdict,
-    at_once,
     is_sharded,
     local,
     shard_of,
@@ -99,9 +98,7 @@ class GradientWatch(ABC):
     def _all_seen(self) -> dict[str, Observed]:
         """The steps of each parameter, in one; every process must ask."""
         stacked = {name: Observed.stack(steps) for name, steps in self._seen.items()}
-        names = [name for name in stacked if name in self._shards]
-        sums = at_once(lambda name, total: stacked[name].sum_later(self._shards[name], total), names)
-        return stacked | dict(zip(names, sums, strict=True))
+        return stacked | Observed.summed({n: (stacked[n], self._shards[n]) for n in stacked if n in self._shards})
 
 
 class GradientObserver(GradientWatch):

@@ -14,9 +14,9 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import group_of, update_rule
-from lightning_normreg._weights import Watched, at_once, norms_of
-from lightning_normreg.functional._norms import root_mean_square
+from lightning_normreg._weights import Table, Watched, norms_of
 from lightning_normreg.functional._projection import check_radius
+from lightning_normreg.steps._record import Recording
 from lightning_normreg.steps._step_hooks import Phase, of_mine
 
 Radius = float | Literal["auto", "initial"]
@@ -34,7 +34,7 @@ def check_radius_argument(radius: Radius) -> None:
         check_radius(radius)
 
 
-class Projector:
+class Projector(Recording):
     """Projects targets when an optimizer has stepped them.
 
     Optimizer state is left alone: it was measured at the radius, and so will be the next gradient.
@@ -43,13 +43,15 @@ class Projector:
     phase = Phase.PROJECT
 
     def __init__(self, targets: Sequence[Watched], radius: Radius, initial: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
         self.targets = list(targets)
         self._argument = radius
         self._by_parameter = {t.parameter: t for t in self.targets}
         self._radius = dict(initial or {})
-        self._norms: dict[str, Tensor] = {}
-        self._before: dict[str, Tensor] = {}
-        self._starts: dict[str, Tensor] = {}
+        self._columns: dict[Table, Tensor] = {}
+        self._norms: dict[Table, Tensor] = {}
+        self._starts: dict[Table, Tensor] = {}
+        self._before: dict[Table, Tensor] = {}
         self._stepped: set[str] = set()
         self._told: set[str] = set()
         self.looking = False
@@ -65,43 +67,49 @@ class Projector:
         return [target for target, _, _ in of_mine(optimizers, self._by_parameter)]
 
     @torch.no_grad()
-    def project(self, targets: Iterable[Watched]) -> None:
+    def project(self, targets: Sequence[Watched]) -> None:
         """Put targets at their radius."""
-        targets = list(targets)
-        self._prepare(targets)
-        norms = at_once(lambda target, total: target.project_later(total, self._target(target)), targets)
-        self._norms.update({target.name: found for target, found in zip(targets, norms, strict=True)})
+        if targets:
+            table = self.record.table(targets)
+            self._norms[table] = table.project(self._radii(table))
 
     @torch.no_grad()
-    def place(self, copies: Iterable[Watched]) -> None:
+    def place(self, copies: Sequence[Watched]) -> None:
         """Put copies of targets at the radius of their originals."""
-        at_once(lambda copy, total: copy.project_later(total, self._target(copy)), list(copies))
+        if copies:
+            table = Table(copies)
+            table.project(self._radii(table))
 
     @torch.no_grad()
     def start(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
         """Put targets at their radius for the first time, and let the state of optimizers under way follow.
 
-        The state was measured at the old norms: gradients of a scale-invariant weight that is multiplied by c go with
-        1/c. After every later step the last gradient was measured at the radius, and so will be the next.
+        The state was measured at the old norms: gradients of a scale-invariant weight that is multiplied by c are
+        proportional to 1/c. After every later step the last gradient was measured at the radius, and so will be the
+        next.
         """
-        before = norms_of(targets)
+        if not targets:
+            return
+        table = self.record.table(targets)
+        before = table.norms().units
         self.project(targets)
-        self._norms.update({t.name: norms for t, norms in zip(targets, before, strict=True)})
-        pairs = zip(norms_of(targets), before, strict=True)
-        factors = [torch.where(old > 0, new / old, 1.0) for new, old in pairs]
+        self._norms[table] = before
+        factor = torch.where(before > 0, table.norms().units / before, 1.0)
+        factors = dict(zip(targets, table.split(torch.where(factor.isfinite(), factor, 1.0)), strict=True))
         for optimizer in optimizers:
-            mine = {t.name for t in self.optimized([optimizer])}
-            for target, factor in zip(targets, factors, strict=True):
-                if target.name in mine and all(optimizer.state.get(p) for p in target.tensors()):
-                    _let_state_follow(optimizer, target, torch.where(factor.isfinite(), factor, 1.0))
+            for target in self.optimized([optimizer]):
+                if target in factors and all(optimizer.state.get(p) for p in target.tensors()):
+                    _let_state_follow(optimizer, target, factors[target])
 
     @torch.no_grad()
-    def off(self, targets: Iterable[Watched]) -> list[Watched]:
+    def off(self, targets: Sequence[Watched]) -> list[Watched]:
         """Targets with a unit that is not at its radius. Reads the device."""
-        targets = list(targets)
-        self._prepare(targets)
-        pairs = zip(targets, norms_of(targets), strict=True)
-        return [t for t, norms in pairs if bool(((norms / self._target(t) - 1).abs() > self._band(t)).any())]
+        if not targets:
+            return []
+        table = self.record.table(targets)
+        apart = (table.norms().units / self._radii(table) - 1).abs()
+        flags = table.totals(apart > table.column([self._band(t) for t in targets])).tolist()
+        return [target for target, flag in zip(targets, flags, strict=True) if flag]
 
     def _band(self, target: Watched) -> float:
         """Relative distance from the radius within which a target counts as being there at the start."""
@@ -109,14 +117,16 @@ class Projector:
 
     def announce(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
         """Say by what factor projecting changes the effective learning rates, per optimizer. Reads the device."""
-        norms = {t.name: found for t, found in zip(targets, norms_of(targets), strict=True)}
+        if not targets:
+            return
+        table = self.record.table(targets)
+        far = table.root_mean_squares(table.norms().units / self._radii(table)).tolist()
+        distances = {t.name: distance for t, distance in zip(targets, far, strict=True)}
         for optimizer in optimizers:
             mine = {t.name for t in self.optimized([optimizer])}
             rules = [(t, update_rule(optimizer, group_of(optimizer, t.parameter))) for t in targets if t.name in mine]
             ratios = [
-                float(root_mean_square(norms[target.name] / self._target(target))) ** rule.exponent
-                for target, rule in rules
-                if rule is not None and rule.exponent
+                distances[target.name] ** rule.exponent for target, rule in rules if rule is not None and rule.exponent
             ]
             ratios = [r for r in ratios if r > 0 and math.isfinite(r)]
             if ratios and max(abs(r - 1) for r in ratios) > 1e-3:
@@ -129,19 +139,21 @@ class Projector:
 
     def norms_and_radii(self) -> dict[str, tuple[float, float]]:
         """Root mean squares over units, of the norms before the last projection and of the radii. Reads the device."""
-        found = {}
-        now = norms_of(self.targets)
-        for target, norms in zip(self.targets, now, strict=True):
-            norms = self._norms.get(target.name, norms)  # noqa: PLW2901
-            radius = root_mean_square(torch.ones_like(norms) * self._target(target))
-            found[target.name] = (float(root_mean_square(norms)), float(radius))
-        return found
+        table = self.record.table(self.targets)
+        radii = self._radii(table)
+        found = zip(*(table.root_mean_squares(c).tolist() for c in (table.norms().units, radii)), strict=True)
+        pairs = dict(zip([t.name for t in self.targets], found, strict=True))
+        for other, norms in self._norms.items():
+            before = zip(other.watched, other.root_mean_squares(norms).tolist(), strict=True)
+            pairs |= {w.name: (norm, pairs[w.name][1]) for w, norm in before if w.name in pairs}
+        return pairs
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """See whether the weights are where the last projection has put them."""
         # Before the first step BatchNorm's gains may have followed the first projection, and be targets themselves.
         targets = [t for t in self.optimized([optimizer]) if t.name in self._stepped] if self.looking else []
-        self._before = {t.name: norms for t, norms in zip(targets, norms_of(targets), strict=True)}
+        table = self.record.table(targets) if targets else None
+        self._before = {} if table is None else {table: table.norms().units}
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Project what the optimizer has updated. A skipped update left the weights where projecting changes no bit."""
@@ -152,41 +164,45 @@ class Projector:
 
     def report(self) -> None:
         """Warn once of units that cannot be projected, or do not stay where they were put. Reads the device once."""
-        found = [(t, self._norms[t.name]) for t in self.targets if t.name in self._norms and t.name not in self._told]
-        if not found:
-            return
-        device = found[0][1].device
-        counts = [torch.stack([(n == 0).sum(), (~n.isfinite()).sum(), self._astray(t)]).to(device) for t, n in found]
-        for (target, norms), (zero, wild, astray) in zip(found, torch.stack(counts).tolist(), strict=True):
-            said = _why_off(target.name, len(norms), zero, wild, astray)
-            if said:
-                self._told.add(target.name)
-                rank_zero_warn(said)
+        counts: dict[str, list[int]] = {}
+        for table, norms in self._norms.items():
+            mine = norms.new_tensor(0.0).expand(len(table.sizes))
+            flags = [(norms == 0) & table.present, ~norms.isfinite()]
+            found = torch.stack([*(table.totals(flag) for flag in flags), mine]).T.long().tolist()
+            counts |= {w.name: numbers for w, numbers in zip(table.watched, found, strict=True)}
+        for table, norms in self._starts.items():
+            astray = table.totals(self._astray(table, norms)).long().tolist()
+            for w, number in zip(table.watched, astray, strict=True):
+                counts[w.name][2] = number
+        for target in self.targets:
+            if target.name in counts and target.name not in self._told:
+                said = _why_off(target.name, target.units(), *counts[target.name])
+                if said:
+                    self._told.add(target.name)
+                    rank_zero_warn(said)
 
-    def _astray(self, target: Watched) -> Tensor:
-        """Number of units that were not at their radius before the last step that was looked at."""
-        norms = self._starts.get(target.name)
-        if norms is None:
-            return self._norms[target.name].new_zeros((), dtype=torch.long)
-        radius = torch.ones_like(norms) * self._target(target)
+    def _astray(self, table: Table, norms: Tensor) -> Tensor:
+        """Which units were not at their radius before the last step that was looked at."""
+        radius = self._radii(table)
         possible = norms.isfinite() & (norms > 0) & radius.isfinite()
-        return (possible & ((norms / radius - 1).abs() > target.dead_band() + ASTRAY)).sum()
+        bands = table.column([w.dead_band() + ASTRAY for w in table.watched])
+        return possible & ((norms / radius - 1).abs() > bands)
 
-    def _target(self, target: Watched) -> float | Tensor:
-        if isinstance(self._argument, (int, float)):
-            return self._argument
-        return self._radius[target.name].to(target.parameter.device)
-
-    def _prepare(self, targets: Sequence[Watched]) -> None:
-        """Fix the radii of targets that have none yet; every process must ask for the same ones."""
-        if isinstance(self._argument, (int, float)):
-            return
-        new = [target for target in targets if target.name not in self._radius]
-        norms = norms_of(new) if self._argument == "initial" else [target.natural_norms() for target in new]
-        for target, norm in zip(new, norms, strict=True):
-            # A unit that is zero at the start has no radius to hold: infinity leaves it free.
-            radius = norm if self._argument == "auto" else torch.where((norm > 0) & norm.isfinite(), norm, float("inf"))
-            self._radius[target.name] = radius
+    def _radii(self, table: Table) -> Tensor:
+        """Radius of each unit; that of weights which have none yet is fixed now, so every process must ask."""
+        if table not in self._columns:
+            if isinstance(self._argument, (int, float)):
+                radii = table.column([float(self._argument)] * len(table.watched))
+            else:
+                new = [w for w in table.watched if w.name not in self._radius]
+                norms = norms_of(new) if self._argument == "initial" else [w.natural_norms() for w in new]
+                for w, norm in zip(new, norms, strict=True):
+                    # A unit that is zero at the start has no radius to hold: infinity leaves it free.
+                    held = (norm > 0) & norm.isfinite()
+                    self._radius[w.name] = torch.where(held, norm, float("inf"))
+                radii = torch.cat([self._radius[w.name].to(table.device, table.dtype) for w in table.watched])
+            self._columns = {**self._columns, table: radii}
+        return self._columns[table]
 
 
 def _why_off(name: str, units: int, zero: int, wild: int, astray: int) -> str:
@@ -212,7 +228,7 @@ def _let_state_follow(optimizer: Optimizer, target: Watched, factors: Tensor) ->
     for key, power in (rule.state_powers(target.parameter.ndim) if rule is not None else {}).items():
         entries = [optimizer.state[p].get(key) for p in target.tensors()]
         if all(isinstance(e, Tensor) and e.shape == p.shape for e, p in zip(entries, target.tensors(), strict=True)):
-            target.multiply(factors**power, _StateOf(optimizer, key))
+            Table([target]).scale(factors**power, _StateOf(optimizer, key))
         elif any(entry is not None for entry in entries):
             odd.append(key)
     if odd:

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
 from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, UpdateRule, scale_exponent, update_rule, why_no_rule
-from lightning_normreg._weights import Later, SumOverShards, Watched, at_once, gradient_of
+from lightning_normreg._weights import Table, Watched
 from lightning_normreg.functional import effective_lr
-from lightning_normreg.functional._norms import root_mean_square
-from lightning_normreg.functional._updates import Step
 from lightning_normreg.steps._equilibria import GRADIENT_AT_NORM_1, needs_gradient
 from lightning_normreg.steps._health import Health, signs
-from lightning_normreg.steps._step_hooks import Recording, of_mine
-from lightning_normreg.steps._tracker import Measured, Stepping, Tracker
+from lightning_normreg.steps._record import Look, SeenGradients
+from lightning_normreg.steps._step_hooks import of_mine
+from lightning_normreg.steps._tracker import Measured, Stepping, Tracker, as_column
 
-_MEMORY = 0.9
+_SMOOTH = 0.9
 """Of the average over measured steps that the size of the gradients is taken from."""
 
 
-class RotationTracker(Tracker, Recording):
+class RotationTracker(Tracker):
     """Effective learning rate, rotation and relative update of the watched weights in each update.
 
     Args:
@@ -48,13 +45,11 @@ class RotationTracker(Tracker, Recording):
         equilibrium: bool = False,
         health: Health | None = None,
     ) -> None:
-        Tracker.__init__(self, watched, health)
-        Recording.__init__(self)
+        super().__init__(watched, health)
         self._momentum_gain = momentum_gain
         self._exponents = exponents
         self._equilibrium = equilibrium
         self.powers: dict[str, tuple[Tensor, float]] = {}
-        self._gradients: dict[int, _Gradients] = {}
         self._inside: set[int] = set()
 
     def arm(self, due: bool) -> None:
@@ -63,20 +58,17 @@ class RotationTracker(Tracker, Recording):
         self._inside.clear()  # a step without gradients, or a closure that raised, has had no post-hook
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Copy the weights into buffers that are kept for the next time."""
+        """Ask for copies of the weights."""
         if not self.due:
             return
         self._inside.add(index)
-        if self._gradients.get(index, _NO_GRADIENTS).inside:
-            del self._gradients[index]  # of an update that never came
-        self.record.copy(self._parameters(optimizer))
+        if self._has_seen(index):
+            del self.record.seen[index]  # of an update that never came
+        self.record.want(self.optimized(optimizer), updates=True, gradients=True)
 
     def allocate(self, optimizer: Optimizer) -> int:
         """Make the buffers for an optimizer's weights, so that memory runs out at the start or never; the new bytes."""
-        return self.record.allocate(self._parameters(optimizer))
-
-    def _parameters(self, optimizer: Optimizer) -> list[Parameter]:
-        return [p for watched in self.optimized(optimizer) for p in watched.tensors()]
+        return self.record.allocate(p for watched in self.optimized(optimizer) for p in watched.tensors())
 
     def record_gradients(self, index: int, optimizer: Optimizer, scale: float = 1.0) -> None:
         """Measure the gradients as they are before clipping, at the weights that the update starts from.
@@ -87,75 +79,104 @@ class RotationTracker(Tracker, Recording):
             scale: Loss scale that is still in the gradients.
         """
         inside = index in self._inside
-        if not self.due or (inside and self._gradients.get(index, _NO_GRADIENTS).inside):
+        if not self.due or (inside and self._has_seen(index)):
             return  # a closure that is evaluated again (LBFGS) is at other weights by now
         mine = [watched for watched, _, _ in of_mine([optimizer], self._by_parameter, ready=True)]
-        measured = at_once(_norm_and_alignment, mine)
-        values: dict[Parameter, dict[Curve, Tensor]] = {
-            watched.parameter: {_metrics.GRADIENT_NORM: norm / scale, _metrics.GRADIENT_ALIGNMENT: aligned}
-            for watched, (norm, aligned) in zip(mine, measured, strict=True)
-        }
-        self._gradients[index] = _Gradients(values, inside)
+        if mine:
+            table = self.record.table(mine)
+            self.record.seen[index] = SeenGradients(table, table.gradients(), scale, inside)
+
+    def _has_seen(self, index: int) -> bool:
+        return index in self.record.seen and self.record.seen[index].inside
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Measure the update, and forget its gradients."""
         super().after_step(index, optimizer, skipped)
-        self._gradients.pop(index, None)
+        self.record.seen.pop(index, None)
         self._inside.discard(index)
 
-    def measure(self, index: int, optimizer: Optimizer, stepping: Stepping) -> list[Measured]:
+    def measure(self, look: Look, stepping: Stepping) -> tuple[list[Measured], Tensor]:
         """The curves of one update."""
+        assert look.lengths is not None
+        assert look.gradients is not None
+        table, lengths = look.table, look.lengths
+        by_key = {watched.key: (watched, group, optimizer) for watched, group, optimizer in stepping}
+        mine = [by_key.get(w.key) for w in table.watched]
+        rules = [None if one is None else update_rule(one[2], one[1]) for one in mine]
+        everything = frozenset(watched.name for watched, _, _ in stepping)
+        norm = table.root_mean_squares(lengths.norm)
+        found = [
+            Measured(_metrics.ROTATION, table, table.root_mean_squares(lengths.rotation()), everything),
+            Measured(_metrics.RELATIVE_UPDATE, table, table.root_mean_squares(lengths.relative()), everything),
+            *self._rates(table, mine, rules, norm),
+        ]
+        factors = [self.record.factors.get(w.parameter) for w in table.watched]
+        found += _stacked(_metrics.ROTATION_FACTOR, table, factors)
+        if look.seen is not None:
+            seen, gradient, norms = look.seen
+            found.append(Measured(_metrics.GRADIENT_NORM, seen, norms, everything))
+            aligned = seen.root_mean_squares(gradient.cosine())
+            found.append(Measured(_metrics.GRADIENT_ALIGNMENT, seen, aligned, everything))
+        if self._exponents:
+            exponents = [None if one is None else scale_exponent(one[2], one[0].parameter) for one in mine]
+            found += _stacked(_metrics.SCALE_EXPONENT, table, exponents)
+        if self._equilibrium:
+            invariant = [one is not None and bool(one[0].invariant) for one in mine]
+            found.append(Measured(_metrics.UNIT_NORM_RMS, table, norm, _names(mine, invariant)))
+            needed = [is_it and needs_gradient(rule) for is_it, rule in zip(invariant, rules, strict=True)]
+            if any(needed):
+                size = self._gradients_at_norm_1(table, needed, look.gradients * lengths.norm)
+                found.append(Measured(GRADIENT_AT_NORM_1, table, size, _names(mine, needed)))
+        still = table.column([one is not None and one[1].get("lr") == 0 for one in mine]) > 0
+        return found, signs(table, lengths.norm, lengths, (look.gradients > 0) & ~still)
 
-        def ask(one: tuple[Watched, Group, Optimizer], total: SumOverShards) -> Later[tuple[Step, Tensor]]:
-            watched, group, _ = one
-            controlled = watched.parameter in self.record.factors
-            rule = update_rule(optimizer, group)
-            shrink = 0.0 if controlled or rule is None else rule.decay_share(group)
-            step = watched.step_later(total, self.record.copies.__getitem__, shrink)
-            gradients = watched.norms_later(total, gradient_of)
-            return lambda: (step(), gradients())
-
+    def _rates(
+        self, table: Table, mine: Sequence[_Mine], rules: Sequence[UpdateRule | None], norm: Tensor
+    ) -> list[Measured]:
+        """Effective learning rates, of weights that are scale-invariant and of others apart."""
         found = []
-        for (watched, group, _), (step, gradients) in zip(stepping, at_once(ask, stepping), strict=True):
-            rule = update_rule(optimizer, group)
-            values = self._rates(watched, rule, group, step)
-            if watched.parameter in self.record.factors:
-                values[_metrics.ROTATION_FACTOR] = self.record.factors[watched.parameter]
-            values.update(self._gradients.get(index, _NO_GRADIENTS).values.get(watched.parameter, {}))
-            exponent = scale_exponent(optimizer, watched.parameter) if self._exponents else None
-            if exponent is not None:
-                values[_metrics.SCALE_EXPONENT] = exponent
-            if self._equilibrium and watched.invariant and needs_gradient(rule):
-                values[GRADIENT_AT_NORM_1] = self._gradient_at_norm_1(watched.name, gradients * step.norm)
-            found.append(Measured(values, _signs(step, gradients, group)))
+        for exponent in (1, 2):
+            known = [rule is not None and rule.exponent == exponent and rule.lr_is_used for rule in rules]
+            if not any(known):
+                continue
+            lrs: list[float | Tensor] = [
+                rule.lr(one[1]) * (rule.momentum_gain(one[1]) if self._momentum_gain else 1.0)
+                if is_known and rule is not None and one is not None
+                else 0.0
+                for is_known, rule, one in zip(known, rules, mine, strict=True)
+            ]
+            rates = effective_lr(as_column(lrs, norm), norm, exponent)
+            odd = [
+                is_known and one is not None and one[0].invariant is False
+                for is_known, one in zip(known, mine, strict=True)
+            ]
+            usual = [is_known and not is_odd for is_known, is_odd in zip(known, odd, strict=True)]
+            found.append(Measured(_metrics.EFFECTIVE_LR, table, rates, _names(mine, usual)))
+            found.append(Measured(_metrics.EFFECTIVE_LR_NOT_INVARIANT, table, rates, _names(mine, odd)))
         return found
 
-    def _rates(self, watched: Watched, rule: UpdateRule | None, group: Group, step: Step) -> dict[Curve, Tensor]:
-        values: dict[Curve, Tensor] = {}
-        norm = root_mean_square(step.norm)
-        if rule is not None and rule.exponent and rule.lr_is_used:
-            curve = _metrics.EFFECTIVE_LR_NOT_INVARIANT if watched.invariant is False else _metrics.EFFECTIVE_LR
-            gain = rule.momentum_gain(group) if self._momentum_gain else 1.0
-            values[curve] = effective_lr(rule.lr(group), norm, rule.exponent) * gain
-        values[_metrics.ROTATION] = root_mean_square(step.angle())
-        values[_metrics.RELATIVE_UPDATE] = root_mean_square(step.relative())
-        if self._equilibrium and watched.invariant:
-            values[_metrics.UNIT_NORM_RMS] = norm
-        return values
-
-    def _gradient_at_norm_1(self, name: str, products: Tensor) -> Tensor:
+    def _gradients_at_norm_1(self, table: Table, needed: Sequence[bool], products: Tensor) -> Tensor:
         """Mean over units of the gradient's norm times the unit's, each smoothed as a root mean square over steps.
 
         The gradient is that which the optimizer has used, clipped or not. At equilibrium the square of a unit's norm
-        goes with this product, so its mean over units is what the mean square norm goes with.
+        is proportional to this product, so its mean over units is what the mean square norm is proportional to.
         """
         new = products.square()
-        old, weight = self.powers.get(name, (torch.zeros_like(new), 0.0))
-        old = old.to(new.device)
-        smoothed = torch.where(new.isfinite(), _MEMORY * old + (1 - _MEMORY) * new, old)
-        weight = _MEMORY * weight + 1 - _MEMORY
-        self.powers[name] = (smoothed, weight)
-        return (smoothed / weight).sqrt().mean()
+        names = [w.name for w in table.watched]
+        kept = [self.powers.get(name) for name in names]
+        old = torch.cat(
+            [
+                new.new_zeros(size) if one is None else one[0].to(new)
+                for one, size in zip(kept, table.sizes, strict=True)
+            ]
+        )
+        smoothed = torch.where(new.isfinite(), _SMOOTH * old + (1 - _SMOOTH) * new, old)
+        weights = [_SMOOTH * (0.0 if one is None else one[1]) + 1 - _SMOOTH for one in kept]
+        for name, is_needed, power, weight in zip(names, needed, table.split(smoothed), weights, strict=True):
+            if is_needed:
+                self.powers[name] = (power, weight)
+        counts = table.column([float(size) for size in table.sizes])
+        return table.totals((smoothed / table.column(weights)).sqrt() / counts)
 
     def explain_rules(self, optimizers: Iterable[Optimizer]) -> None:
         """Say once why an optimizer's weights have no curve of the effective learning rate."""
@@ -165,27 +186,21 @@ class RotationTracker(Tracker, Recording):
                 rank_zero_warn(said)
 
 
-@dataclass(frozen=True)
-class _Gradients:
-    values: dict[Parameter, dict[Curve, Tensor]]
-    inside: bool  # recorded between pre-hook and post-hook, that is by a closure
+_Mine = tuple[Watched, Group, Optimizer] | None
 
 
-_NO_GRADIENTS = _Gradients({}, inside=False)
+def _names(mine: Sequence[_Mine], flags: Sequence[bool]) -> frozenset[str]:
+    return frozenset(one[0].name for one, flag in zip(mine, flags, strict=True) if flag and one is not None)
 
 
-def _norm_and_alignment(watched: Watched, total: SumOverShards) -> Later[tuple[Tensor, Tensor]]:
-    norm, cosines = watched.whole_norm_later(total, gradient_of), watched.alignment_later(total)
-    return lambda: (norm(), root_mean_square(cosines()))
-
-
-def _signs(step: Step, gradients: Tensor, group: Group) -> Tensor:
-    return signs(
-        step.norm,
-        wild=~(step.norm.isfinite() & step.update.isfinite()),
-        lost=step.update == 0,
-        steered=(gradients > 0) & (group.get("lr") != 0),
-    )
+def _stacked(curve: Curve, table: Table, values: Sequence[Tensor | None]) -> list[Measured]:
+    """Numbers that only some weights have."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return []
+    names = frozenset(w.name for w, value in zip(table.watched, values, strict=True) if value is not None)
+    none = known[0].new_zeros(())
+    return [Measured(curve, table, torch.stack([none if v is None else v.to(none).reshape(()) for v in values]), names)]
 
 
 def _about_rule(optimizer: Optimizer, group: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -12,14 +11,12 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normreg._optimizers import Group, update_rule
-from lightning_normreg._weights import Watched, at_once
-from lightning_normreg.functional._projection import Limits
-from lightning_normreg.functional._rotation import LARGEST, Mixture, Per, layer_speeds, mixture, unit_angles
-from lightning_normreg.functional._turn import Turn
+from lightning_normreg._weights import Table, Watched
+from lightning_normreg.functional._rotation import LARGEST, Per, mixture, unit_angles
+from lightning_normreg.functional._updates import Lengths
 from lightning_normreg.steps._angles import Angle, Angles
 from lightning_normreg.steps._projector import ASTRAY, Projector, Radius
-from lightning_normreg.steps._step_hooks import Phase, Recording, of_mine
+from lightning_normreg.steps._step_hooks import Phase, of_mine
 from lightning_normreg.steps._tracker import Stepping
 
 Hold = Literal["step", "mean"]
@@ -39,7 +36,7 @@ def check_control_arguments(per: str, hold: str) -> None:
         raise ValueError(f"`hold` must be 'step' or 'mean', got {hold!r}.")
 
 
-class Rotator(Projector, Recording):
+class Rotator(Projector):
     """Projects, and turns its targets by an angle when an optimizer has stepped them.
 
     Args:
@@ -66,13 +63,12 @@ class Rotator(Projector, Recording):
         means: Mapping[str, Mean] | None = None,
     ) -> None:
         check_control_arguments(per, hold)
-        Projector.__init__(self, targets, radius, initial)
-        Recording.__init__(self)
+        super().__init__(targets, radius, initial)
         self.angles = Angles(angle)
         self.per, self.hold = per, hold
         self.means = dict(means or {})
         self._named = {target.name: target for target in self.targets}
-        self._batches: dict[tuple[str, ...], _Batch] = {}
+        self._counts: dict[Table, Tensor] = {}
         self._last: Stepping = []
 
     def allocate(self, optimizers: Iterable[Optimizer]) -> int:
@@ -102,55 +98,39 @@ class Rotator(Projector, Recording):
         """Turn what the optimizer has updated."""
         stepping = of_mine([optimizer], self._by_parameter, ready=True)
         self._last = stepping or self._last
-        targets = [target for target, _, _ in stepping]
-        self._prepare(targets)
-        copies = self.record.copies.__getitem__
-        shares = {t.name: _decay_share(owner, group) for t, group, owner in stepping}
-        turns = at_once(lambda t, total: t.turn_later(total, copies, shares[t.name]), targets)
-        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for place, turn in enumerate(turns):
-            alike.setdefault((turn.norm.device, turn.norm.dtype), []).append(place)
-        for places in alike.values():  # one, but for models of several types
-            self._turn([stepping[i] for i in places], [turns[i] for i in places], skipped)
-        self._stepped.update(t.name for t in targets)
-
-    def _turn(self, stepping: Stepping, turns: Sequence[Turn], skipped: Tensor | None) -> None:
-        targets = [target for target, _, _ in stepping]
-        batch = self._batch(targets, turns)
-        turn = Turn.joined(turns)
-        speeds = turn.speeds(batch.eps)
-        counted = turn.finite() & batch.held
-        layers = layer_speeds(torch.where(counted, speeds, 0.0), counted, batch.sizes)
-        typical = self._typical(batch, speeds, layers, stepping, skipped)
+        if not stepping:
+            return
+        table = self.record.table([target for target, _, _ in stepping])
+        lengths = table.lengths(self.record.copies.__getitem__)
+        radius = self._radii(table)
+        counted = lengths.finite() & table.limits.hold(radius)
+        eps = table.column([torch.finfo(w.parameter.dtype).eps for w in table.watched])
+        speeds = lengths.speeds(eps)
+        layers = _layer_speeds(table, torch.where(counted, speeds, 0.0), counted)
+        typical = self._typical(table, speeds, layers, stepping, skipped)
         wanted = self.angles.tensor(stepping, speeds)
-        angles = unit_angles(speeds, wanted[batch.layer], typical)
+        angles = unit_angles(speeds, wanted[table.layer], typical)
         limit = LARGEST if self.per == "layer" or self.hold == "mean" else math.pi
         capped = angles > limit
         angles = angles.clamp(max=limit)
-        mix = mixture(turn, angles, batch.radius, batch.limits)
-        for target, *own in zip(targets, *(torch.split(values, batch.sizes) for values in mix), strict=True):
-            target.mix(Mixture(*own), self.record.copies.__getitem__)
-        still = ((layers == 0) & (wanted > 0))[batch.layer]
-        self._note(batch, turn, torch.stack([counted, capped, turn.steered(batch.eps) & counted, still]))
-        factors = layer_speeds(torch.where(counted, angles, 0.0), counted, batch.sizes) / layers
-        for target, factor in zip(targets, torch.where(layers > 0, factors, 0.0), strict=True):
-            self.record.factors[target.parameter] = factor
+        table.mix(mixture(lengths, angles, radius, table.limits), self.record.copies.__getitem__)
+        still = ((layers == 0) & (wanted > 0))[table.layer]
+        self._note(table, lengths, torch.stack([counted, capped, lengths.shaky(eps) & counted, still]))
+        factors = _layer_speeds(table, torch.where(counted, angles, 0.0), counted) / layers
+        factors = torch.where(layers > 0, factors, 0.0)
+        self.record.factors.update((w.parameter, factor) for w, factor in zip(table.watched, factors, strict=True))
+        self._stepped.update(w.name for w in table.watched)
 
     def _typical(
-        self,
-        batch: _Batch,
-        speeds: Tensor,
-        layers: Tensor,
-        stepping: Stepping,
-        skipped: Tensor | None,
+        self, table: Table, speeds: Tensor, layers: Tensor, stepping: Stepping, skipped: Tensor | None
     ) -> Tensor:
         """Speed at which a unit turns by the angle itself."""
-        sizes = [1] * len(batch.sizes) if self.per == "layer" else batch.sizes
+        sizes = [1] * len(table.sizes) if self.per == "layer" else table.sizes
         own = layers if self.per == "layer" else speeds
         if self.hold == "mean":
-            # Optimizers go with their learning rate at the end, so a mean without it does not lag behind a schedule.
+            # Optimizers follow their learning rate at the end, so a mean without it does not lag behind a schedule.
             lrs = self.angles.numbers([group.get("lr", 1.0) for _, group, _ in stepping], speeds)
-            lr = lrs if self.per == "layer" else lrs[batch.layer]
+            lr = lrs if self.per == "layer" else lrs[table.layer]
             names = [target.name for target, _, _ in stepping]
             zero = (own.new_zeros(()), own.new_zeros(()))
             known = zip(*(self.means.get(name, zero) for name in names), strict=True)
@@ -166,22 +146,15 @@ class Rotator(Projector, Recording):
             pairs = zip(torch.split(sums, sizes), torch.split(weights, sizes), strict=True)
             self.means.update(zip(names, pairs, strict=True))
             own = torch.where(weights > 0, lr * (sums / weights).sqrt(), 0.0)
-        return own[batch.layer] if self.per == "layer" else own
+        return own[table.layer] if self.per == "layer" else own
 
-    def _batch(self, targets: Sequence[Watched], turns: Sequence[Turn]) -> _Batch:
-        key = tuple(target.name for target in targets)
-        if key not in self._batches:
-            radii = [self._target(target) for target in targets]
-            self._batches[key] = _Batch.of(targets, radii, [turn.norm for turn in turns])
-        return self._batches[key]
-
-    def _note(self, batch: _Batch, turn: Turn, flags: Tensor) -> None:
+    def _note(self, table: Table, lengths: Lengths, flags: Tensor) -> None:
         """Keep on the device what the next report reads."""
-        batch.counts.index_add_(1, batch.layer, flags.long())
-        self._norms.update(zip(batch.names, torch.split(turn.after(), batch.sizes), strict=True))
-        if self.looking:
-            before = zip(batch.names, torch.split(turn.norm, batch.sizes), strict=True)
-            self._starts.update((name, norms) for name, norms in before if name in self._stepped)
+        counts = torch.stack([table.totals(flag) for flag in flags])
+        self._counts[table] = self._counts[table] + counts if table in self._counts else counts
+        self._norms[table] = lengths.after()
+        if self.looking and all(w.name in self._stepped for w in table.watched):
+            self._starts[table] = lengths.norm
 
     def report(self) -> None:
         """Warn once of units that cannot be turned, or not as asked. Reads the device."""
@@ -199,46 +172,16 @@ class Rotator(Projector, Recording):
     def counts(self) -> dict[str, dict[str, int]]:
         """For each weight how often a unit was updated, capped at π/2, steered by rounding, or stood still with all."""
         found: dict[str, dict[str, int]] = {}
-        for batch in self._batches.values():
-            for name, numbers in zip(batch.names, batch.counts.T.tolist(), strict=True):
-                so_far = found.get(name, {})
-                found[name] = {what: n + so_far.get(what, 0) for what, n in zip(_COUNTED, numbers, strict=True)}
+        for table, counts in self._counts.items():
+            for w, numbers in zip(table.watched, counts.T.long().tolist(), strict=True):
+                so_far = found.get(w.name, {})
+                found[w.name] = {what: n + so_far.get(what, 0) for what, n in zip(_COUNTED, numbers, strict=True)}
         return found
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What does not change about the units of some weights, one after another, so that few kernels do for all."""
-
-    names: list[str]
-    sizes: list[int]
-    layer: Tensor
-    eps: Tensor
-    radius: Tensor
-    limits: Limits
-    held: Tensor
-    counts: Tensor
-
-    @classmethod
-    def of(cls, targets: Sequence[Watched], radii: Sequence[float | Tensor], norms: Sequence[Tensor]) -> _Batch:
-        sizes = [len(n) for n in norms]
-        like = norms[0]
-        layer = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(like.device)
-
-        def spread(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=like.dtype).to(like.device)[layer]
-
-        radius = torch.cat([torch.ones_like(n) * r for n, r in zip(norms, radii, strict=True)])
-        limits = [Limits.of(t.parameter.dtype.to_real(), t.longest()) for t in targets]
-        bounds = Limits(*(spread([float(x) for x in bound]) for bound in zip(*limits, strict=True)))
-        eps = spread([torch.finfo(t.parameter.dtype).eps for t in targets])
-        counts = torch.zeros(len(_COUNTED), len(sizes), dtype=torch.long, device=like.device)
-        return cls([t.name for t in targets], sizes, layer, eps, radius, bounds, bounds.hold(radius), counts)
-
-
-def _decay_share(optimizer: Optimizer, group: Group) -> float | Tensor:
-    rule = update_rule(optimizer, group)
-    return 0.0 if rule is None else rule.decay_share(group)
+def _layer_speeds(table: Table, speeds: Tensor, counted: Tensor) -> Tensor:
+    """Root mean square of the speeds of those units of each layer that count."""
+    return (table.totals(speeds.square()) / table.totals(counted).clamp_min(1)).sqrt()
 
 
 def _why_not_turned(what: str, name: str, number: int, dtype: torch.dtype) -> str:

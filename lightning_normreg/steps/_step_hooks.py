@@ -12,7 +12,8 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_normreg._weights import is_flat, local
+from lightning_normreg._weights import is_flat
+from lightning_normreg.steps._record import Recording, StepRecord
 
 T = TypeVar("T")
 
@@ -41,50 +42,6 @@ class StepSubscriber(Protocol):
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """The optimizer has updated its parameters, unless ``skipped`` (on the device, to be read later) is 1."""
-
-
-class StepRecord:
-    """What the subscribers of a dispatcher know together of the step under way.
-
-    Attributes:
-        copies: Parameter → what this process held of it before the step, in memory that is kept for the next one.
-        factors: Parameter → by what a controller has multiplied the tangential part of its update. Such a step has
-            nothing of the decay in it.
-    """
-
-    def __init__(self) -> None:
-        self.copies: dict[Parameter, Tensor] = {}
-        self.factors: dict[Parameter, Tensor] = {}
-        self._fresh: set[Parameter] = set()
-
-    def begin(self) -> None:
-        """Forget the last step."""
-        self._fresh.clear()
-        self.factors.clear()
-
-    def allocate(self, parameters: Iterable[Parameter]) -> int:
-        """Make room for copies, so that memory runs out at the start or never; the bytes that are new."""
-        size = 0
-        for parameter in parameters:
-            if parameter not in self.copies:
-                self.copies[parameter] = torch.empty_like(local(parameter))
-                size += self.copies[parameter].numel() * parameter.element_size()
-        return size
-
-    def copy(self, parameters: Iterable[Parameter]) -> None:
-        """Copy parameters before the step, each once however many ask for it."""
-        new = [p for p in parameters if p not in self._fresh]
-        self.allocate(new)
-        for parameter in new:
-            self.copies[parameter].copy_(local(parameter), non_blocking=True)
-        self._fresh.update(new)
-
-
-class Recording:
-    """A subscriber that uses the record, which its dispatcher gives it."""
-
-    def __init__(self) -> None:
-        self.record = StepRecord()
 
 
 class StepDispatcher:
@@ -153,6 +110,7 @@ class StepDispatcher:
             self.record.begin()
             for subscriber in self._subscribers:
                 subscriber.before_step(index, optimizer)
+            self.record.prepare()
 
     @torch.no_grad()
     def leave(self, index: int, optimizer: Optimizer) -> None:

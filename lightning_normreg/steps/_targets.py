@@ -49,7 +49,7 @@ def choose_targets(
         rank_zero_info(f"Not projected, because not scale-invariant: {', '.join(w.name for w in bad)}.")
         return good
     # A bias that belongs to the units of a weight is held with them, and cannot have a radius of its own as well.
-    joined = {w.bias for w in watched if w.bias is not None}
+    joined = {p for w in watched for p in w.joined}
     return [w for w in watched if w.parameter not in joined]
 
 

@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 from lightning_normreg import _metrics
 from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group
-from lightning_normreg._weights import Later, Watched, at_once
-from lightning_normreg.functional._norms import accumulator, root_mean_square
+from lightning_normreg._weights import Table, Watched
+from lightning_normreg.functional._device import accumulator
 from lightning_normreg.steps._health import SIGNS, Health, signs
+from lightning_normreg.steps._record import Look, Recording
 from lightning_normreg.steps._step_hooks import Phase, of_mine
 
 Stepping = Sequence[tuple[Watched, Group, Optimizer]]
@@ -27,15 +28,25 @@ Row = dict[str, dict[Curve, float]]
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Values of a curve, one for each weight of a table; those of some names count."""
+
+    curve: Curve
+    table: Table
+    values: Tensor
+    names: frozenset[str]
+
+
+@dataclass(frozen=True)
 class _Pending:
-    names: list[str]
-    curves: list[list[Curve]]
-    values: Tensor  # all values of the row, flat, on the device
-    signs: Tensor  # likewise, len(SIGNS) per name
+    measured: list[Measured]
+    table: Table
+    signs: Tensor  # shape (len(SIGNS), weights of the table)
+    names: frozenset[str]
     skipped: Tensor | None
 
 
-class Tracker(ABC):
+class Tracker(Recording, ABC):
     """Measures the updates of watched weights while ``due``; costs nothing while not.
 
     Several updates of one optimizer before :meth:`collect` overwrite each other: the last one counts.
@@ -44,10 +55,12 @@ class Tracker(ABC):
     phase = Phase.MEASURE
 
     def __init__(self, watched: Sequence[Watched], health: Health | None = None) -> None:
+        super().__init__()
         self.due = False
         self.watched = list(watched)
         self.health = health or Health()
         self._by_parameter = {w.parameter: w for w in self.watched}
+        self._by_key = {w.key: w for w in self.watched}
         self._by_name = {w.name: w for w in self.watched}
         self._pending: dict[int, _Pending] = {}
 
@@ -57,7 +70,7 @@ class Tracker(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type that values are computed in: float64 for a float64 model, else float32."""
+        """Type that values are given in: float64 for a float64 model, else float32."""
         wide = any(accumulator(w.parameter.dtype) == torch.float64 for w in self.watched)
         return torch.float64 if wide else torch.float32
 
@@ -67,48 +80,58 @@ class Tracker(ABC):
 
     @abstractmethod
     def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Keep what must be known of the weights before the step."""
+        """Ask for what must be known of the weights before the step."""
 
     @abstractmethod
-    def measure(self, index: int, optimizer: Optimizer, stepping: Stepping) -> list[Measured]:
-        """Values of each weight after the step, as 0-dimensional tensors."""
+    def measure(self, look: Look, stepping: Stepping) -> tuple[list[Measured], Tensor]:
+        """Curves of the weights that the step moved, and the signs of their health."""
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Measure the update and hold its values on the device."""
         if not self.due:
             return
         stepping = of_mine([optimizer], self._by_parameter, ready=True)
-        if not stepping:
-            return
-        measured = self.measure(index, optimizer, stepping)
-        device, dtype = stepping[0][0].parameter.device, self.dtype
-        flat = [v.to(device, dtype) for m in measured for v in m.values.values()]
-        signs = [m.signs.to(device, dtype) for m in measured]
-        self._pending[index] = _Pending(
-            [watched.name for watched, _, _ in stepping],
-            [list(m.values) for m in measured],
-            torch.stack(flat),
-            torch.cat(signs),
-            skipped,
-        )
+        if stepping:
+            look = self.record.look(index)
+            names = frozenset(watched.name for watched, _, _ in stepping)
+            self._pending[index] = _Pending(*self._measured(look, stepping), names, skipped)
+
+    def _measured(self, look: Look, stepping: Stepping) -> tuple[list[Measured], Table, Tensor]:
+        measured, found = self.measure(look, stepping)
+        return measured, look.table, found
 
     def collect(self) -> Row:
         """Read the measured values back, one transfer per optimizer, and forget them. Empty if nothing was updated."""
         row: Row = {}
         for pending in self._pending.values():
-            skipped = [] if pending.skipped is None else [pending.skipped.to(pending.values)]
-            flags = [s.reshape(1) for s in skipped]
-            numbers = torch.cat([pending.values, pending.signs, *flags]).tolist()
-            if skipped and numbers.pop():
+            device = pending.signs.device
+            flags = [] if pending.skipped is None else [pending.skipped.to(pending.signs).reshape(1)]
+            parts = [m.values.to(pending.signs) for m in pending.measured]
+            numbers = torch.cat([*parts, pending.signs.flatten(), *flags]).to(device).tolist()
+            if flags and numbers.pop():
                 continue
-            values = iter(numbers)
-            for name, curves in zip(pending.names, pending.curves, strict=True):
-                row[name] = {curve: next(values) for curve in curves}
-            for name in pending.names:
-                self.health.judge(name, {sign: next(values) for sign in SIGNS}, self._by_name[name].parameter.dtype)
-                self._explain(name, row[name])
+            place = 0
+            for measured in pending.measured:
+                for name, value in zip(self._names(measured.table), numbers[place:], strict=False):
+                    if name in measured.names and name in pending.names:
+                        row.setdefault(name, {})[measured.curve] = value
+                place += len(measured.values)
+            self._judge(pending, numbers[place:])
         self._pending.clear()
+        for name, values in row.items():
+            self._explain(name, values)
         return row
+
+    def _names(self, table: Table) -> list[str]:
+        """Names of the weights of a table, "" for those of others."""
+        return [self._by_key[w.key].name if w.key in self._by_key else "" for w in table.watched]
+
+    def _judge(self, pending: _Pending, numbers: Sequence[float]) -> None:
+        names = self._names(pending.table)
+        for place, name in enumerate(names):
+            if name in pending.names:
+                found = dict(zip(SIGNS, numbers[place :: len(names)], strict=True))
+                self.health.judge(name, found, self._by_name[name].parameter.dtype)
 
     def _explain(self, name: str, values: dict[Curve, float]) -> None:
         for curve in (_metrics.EFFECTIVE_LR, _metrics.EFFECTIVE_LR_NOT_INVARIANT):
@@ -118,12 +141,11 @@ class Tracker(ABC):
             self.health.tell(f"finite {name}", f"Curves of {name!r} are infinite or NaN, because its gradient is.")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Values of one weight, and the signs of its health."""
-
-    values: dict[Curve, Tensor]
-    signs: Tensor
+def as_column(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """Numbers, some of which may be on a device already, as one tensor; the device is not waited for."""
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+    return torch.stack([torch.as_tensor(value).to(like, non_blocking=True).reshape(()) for value in values])
 
 
 class NormTracker(Tracker):
@@ -131,37 +153,35 @@ class NormTracker(Tracker):
 
     def __init__(self, watched: Sequence[Watched], health: Health | None = None) -> None:
         super().__init__(watched, health)
-        self._norms: dict[Parameter, tuple[Tensor, Tensor]] = {}
+        self._norms: dict[Parameter, tuple[Table, Tensor]] = {}
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Take the norms: after the step they would describe the next one."""
+        """Ask for the norms: after the step they would describe the next one."""
         if self.due:
-            mine = self.optimized(optimizer)
-            norms = at_once(lambda w, total: _both(w.norms_later(total), w.whole_norm_later(total)), mine)
-            self._norms.update({w.parameter: pair for w, pair in zip(mine, norms, strict=True)})
+            self.record.want(self.optimized(optimizer))
 
-    def measure(self, index: int, optimizer: Optimizer, stepping: Stepping) -> list[Measured]:
-        """The four curves of the norms taken before."""
-        found = []
-        for watched, _, _ in stepping:
-            norms, whole = self._norms[watched.parameter]
-            values = {
-                _metrics.WEIGHT_NORM: whole,
-                _metrics.UNIT_NORM_RMS: root_mean_square(norms),
-                _metrics.UNIT_NORM_MIN: norms.min() if norms.numel() else norms.new_zeros(()),
-                _metrics.UNIT_NORM_MAX: norms.max() if norms.numel() else norms.new_zeros(()),
-            }
-            found.append(Measured(values, signs(norms)))
-        return found
+    def measure(self, look: Look, stepping: Stepping) -> tuple[list[Measured], Tensor]:
+        """The four curves of norms."""
+        table, norms = look.table, look.norms
+        self._norms.update({watched.parameter: (table, norms.units) for watched, _, _ in stepping})
+        names = frozenset(watched.name for watched, _, _ in stepping)
+        shortest, longest = table.extremes(norms.units)
+        values = {
+            _metrics.WEIGHT_NORM: norms.tensors,
+            _metrics.UNIT_NORM_RMS: table.root_mean_squares(norms.units),
+            _metrics.UNIT_NORM_MIN: shortest,
+            _metrics.UNIT_NORM_MAX: longest,
+        }
+        return [Measured(curve, table, found, names) for curve, found in values.items()], signs(table, norms.units)
 
     def unit_norms(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Norm of each unit of some weights before their last measured update, on the host, by one transfer."""
-        norms = [self._norms[self._by_name[name].parameter][0].detach() for name in names]
-        if not norms:
+        found = []
+        for name in names:
+            table, norms = self._norms[self._by_name[name].parameter]
+            place = next(i for i, w in enumerate(table.watched) if w.key == self._by_name[name].key)
+            found.append(table.split(norms)[place])
+        if not found:
             return {}
-        flat = torch.cat([n.to(norms[0].device) for n in norms]).cpu()
-        return dict(zip(names, torch.split(flat, [n.numel() for n in norms]), strict=True))
-
-
-def _both(first: Later[Tensor], second: Later[Tensor]) -> Later[tuple[Tensor, Tensor]]:
-    return lambda: (first(), second())
+        flat = torch.cat(found).cpu()
+        return dict(zip(names, torch.split(flat, [len(n) for n in found]), strict=True))

@@ -1,0 +1,185 @@
+"""Where the entries of units lie on this process: local parts of tensors, each row in the place of a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+from lightning_normreg._weights._sharding import Shard, is_sharded, local, shard_of
+from lightning_normreg._weights._watched import Part, Watched
+from lightning_normreg.functional._units import View, unit_rows
+
+See = Callable[[Tensor], View]
+"""From what a process holds of a tensor to a view of it, and the dimensions of that view that number its rows."""
+
+
+def gradient_of(parameter: Parameter) -> Tensor:
+    """What this process holds of the gradient of a parameter, zero where there is none."""
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.zeros_like(local(parameter))
+    return local(gradient.to_dense() if gradient.is_sparse else gradient)
+
+
+@dataclass
+class Piece:
+    """Some rows of what this process holds of a tensor.
+
+    Attributes:
+        parameter: The tensor.
+        see: How its rows are seen.
+        units: For each row the number of its unit in the weight, -1 for none.
+        is_own: Whether the tensor is the weight itself, and not joined to it.
+        groups: Process groups over which it is spread.
+        counts: Whether sums over it are added: one process does that for what several have.
+    """
+
+    parameter: Parameter
+    see: See
+    units: Tensor
+    is_own: bool = True
+    groups: tuple[dist.ProcessGroup, ...] = ()
+    counts: bool = True
+    _seen: dict[str, tuple[int, View, Tensor]] = field(default_factory=dict)
+
+    def now(self) -> tuple[View, Tensor]:
+        """View and rows of the parameter as it stands."""
+        if type(self.parameter) is Parameter:  # what it holds is not looked for anew in each step
+            return self.look("now", self.parameter.data_ptr(), self.parameter)
+        held = local(self.parameter)
+        return self.look("now", held.data_ptr(), held)
+
+    def look(self, which: str, address: int, tensor: Tensor) -> tuple[View, Tensor]:
+        """View and rows of a tensor that is shaped like what is held of the parameter; kept while it stays in place."""
+        seen = self._seen.get(which)
+        if seen is None or seen[0] != address:
+            view, kept = self.see(tensor.detach())
+            rows = unit_rows(view, kept)
+            seen = (address, (view, kept), rows)
+            if rows.untyped_storage().data_ptr() == view.untyped_storage().data_ptr():
+                self._seen[which] = seen
+        return seen[1], seen[2]
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Rows of another tensor, entries in the order of the parameter's."""
+        (own, _), _ = self.now()
+        view, kept = self.see(tensor.detach())
+        return unit_rows(view, kept, like=own)
+
+
+def groups_of(watched: Watched) -> tuple[dist.ProcessGroup, ...]:
+    """Process groups over which the units of a weight are spread, in the order in which sums go through them."""
+    shards = [shard_of(p, watched.name) for p in watched.tensors() if is_sharded(p)]
+    return tuple(dict.fromkeys(group for shard in shards if shard is not None for group in shard.groups))
+
+
+def lies_whole(watched: Watched) -> bool:
+    """Whether no unit is spread over processes, which all of them know from the placements alone."""
+    shards = [shard_of(p, watched.name) if is_sharded(p) else None for p in watched.tensors()]
+    own = shards[0]
+    if own is None or own.entries is not None:
+        return not any(shard is not None and shard.groups for shard in shards)
+    neurons = all(part.unit == "neuron" and part.groups == 1 for part in watched.parts) and len(watched.shape) > 1
+    alike = all(s is not None and s.groups == own.groups for s in shards)
+    return not own.groups or (neurons and alike and own.split_dims <= {watched.parts[0].dim})
+
+
+def pieces_of(watched: Watched) -> list[Piece]:
+    """All that this process holds of the units of a weight."""
+    groups = groups_of(watched)
+    found = []
+    for parameter in watched.tensors():
+        is_own = parameter is watched.parameter
+        shard = shard_of(parameter, watched.name) if is_sharded(parameter) else None
+        mine = () if shard is None else shard.groups
+        others = [group for group in groups if group not in mine]
+        counts = all(dist.get_rank(group) == 0 for group in others)
+        for see, units in _rows(watched, parameter, shard, is_own):
+            found.append(Piece(parameter, see, units, is_own, groups, counts))
+    return found
+
+
+def _rows(watched: Watched, parameter: Parameter, shard: Shard | None, is_own: bool) -> Iterator[tuple[See, Tensor]]:
+    if watched.is_one_unit():
+        yield _as_one_row, torch.zeros(1, dtype=torch.long)
+    elif shard is None:
+        yield from _whole(watched, is_own)
+    elif shard.entries is not None:
+        yield from _flat(watched, shard.entries, is_own)
+    else:
+        units, dim, groups = watched.unit_of_slice(), watched.parts[0].dim, watched.parts[0].groups
+        index = [places.cpu() for places in shard.index]
+        if not is_own:
+            yield _along((0,)), units[index[0]]
+        elif groups > 1:
+            # Number of a transposed convolution's neuron, from its places along the first two dimensions.
+            per_group = watched.shape[0] // groups
+            yield _along((0, 1)), units[(index[0][:, None] // per_group * watched.shape[1] + index[1]).flatten()]
+        else:
+            yield _along((dim,)), units[index[dim]]
+
+
+def _whole(watched: Watched, is_own: bool) -> Iterator[tuple[See, Tensor]]:
+    """Each part has its units as rows; what lies between the parts is a row that is in no unit."""
+    done, last, end = 0, 0, watched.slices()
+    for part in watched.parts:
+        start, stop = part.slices(watched.shape)
+        units = part.units(watched.shape)
+        if is_own and start > last:
+            yield _between(part, last, start), torch.tensor([-1])
+        yield (part.view if is_own else _entries(start, stop, units)), torch.arange(done, done + units)
+        done, last = done + units, stop
+    if is_own and last < end:
+        yield _between(watched.parts[0], last, end), torch.tensor([-1])
+
+
+def _flat(watched: Watched, entries: tuple[int, int], is_own: bool) -> Iterator[tuple[See, Tensor]]:
+    """A run of entries in the tensor's own order: the end of a row, whole rows, and the start of one."""
+    units, part, (start, stop) = watched.unit_of_slice(), watched.parts[0], entries
+    length = prod(watched.shape) // watched.shape[0] if is_own else 1
+    if is_own and (part.dim or part.groups > 1):
+        yield _along((0,)), units[_slice_of_entries(watched, start, stop)]
+        return
+    first = min(-(-start // length) * length, stop)
+    last = max(stop // length * length, first)
+    for low, high in ((start, first), (first, last), (last, stop)):
+        if high > low:
+            rows = (high - low) // length or 1
+            yield _entries(low - start, high - start, rows), units[low // length : low // length + rows]
+
+
+def _slice_of_entries(watched: Watched, start: int, stop: int) -> Tensor:
+    """Number of the slice of each entry of a flat piece."""
+    part, shape = watched.parts[0], watched.shape
+    places = torch.arange(start, stop)
+    strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+    along = places // strides[part.dim] % shape[part.dim]
+    if part.groups == 1:
+        return along
+    return places // strides[0] // (shape[0] // part.groups) * shape[1] + along
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _as_one_row(tensor: Tensor) -> View:
+    return _real(tensor), ()
+
+
+def _along(kept: tuple[int, ...]) -> See:
+    return lambda tensor: (_real(tensor), kept)
+
+
+def _entries(start: int, stop: int, rows: int) -> See:
+    return lambda tensor: (_real(tensor)[start:stop].reshape(rows, -1), (0,))
+
+
+def _between(part: Part, start: int, stop: int) -> See:
+    return replace(part, unit="layer", start=start, stop=stop).view

@@ -1,0 +1,148 @@
+"""What the subscribers of a dispatcher know together of the step under way, each thing found out once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter
+
+from lightning_normreg._weights import Norms, Table, Watched, gradient_of, local, share
+from lightning_normreg.functional._updates import Lengths
+
+KEPT = 8
+"""Tables of the last steps: optimizers that take turns have one each."""
+
+
+@dataclass(frozen=True)
+class SeenGradients:
+    """Gradients before clipping, at the weights that the update starts from: sums that are not shared yet.
+
+    Attributes:
+        table: The weights.
+        sums: As :meth:`Table.gradients` gives them.
+        scale: Loss scale that is still in them.
+        inside: Whether a closure has made them, between pre-hook and post-hook.
+    """
+
+    table: Table
+    sums: Tensor
+    scale: float
+    inside: bool
+
+
+@dataclass(frozen=True)
+class Look:
+    """One step as all see it who measure it.
+
+    Attributes:
+        table: The weights that somebody has asked for.
+        norms: Norms before the step.
+        lengths: What the step did; None where only norms were wanted.
+        gradients: Norm of the gradient of each unit, which the optimizer has used; None where nobody wanted it.
+        seen: The weights of which gradients were noted before clipping, these as seen from units, and their norms.
+    """
+
+    table: Table
+    norms: Norms
+    lengths: Lengths | None
+    gradients: Tensor | None
+    seen: tuple[Table, Lengths, Tensor] | None
+
+
+class StepRecord:
+    """Copies of weights before a step, what was measured of it, and what a controller has made of it.
+
+    Attributes:
+        copies: Parameter → what this process held of it before the step, in memory that is kept for the next one.
+        factors: Parameter → by what a controller has multiplied the tangential part of its update.
+        seen: Index of an optimizer → its gradients before clipping.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[Parameter, Tensor] = {}
+        self.factors: dict[Parameter, Tensor] = {}
+        self.seen: dict[int, SeenGradients] = {}
+        self._tables: dict[tuple[object, ...], Table] = {}
+        self._fresh: set[Parameter] = set()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the last step."""
+        self._fresh.clear()
+        self.factors.clear()
+        self._wanted: dict[object, Watched] = {}
+        self._updates = self._gradients = False
+        self._squares: Tensor | None = None
+        self._look: Look | None = None
+
+    def allocate(self, parameters: Iterable[Parameter]) -> int:
+        """Make room for copies, so that memory runs out at the start or never; the bytes that are new."""
+        size = 0
+        for parameter in parameters:
+            if parameter not in self.copies:
+                self.copies[parameter] = torch.empty_like(local(parameter))
+                size += self.copies[parameter].numel() * parameter.element_size()
+        return size
+
+    def copy(self, parameters: Iterable[Parameter]) -> None:
+        """Copy parameters before the step, each once however many ask for it."""
+        new = [p for p in parameters if p not in self._fresh]
+        self.allocate(new)
+        for parameter in new:
+            self.copies[parameter].copy_(local(parameter), non_blocking=True)
+        self._fresh.update(new)
+
+    def table(self, watched: Sequence[Watched]) -> Table:
+        """The table of some weights; the last ones are kept."""
+        key = tuple(w.key for w in watched)
+        table = self._tables.pop(key, None) or Table(watched)
+        self._tables[key] = table
+        if len(self._tables) > KEPT:
+            del self._tables[next(iter(self._tables))]
+        return table
+
+    def want(self, watched: Iterable[Watched], *, updates: bool = False, gradients: bool = False) -> None:
+        """Ask before the step for norms of some weights, and for what the step does, or for its gradients."""
+        self._wanted |= {w.key: w for w in watched}
+        self._updates |= updates
+        self._gradients |= gradients
+
+    def prepare(self) -> None:
+        """All have asked: copy the weights, or take their norms where that is all that is wanted."""
+        if self._updates:
+            self.copy(p for w in self._wanted.values() for p in w.tensors())
+        elif self._wanted:
+            self._squares = self.table(list(self._wanted.values())).squares()
+
+    def look(self, index: int) -> Look:
+        """What was asked for of the step of an optimizer, measured once and shared between processes at once."""
+        if self._look is None:
+            table, seen = self.table(list(self._wanted.values())), self.seen.pop(index, None)
+            sums = table.compare(self.copies.__getitem__) if self._squares is None else self._squares
+            parts = [(table, sums)]
+            if self._gradients:
+                parts.append((table, table.squares(gradient_of)))
+            if seen is not None:
+                parts.append((seen.table, seen.sums))
+            shared = iter(share(parts))
+            first = next(shared)
+            lengths = table.lengths_of(first) if self._squares is None else None
+            gradients = table.norms_of(next(shared)).units if self._gradients else None
+            noted = None
+            if seen is not None:
+                last = next(shared)
+                # Of a tensor the square of its gradient is what is across its parts, and what is along them.
+                norms = (last[2] + last[3])[sum(seen.table.sizes) :].sqrt() / seen.scale
+                noted = (seen.table, seen.table.lengths_of(last), norms)
+            self._look = Look(table, table.norms_of(first), lengths, gradients, noted)
+        return self._look
+
+
+class Recording:
+    """A subscriber that uses the record, which its dispatcher gives it."""
+
+    def __init__(self) -> None:
+        self.record = StepRecord()
