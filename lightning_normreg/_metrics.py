@@ -31,7 +31,6 @@ UNIT_NORM_RMS = Curve(
 )
 UNIT_NORM_MIN = Curve("unit_norm_min", "min ‖w_u‖", "w", "min_u ‖w_u‖")
 UNIT_NORM_MAX = Curve("unit_norm_max", "max ‖w_u‖", "w", "max_u ‖w_u‖")
-UNIT_NORMS = Curve("unit_norms", "‖w_u‖", "w", "histogram of ‖w_u‖")
 EFFECTIVE_LR = Curve("effective_lr", "η / n^p", "lr / w^p", "lr / unit_norm_rms^p", summary="effective_lr_ratio")
 EFFECTIVE_LR_NOT_INVARIANT = Curve(
     "effective_lr_not_invariant", "η / n^p", "lr / w^p", "as effective_lr, of weights that are not scale-invariant"

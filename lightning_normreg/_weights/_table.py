@@ -15,7 +15,7 @@ from lightning_normreg._weights._pieces import Piece, gradient_of, groups_of, li
 from lightning_normreg._weights._watched import Watched
 from lightning_normreg.functional._device import accumulator, number_type
 from lightning_normreg.functional._norms import mended_norms, plain_norms, rescaled_norms
-from lightning_normreg.functional._projection import Limits, factors, fitting
+from lightning_normreg.functional._projection import Limits, factors
 from lightning_normreg.functional._rotation import Mixture, mix_
 from lightning_normreg.functional._units import over_units
 from lightning_normreg.functional._updates import (
@@ -185,7 +185,7 @@ class Table:
     def scale(self, values: Tensor, read: Read | None = None) -> None:
         """Multiply each unit, or what ``read`` gives in the place of its tensors, by its value."""
         rows = values if self._is_plain else torch.cat([values, values.new_ones(1)])[self._places]
-        typed = {dtype: fitting(rows, dtype) for dtype in self._types}
+        typed = {dtype: rows.to(dtype) for dtype in self._types}
         for piece, at in zip(self._pieces, self._rows, strict=True):
             view, kept = piece.now()[0] if read is None else piece.see(read(piece.parameter).detach())
             view.mul_(over_units(typed[accumulator(piece.parameter.dtype)][at], view, kept))

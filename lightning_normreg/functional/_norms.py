@@ -11,9 +11,10 @@ from torch import Tensor
 from lightning_normreg.functional._device import accumulator, number_type, way_of
 from lightning_normreg.functional._units import Unit, split_units, unit_rows
 
-CHUNK = 256
-"""Entries summed in one go in the type of the weight. On a CPU a plain float32 norm is off by 8e-7 for 50 000 entries
-and by 6e-4 for 16 million, in chunks by 1.3e-7, also where all entries are equal, at the same speed."""
+CHUNKS = {torch.float32: 256, torch.float64: 64}
+"""Entries summed in one go, by the type of the sums. On a CPU a plain float32 norm is off by 8e-7 for 50 000 entries,
+and by 6e-4 for 16 million; in chunks, whose norms are added in float64, by 1.3e-7, also where all entries are equal, at
+the same speed."""
 
 
 def row_norms(rows: Tensor, out: Tensor | None = None) -> Tensor:
@@ -61,18 +62,19 @@ def plain_norms(rows: Tensor, out: Tensor) -> None:
         # Across memory vector_norm adds one by one, slowly and 16 eps off after 256 entries; sum adds pair by pair.
         out.copy_(rows.to(kept).square().sum(dim=-1).sqrt())
         return
-    if (way == "wide" and kept != torch.float64) or entries <= CHUNK // 4:
+    chunk = CHUNKS[kept]
+    if (way == "wide" and kept != torch.float64) or entries <= 64:
         torch.linalg.vector_norm(rows, dim=-1, dtype=out.dtype, out=out)
         return
-    longest = min(CHUNK, entries // 2)
-    size = next((size for size in range(longest, CHUNK // 4 - 1, -1) if entries % size == 0), longest)
+    longest = min(chunk, entries // 2)
+    size = next((size for size in range(longest, chunk // 4 - 1, -1) if entries % size == 0), longest)
     whole = entries - entries % size
     parts = rows[..., :whole].reshape(*rows.shape[:-1], whole // size, size)
     norms = torch.linalg.vector_norm(parts, dim=-1, dtype=kept)
     if whole < entries:
         rest = torch.linalg.vector_norm(rows[..., whole:], dim=-1, dtype=kept)
         norms = torch.cat([norms, rest.unsqueeze(-1)], dim=-1)
-    if norms.dtype == out.dtype and norms.shape[-1] > CHUNK:
+    if norms.dtype == out.dtype and norms.shape[-1] > chunk:
         plain_norms(norms, out)
     else:
         torch.linalg.vector_norm(norms, dim=-1, dtype=out.dtype, out=out)

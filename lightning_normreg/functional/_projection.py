@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_normreg.functional._device import accumulator, way_of
-from lightning_normreg.functional._norms import CHUNK, row_norms
+from lightning_normreg.functional._device import accumulator
+from lightning_normreg.functional._norms import CHUNKS, row_norms
 from lightning_normreg.functional._units import Unit, over_units, split_units, unit_rows
 
 
@@ -20,20 +20,21 @@ def dead_band(dtype: torch.dtype, entries: int) -> float:
     Projecting rounds each of the m entries and the factor, each time by at most ε/2, evenly spread: a variance of
     ε²/12 each. The norm is measured twice, to project and to see that it is done. Each time a root is taken (ε²/12),
     and sums of 256 squares have some 36 roundings in a row, of which the root keeps half: at most 3/4 ε², and that only
-    where one entry outweighs all others. Where chunks are added in float64 nothing is added by them, else as much for
-    each factor of 256 in m. Five standard deviations of it all,
+    where one entry outweighs all others. In float64 it is chunks of 64, with half of that, and as much again for each
+    factor of 64 in m; in float32 chunks are added in float64. Five standard deviations of it all,
 
-    .. math:: 5\,\epsilon\sqrt{1/3 + 3/2\,\lceil\log_{256} m\rceil},
+    .. math:: 5\,\epsilon\sqrt{1/3 + 3/2},\qquad 5\,\epsilon\sqrt{1/3 + 3/4\,\lceil\log_{64} m\rceil}\text{ in float64},
 
-    are 8.1e-7 for a float32 row, and more where there is no float64, or all is. Anything closer to the radius than this
-    cannot be told from a projected unit, so it is left alone: a projected weight is projected again without changing a
-    bit. (Rows can be made, of one entry and equal dust, in which all roundings agree and which settle only the second
-    time.) A type narrower than the accumulator adds the ε_w/2 by which it rounds the entries.
+    are 8.1e-7 for a float32 row. Anything closer to the radius than this cannot be told from a projected unit, so it is
+    left alone: a projected weight is projected again without changing a bit. (Rows can be made, of one entry and equal
+    dust, in which all roundings agree and which settle only the second time.) A type narrower than the accumulator adds
+    the ε_w/2 by which it rounds the entries.
     """
-    eps = torch.finfo(accumulator(dtype)).eps
-    levels = max(1, math.ceil(math.log(max(entries, 1), CHUNK)))
-    narrow = 0.0 if dtype.to_real() == accumulator(dtype) else torch.finfo(dtype).eps / 2
-    return narrow + 5 * math.sqrt(1 / 3 + 3 / 2 * levels) * eps
+    kept = accumulator(dtype)
+    levels = max(1, math.ceil(math.log(max(entries, 1), CHUNKS[kept])))
+    sums = 3 / 2 if kept == torch.float32 else 3 / 4 * levels
+    narrow = 0.0 if dtype.to_real() == kept else torch.finfo(dtype).eps / 2
+    return narrow + 5 * math.sqrt(1 / 3 + sums) * torch.finfo(kept).eps
 
 
 class Limits(NamedTuple):
@@ -43,17 +44,22 @@ class Limits(NamedTuple):
         band: See :func:`dead_band`.
         shortest: Radius at which entries, R/√m in the root mean square, begin to be subnormal.
         longest: Radius above which the entry that is all of a unit would overflow.
+        tiny: Smallest factor, and smallest norm from which a unit can be moved.
+        huge: Largest factor.
     """
 
     band: float | Tensor
     shortest: float | Tensor
     longest: float | Tensor
+    tiny: float | Tensor
+    huge: float | Tensor
 
     @classmethod
     def of(cls, dtype: torch.dtype, entries: int) -> Limits:
         """Those of units of so many entries."""
-        info, eps = torch.finfo(dtype), torch.finfo(accumulator(dtype)).eps
-        return cls(dead_band(dtype, entries), info.tiny * math.sqrt(entries), info.max * (1 - 4 * eps))
+        info, kept = torch.finfo(dtype), torch.finfo(accumulator(dtype))
+        longest = info.max * (1 - 4 * kept.eps)
+        return cls(dead_band(dtype, entries), info.tiny * math.sqrt(entries), longest, kept.tiny, kept.max)
 
     def hold(self, radius: float | Tensor) -> Any:
         """Whether units can be at a radius."""
@@ -106,26 +112,14 @@ def factors(norms: Tensor, radius: float | Tensor, limits: Limits) -> Tensor:
     """What each unit is to be multiplied by to come to the radius; 1 where it is there, or cannot come there."""
     target = radius.to(norms) if isinstance(radius, Tensor) else radius
     factor = target / torch.where(norms > 0, norms, 1.0)
-    possible = norms.isfinite() & (norms > 0) & factor.isfinite() & (factor > 0) & limits.hold(target)
-    return torch.where(possible & ((norms / target - 1).abs() > limits.band), factor, 1.0)
+    possible = norms.isfinite() & (norms >= limits.tiny) & (factor >= limits.tiny) & (factor <= limits.huge)
+    return torch.where(possible & limits.hold(target) & ((norms / target - 1).abs() > limits.band), factor, 1.0)
 
 
 def scale_(view: Tensor, kept: tuple[int, ...], values: Tensor) -> None:
     """Multiply each unit in the view of :func:`split_units` by its value, in place."""
-    view.mul_(over_units(fitting(values, view.dtype), view, kept))
-
-
-def fitting(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Factors in the type in which they are multiplied with entries of a type.
-
-    On a CPU that is the entries' own, for another makes temporaries, unless it cannot hold them: 1e-44 put at 1.
-    """
-    kept = accumulator(dtype)
-    if way_of(values) == "host" and values.dtype != kept:
-        narrow = values.to(kept)
-        if bool((narrow.isfinite() & (narrow.abs() >= torch.finfo(kept).tiny)).all()):
-            return narrow
-    return values
+    # In the type of the sums: another would make temporaries.
+    view.mul_(over_units(values.to(accumulator(view.dtype)), view, kept))
 
 
 def project_all_(

@@ -139,7 +139,7 @@ def mixture(lengths: Lengths, angles: Tensor, radius: float | Tensor, limits: Li
     norm, radial, tangent = lengths.norm, lengths.radial, lengths.tangent
     target = radius.to(norm) if isinstance(radius, Tensor) else torch.full_like(norm, radius)
     turns, born = angles > 0, norm == 0
-    alone = ~(lengths.finite() & limits.hold(target) & (born | lengths.ordinary()))
+    alone = ~(lengths.finite() & limits.hold(target) & (born | (norm >= limits.tiny)))
     length = torch.where(turns, norm, 1.0)
     across = target * angles.sin() / torch.where(turns, tangent, 1.0)
     half = (angles / 2).sin()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_normreg.functional._device import BLOCK, accumulator, number_type, scratch, way_of
-from lightning_normreg.functional._norms import plain_norms, squares_fit
+from lightning_normreg.functional._norms import plain_norms, row_norms, squares_fit
 from lightning_normreg.functional._units import Unit, paired_rows
 
 _ROUNDING = 0.5
@@ -26,11 +26,13 @@ class Lengths:
         norm: Norm of the unit before.
         radial: Signed length of the update along the unit.
         tangent: Length of the update across it.
+        ahead: Signed length of the unit after the update along where it was: ``norm + radial`` before that cancels.
     """
 
     norm: Tensor
     radial: Tensor
     tangent: Tensor
+    ahead: Tensor
 
     def update(self) -> Tensor:
         """Length of the update."""
@@ -38,11 +40,11 @@ class Lengths:
 
     def after(self) -> Tensor:
         """Norm after the update."""
-        return torch.hypot(self.norm + self.radial, self.tangent)
+        return torch.hypot(self.ahead, self.tangent)
 
     def rotation(self) -> Tensor:
         """Rotation in radians; 0 for a unit that is zero before the update or after it."""
-        turned = torch.atan2(self.tangent, self.norm + self.radial)
+        turned = torch.atan2(self.tangent, self.ahead)
         return torch.where(self.norm == 0, torch.zeros_like(turned), turned)
 
     def relative(self) -> Tensor:
@@ -73,7 +75,7 @@ class Lengths:
 
     def ordinary(self) -> Tensor:
         """Which units have a direction, and a finite update."""
-        return (self.norm >= torch.finfo(torch.float32).tiny) & self.finite()
+        return (self.norm > 0) & self.finite()
 
     def finite(self) -> Tensor:
         """Which units were finite, and have a finite update."""
@@ -87,10 +89,11 @@ def measure_rows(start: Tensor, end: Tensor, *, update: bool = True) -> Lengths:
     return lengths_of(*row_sums(raw, start.dtype, lambda odd: exact_sums(start[odd], end[odd], update=update)))
 
 
-def lengths_of(squares: Tensor, products: Tensor, tangents: Tensor) -> Lengths:
-    """From the sums over the entries of each unit: of a², of a·d, and of the square of what d has across a."""
+def lengths_of(squares: Tensor, products: Tensor, tangents: Tensor, ahead: Tensor) -> Lengths:
+    """From the sums over the entries of each unit that :func:`row_sums` gives."""
     norm = squares.sqrt()
-    return Lengths(norm, products / torch.where(norm > 0, norm, 1.0), tangents.clamp_min(0).sqrt())
+    length = torch.where(norm > 0, norm, 1.0)
+    return Lengths(norm, products / length, tangents.clamp_min(0).sqrt(), ahead / length)
 
 
 def row_products(start: Tensor, end: Tensor, out: Tensor, *, update: bool = True) -> None:
@@ -135,8 +138,9 @@ def _tiles(start: Tensor, end: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Te
 def row_sums(raw: Tensor, dtype: torch.dtype, detour: Callable[[Tensor], Tensor]) -> Tensor:
     r"""The sums that add over the parts of a unit, from what :func:`row_products` gives.
 
-    :math:`\sum a^2`, :math:`\sum ad`, and the square of what d has across a, which is a difference,
-    :math:`\sum d^2-(\sum ad)^2/\sum a^2`. In float32 it keeps its digits where d is no more along a than across it.
+    :math:`\sum a^2`, :math:`\sum ad`, the square of what d has across a, and :math:`\sum a(a+d)`. What is across is a
+    difference, :math:`\sum d^2-(\sum ad)^2/\sum a^2`. In float32 it keeps its digits where d is no more along a than
+    across it.
 
     Args:
         raw: Shape ``(3, rows)``.
@@ -144,12 +148,12 @@ def row_sums(raw: Tensor, dtype: torch.dtype, detour: Callable[[Tensor], Tensor]
         detour: :func:`exact_sums` of rows that are marked; taken on a CPU, and everywhere for rows of float64.
 
     Returns:
-        Shape ``(3, rows)``.
+        Shape ``(4, rows)``.
     """
     norms, lengths, products = raw
     squares = norms.square()
     along = products.square() / torch.where(norms > 0, squares, 1.0)
-    sums = torch.stack([squares, products, lengths.square() - along])
+    sums = torch.stack([squares, products, lengths.square() - along, squares + products])
     way, kept = way_of(raw), accumulator(dtype)
     if way == "host":
         # Not a number compares false.
@@ -164,8 +168,10 @@ def row_sums(raw: Tensor, dtype: torch.dtype, detour: Callable[[Tensor], Tensor]
 
 
 def exact_sums(start: Tensor, end: Tensor, *, update: bool = True) -> Tensor:
-    """The sums of :func:`row_sums` in float64; of rows that are float64, what is along a is taken off d first."""
-    found = torch.empty(3, len(start), dtype=torch.float64, device=start.device)
+    """The sums of :func:`row_sums` in float64, of rows in which d may be along a."""
+    if start.dtype == torch.float64:
+        return _sums_of_float64(start, end, update)
+    found = torch.empty(4, len(start), dtype=torch.float64, device=start.device)
     rows = max(1, BLOCK[way_of(start)] // max(1, start.shape[1]))
     for a, b, place in zip(torch.split(start, rows), torch.split(end, rows), torch.split(found, rows, 1), strict=True):
         first, second, product = scratch("exact", a, 3 * a.numel(), torch.float64).view(3, *a.shape)
@@ -173,38 +179,58 @@ def exact_sums(start: Tensor, end: Tensor, *, update: bool = True) -> Tensor:
         second.copy_(b)
         if update:
             second.sub_(first)
-        squares, along = (
-            torch.mul(first, first, out=product).sum(dim=1),
-            torch.mul(first, second, out=product).sum(dim=1),
-        )
-        more = torch.zeros_like(along)
-        if start.dtype == torch.float64:
-            share = along / torch.where(squares > 0, squares, 1.0)
-            second.addcmul_(first, share.unsqueeze(1), value=-1)
-            more = torch.mul(first, second, out=product).sum(dim=1)
-        lengths = torch.mul(second, second, out=product).sum(dim=1)
-        radial = more if start.dtype == torch.float64 else along
-        place[0], place[1] = squares, along + more
-        place[2] = lengths - radial.square() / torch.where(squares > 0, squares, 1.0)
+        squares, along = (torch.mul(first, x, out=product).sum(dim=1) for x in (first, second))
+        length = torch.where(squares > 0, squares, 1.0)
+        # Where the update has taken most of the unit away, even float64 has to take what is along it off first.
+        second.addcmul_(first, (along / length).unsqueeze(1), value=-1)
+        more, across = (torch.mul(x, second, out=product).sum(dim=1) for x in (first, second))
+        along = along + more
+        found_here = squares, along, across - more.square() / length, squares + along
+        for row, values in zip(place, found_here, strict=True):
+            row.copy_(values)
     return found
+
+
+def _sums_of_float64(start: Tensor, end: Tensor, update: bool) -> Tensor:
+    """The same where nothing is wider than the weight.
+
+    What is left of the other row after taking off k times a keeps its digits only if taking off rounds nothing. So k
+    and a are cut into halves of their significands, whose products are exact (Dekker 1971), and k is found in three
+    such halves: what is along a then falls below the last digit.
+    """
+    norm = row_norms(start)
+    length = torch.where(norm > 0, norm, 1.0).unsqueeze(1)
+    direction = start / length
+    upper = (start.contiguous().view(torch.int64) & -(1 << 27)).view(torch.float64)
+    lower = start - upper
+    rest, ahead = end, torch.zeros_like(length)
+    for _ in range(3):
+        scaled = (direction * rest).sum(dim=1, keepdim=True) / length
+        k = scaled * ((1 << 27) + 1)
+        k = k - (k - scaled)
+        rest = (rest - k * upper) - k * lower
+        ahead = ahead + k * length
+    ahead = ahead.squeeze(1) * norm
+    along = (start * (end - start)).sum(dim=1) if update else ahead
+    return torch.stack([norm.square(), along, row_norms(rest).square(), ahead])
 
 
 def with_radial(sums: Tensor) -> Tensor:
     r"""The sums of :func:`row_sums` and :math:`(\sum ad)^2/\sum a^2`, all of which add over the parts of a unit."""
-    squares, products, _ = sums
+    squares, products = sums[:2]
     along = products.square() / torch.where(squares > 0, squares, 1.0)
     return torch.cat([sums, along.unsqueeze(0)])
 
 
 def totals(sums: Tensor) -> Tensor:
-    r"""The three sums of units, from those of their parts as :func:`with_radial` gives them.
+    r"""The sums of units, from those of their parts as :func:`with_radial` gives them.
 
     What is across a unit is what is across each part, and :math:`\sum_i P_i^2/A_i-(\sum_i P_i)^2/\sum_i A_i` of the
     sums A of squares and P of products of the parts.
     """
-    squares, products, tangents, along = sums
+    squares, products, tangents, ahead, along = sums
     between = along - products.square() / torch.where(squares > 0, squares, 1.0)
-    return torch.stack([squares, products, tangents + between.clamp_min(0)])
+    return torch.stack([squares, products, tangents + between.clamp_min(0), ahead])
 
 
 def _compare(before: Tensor, after: Tensor, unit: Unit, dim: int, groups: int) -> Lengths:

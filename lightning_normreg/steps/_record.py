@@ -135,7 +135,7 @@ class StepRecord:
             if seen is not None:
                 last = next(shared)
                 # Of a tensor the square of its gradient is what is across its parts, and what is along them.
-                norms = (last[2] + last[3])[sum(seen.table.sizes) :].sqrt() / seen.scale
+                norms = (last[2] + last[4])[sum(seen.table.sizes) :].sqrt() / seen.scale
                 noted = (seen.table, seen.table.lengths_of(last), norms)
             self._look = Look(table, table.norms_of(first), lengths, gradients, noted)
         return self._look

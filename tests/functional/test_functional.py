@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -7,8 +8,9 @@ from torch import Tensor, nn
 
 from lightning_normreg import _metrics
 from lightning_normreg import functional as F
-from lightning_normreg.functional import _norms, _updates
-from lightning_normreg.functional._norms import accumulator, root_mean_square, row_norms
+from lightning_normreg.functional import _device
+from lightning_normreg.functional._device import accumulator, as_on
+from lightning_normreg.functional._norms import root_mean_square, row_norms
 from tests import reference
 
 SEED = 0
@@ -143,11 +145,17 @@ EXTREMES = [  # entry, how many of them, norm
 ]
 
 
-@pytest.mark.parametrize("free", [True, False])
+@pytest.fixture(params=["host", "wide"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As a CPU does it, or a GPU."""
+    with as_on(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("entry, count, expected", EXTREMES)
-def test_norms_of_extreme_entries(entry: float, count: int, expected: float, free: bool, monkeypatch) -> None:
+def test_norms_of_extreme_entries(entry: float, count: int, expected: float) -> None:
     """Norms neither overflow nor underflow before the type does, alone or beside ordinary rows, reading or not."""
-    monkeypatch.setattr(_norms, "host_reads_are_free", lambda tensor: free)
     row = torch.full((count,), entry)
     beside = torch.stack([torch.ones(count), row, torch.ones(count)])
     tolerances = {"rtol": noise(row), "atol": 2.0**-149}  # the smallest number, of which a subnormal norm is a multiple
@@ -158,16 +166,13 @@ def test_norms_of_extreme_entries(entry: float, count: int, expected: float, fre
     close([0.0, abs(entry)], F.unit_norms(one_bad), **tolerances)
 
 
-def test_both_ways_to_row_norms_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skipping the rescaled pass, where a read is free, changes no bit of any norm."""
+@pytest.mark.usefixtures("way")
+def test_row_norms_of_all_scales() -> None:
+    """Side by side in one tensor."""
     scales = 10.0 ** torch.arange(-44.0, 37.0, 2.0, dtype=torch.float64)
     batches = [random((9, 300)), (random((41, 300), torch.float64) * scales.unsqueeze(1)).float(), torch.zeros(3, 5)]
     for rows in batches:
-        monkeypatch.setattr(_norms, "host_reads_are_free", lambda tensor: True)
-        free = row_norms(rows)
-        monkeypatch.setattr(_norms, "host_reads_are_free", lambda tensor: False)
-        assert torch.equal(free, row_norms(rows))
-        close(reference.unit_norms(exact(rows)), free, rtol=noise(rows), atol=1e-44)
+        close(reference.unit_norms(exact(rows)), row_norms(rows), rtol=noise(rows), atol=1e-44)
 
 
 def test_nothing_waits_for_a_device() -> None:
@@ -191,15 +196,12 @@ def test_norm_of_16_million_entries() -> None:
     close(expected, F.unit_norms(weight.reshape(1, -1))[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("free", [True, False], ids=["sums", "every-row-as-if-radial"])
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("length", [2, 9, 576])
 @pytest.mark.parametrize("decay", [0.0, 10.0, 1000.0])
 @pytest.mark.parametrize("angle_rad", [1e-5, 1e-3, 0.1, 1.0, 2.0, 3.0])
-def test_rotation_keeps_its_digits(
-    angle_rad: float, decay: float, length: int, free: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rotation_keeps_its_digits(angle_rad: float, decay: float, length: int) -> None:
     """A rotation is right in all but its last digits, also where the radial part is 1000 times the tangential one."""
-    monkeypatch.setattr(_updates, "host_reads_are_free", lambda tensor: free)
     start = random((3, length), torch.float64)
     along = start / start.norm(dim=1, keepdim=True)
     across = random(tuple(start.shape), torch.float64, SEED + 1)
@@ -222,8 +224,8 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight measured a few rows at a time gives the bits that it gives at once, in the same order."""
     before, after = random((20, 300)), random((20, 300), seed=SEED + 1)
     whole = F.rotation(before, after), F.relative_update(before, after)
-    for entries in (1, 1000):
-        monkeypatch.setattr(_updates, "BLOCK", entries)
+    for entries in (300, 1000):
+        monkeypatch.setitem(_device.BLOCK, "host", entries)
         assert torch.equal(whole[0], F.rotation(before, after))
         assert torch.equal(whole[1], F.relative_update(before, after))
 
@@ -238,9 +240,9 @@ def test_rows_that_moved_along_themselves_beside_rows_that_turned() -> None:
         close(expected, F.rotation(before[rows], after[rows]), rtol=4 * noise(before))
     rows = before.reshape(1, -1), after.reshape(1, -1)
     whole = reference.rotation(*(exact(r) for r in rows))
-    for columns in (64, 700, _updates.COLUMNS):
+    for columns in (64, 700, _device.BLOCK["host"]):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_updates, "COLUMNS", columns)
+            patch.setitem(_device.BLOCK, "host", columns)
             close(whole, F.rotation(*rows), rtol=4 * noise(rows[0]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_normreg.functional import _norms, rotate_
+from lightning_normreg.functional import rotate_, unit_norms
+from lightning_normreg.functional._device import as_on
 
 INF, NAN = math.inf, math.nan
 
@@ -28,13 +30,14 @@ def oracle(weight: Tensor, before: Tensor, angle: float, per: str) -> np.ndarray
     return norm * (direction * np.cos(theta) + across / length * np.sin(theta))
 
 
-@pytest.fixture(params=[True, False], ids=["host", "device"])
-def free(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reads are free, or they would wait for a device."""
-    monkeypatch.setattr(_norms, "host_reads_are_free", lambda tensor: request.param)
+@pytest.fixture(params=["host", "wide"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As a CPU does it, or a GPU, which is not to be waited for."""
+    with as_on(request.param):
+        yield
 
 
-@pytest.mark.usefixtures("free")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("per", ["layer", "unit"])
 @pytest.mark.parametrize("shape", [(5, 7), (4, 3, 3, 3), (2, 600), (2, 300_000)], ids=str)
 @pytest.mark.parametrize("radial, scale", [(0.0, 1.0), (-0.5, 1.0), (-30.0, 1.0), (-0.5, 1e-12), (-30.0, 1e12)])
@@ -79,11 +82,11 @@ def test_units_of_every_kind(unit: Any, dim: int, groups: int, shape: Any) -> No
     measured = rotation(before, weight, unit, dim=dim, groups=groups)
     torch.testing.assert_close(measured, torch.full_like(measured, 0.2), rtol=1e-13, atol=0)
     torch.testing.assert_close(angles, measured, rtol=1e-13, atol=0)
-    norms = _norms.unit_norms(weight, unit, dim=dim, groups=groups)
+    norms = unit_norms(weight, unit, dim=dim, groups=groups)
     torch.testing.assert_close(norms, torch.full_like(norms, 2.0), rtol=1e-13, atol=0)
 
 
-@pytest.mark.usefixtures("free")
+@pytest.mark.usefixtures("way")
 def test_the_edges() -> None:
     """No update, one that is radial, decay alone, zero units, infinite and NaN ones: beside an ordinary unit."""
     before = torch.tensor([[3.0, 4.0], [0.6, 0.8], [0.6, 0.8], [0.3, 0.7], [0.0, 0.0], [0.0, 0.0], [1.0, 2.0],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_normreg._weights._roles import named_roles
 from lightning_normreg._weights._selection import watch
+from lightning_normreg._weights._table import norms_of
 from lightning_normreg.steps._projector import Projector
 
 CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
@@ -59,9 +60,9 @@ def test_state_follows_the_first_projection(case: str, joined: bool) -> None:
             (target,) = watch(named_roles(net), ["0.weight"], (), "layer" if joined else "neuron")
             if joined:
                 target = copy.copy(target)
-                object.__setattr__(target, "bias", net[0].bias)
+                object.__setattr__(target, "joined", (net[0].bias,))
             c = 3.0
-            radius = c * target.norms()
+            radius = c * norms_of([target])[0]
             projector = Projector([target], "initial", {"0.weight": radius})
             projector.start([target], [twin] if name == "held" else [])
             for group in twin.param_groups:

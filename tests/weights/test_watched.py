@@ -10,7 +10,7 @@ from torch import nn
 from lightning_normreg import ScaleInvariance
 from lightning_normreg._weights._roles import named_roles
 from lightning_normreg._weights._selection import watch
-from lightning_normreg._weights._sharding import at_once
+from lightning_normreg._weights._table import Table
 
 VERDICTS = {
     "equal-blocks": ScaleInvariance("block", dim=0, block_size=2, slices=((0, 4), (8, 10))),
@@ -40,14 +40,13 @@ def test_units_in_a_part_of_a_tensor(case: str) -> None:
         np.sqrt(((a / np.sqrt((a**2).sum()) - b / n) ** 2).sum())
         for a, b, n in zip(units(before), units(after), norms, strict=True)
     ]
+    table = Table([watched])
     # Float64: sums of at most 36 terms, and a chord of about 0.1.
-    assert watched.norms().tolist() == pytest.approx(norms, rel=1e-14)
-    angles = at_once(lambda w, total: w.step_later(total, lambda p: before), [watched])[0].angle()
+    assert table.norms().units.tolist() == pytest.approx(norms, rel=1e-14)
+    angles = table.lengths(lambda p: before).rotation()
     assert angles.tolist() == pytest.approx([2 * np.arcsin(c / 2) for c in chords], rel=1e-12)
     radii = torch.arange(1.0, len(norms) + 1, dtype=torch.float64)
-    assert at_once(lambda w, total: w.project_later(total, radii), [watched])[0].tolist() == pytest.approx(
-        norms, rel=1e-14
-    )
+    assert table.project(radii).tolist() == pytest.approx(norms, rel=1e-14)
     assert [np.sqrt((u**2).sum()) for u in units(layer.weight.detach())] == pytest.approx(radii.tolist(), rel=1e-14)
     covered = torch.zeros(12, 6, dtype=torch.bool)
     for start, stop in ROWS[case]:
