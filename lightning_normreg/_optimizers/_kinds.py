@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_normreg._optimizers import _torch
-from lightning_normreg._optimizers._rule import Family, NoRule, UpdateRule
+from lightning_normreg._optimizers._rule import FamilyOrNone, NoRule, UpdateRule
 from lightning_normreg._optimizers._torch import ADAMW, EPS
 
 SECOND = {"exp_avg_sq": -2}
@@ -17,7 +17,7 @@ def unpredicted_if(rule: UpdateRule, *conditions: str) -> UpdateRule:
     return rule.given(**dict.fromkeys(conditions, replace(rule, family="")))
 
 
-def either(decoupled: UpdateRule, coupled: Family = "", key: str = "weight_decouple") -> UpdateRule:
+def either(decoupled: UpdateRule, coupled: FamilyOrNone = "", key: str = "weight_decouple") -> UpdateRule:
     """A rule with a switch for decoupled decay, which may also be fixed: that leaves the learning rate out of it."""
     fixed = replace(decoupled, family="", decay_degree=0, variants=())
     rule = replace(decoupled, decay="coupled", family=coupled, decay_degree=None, variants=())

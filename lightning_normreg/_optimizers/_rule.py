@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_normreg.functional import _families as families
+from lightning_normreg.functional._families import FamilyName
 
 Decay = Literal["coupled", "decoupled", "none"]
 Group = dict[str, Any]
 Degree = int | tuple[int, ...] | Callable[[Group], float]
 StateDegree = int | Callable[[int], float]
 Local = Literal["exact", "adam", "radam", "nadam", "rmsprop", "adagrad", "adadelta", "adafactor", "unknown"]
-Family = families.Family | Literal[""]
+FamilyOrNone = FamilyName | Literal[""]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class UpdateRule:
 
     exponent: int
     decay: Decay
-    family: Family = ""
+    family: FamilyOrNone = ""
     lr_key: str = "lr"
     used_lr_key: str = ""
     lr_factor_keys: tuple[str, ...] = ()

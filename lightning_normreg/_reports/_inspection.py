@@ -17,7 +17,7 @@ from lightning_normreg._reports._summary import units_in_words
 from lightning_normreg._weights import ParameterRole, Verdict, Watched, norms_of, role_by_shape, watch
 from lightning_normreg.functional import effective_lr, weight_norm
 from lightning_normreg.functional._norms import root_mean_square
-from lightning_normreg.steps._equilibria import Formulas
+from lightning_normreg.steps._formulas import Formulas
 
 Blank = Callable[[str], None]
 """Takes the reason why a cell is empty."""

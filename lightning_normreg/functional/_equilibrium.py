@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from lightning_normreg.functional._families import Family
+from lightning_normreg.functional._families import FamilyName
 from lightning_normreg.functional._settings import equilibrium_power, known_number, settled, slow
 
 
-def equilibrium_norm(family: Family, **settings: Any) -> float:
+def equilibrium_norm(family: FamilyName, **settings: Any) -> float:
     r"""Norm of a scale-invariant unit where decay and updates balance, :math:`N^2=\lVert\Delta\rVert^2S/(2\kappa)`.
 
     To first order in ηλ, with the settings of each family besides ``lr`` and ``weight_decay``:
@@ -80,7 +80,7 @@ def equilibrium_norm(family: Family, **settings: Any) -> float:
     return known_number(family, balance.norm())
 
 
-def equilibrium_rotation(family: Family, **settings: Any) -> float:
+def equilibrium_rotation(family: FamilyName, **settings: Any) -> float:
     r"""Angle by which a scale-invariant unit turns per step at equilibrium, about :math:`\theta=\sqrt{2\kappa/S}`.
 
     * ``"sgd"``: √(2η(1−τ)λ/(1+β)), exactly cos θ = 1 − η(1−τ)λ/(1+β), so cos θ = 1 − ηλ without momentum
@@ -126,7 +126,7 @@ def equilibrium_rotation(family: Family, **settings: Any) -> float:
     return known_number(family, settled(family, settings).rotation())
 
 
-def equilibrium_half_life(family: Family, *, initial_norm: float | None = None, **settings: Any) -> float:
+def equilibrium_half_life(family: FamilyName, *, initial_norm: float | None = None, **settings: Any) -> float:
     r"""Steps in which :math:`N^s` comes half-way to its equilibrium: :math:`\ln 2/(s\kappa)`.
 
     s is 4 for the SGD family, 2 for decoupled decay, 3 for Adam and RMSprop with L2, 1 for LAMB. For Adam and RMSprop

@@ -54,7 +54,7 @@ class Shrinkage:
         return plain / (1 + plain * self._next_buffer(decay, momentum, dampening) / self.scale)
 
 
-class Recipe(NamedTuple):
+class Schedule(NamedTuple):
     """One setting per step, and how the weights of the two runs compare.
 
     Attributes:
@@ -75,7 +75,7 @@ def without_decay(
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
-) -> Recipe:
+) -> Schedule:
     r"""Schedule without weight decay that turns a scale-invariant weight exactly as a schedule with decay does.
 
     With :math:`s_0=1` and :math:`v_t=w_t/s_t` from the same start, for any schedule :math:`\eta_t`:
@@ -120,7 +120,7 @@ def without_decay(
     exponent = _exponent(family, weight_decay, momentum)
     coupled = {"momentum": momentum, "dampening": dampening} if family == "sgd" else {}
     now, before = Shrinkage(), Shrinkage()
-    recipe = Recipe([], [], [now.scale])
+    recipe = Schedule([], [], [now.scale])
     for lr in lrs:
         _check_lr(lr)
         after = now.step(lr, weight_decay, **coupled)
@@ -138,7 +138,7 @@ def with_decay(
     *,
     momentum: float | Sequence[float] = 0.0,
     dampening: float = 0.0,
-) -> Recipe:
+) -> Schedule:
     r"""Schedule with weight decay that turns a scale-invariant weight exactly as a schedule without decay does.
 
     The inverse of :func:`without_decay`: with p = 2 for SGD and 1 for the others, and b the momentum of the decay,
@@ -170,7 +170,7 @@ def with_decay(
     momenta = [momentum] * len(lrs) if isinstance(momentum, int | float) else list(momentum)
     exponent = _exponent(family, weight_decay, *momenta)
     now, before = Shrinkage(), Shrinkage()
-    recipe = Recipe([], [], [now.scale])
+    recipe = Schedule([], [], [now.scale])
     for lr, beta in zip(lrs, momenta, strict=True):
         _check_lr(lr)
         decays, dampens = (beta, dampening) if family == "sgd" else (0.0, 0.0)

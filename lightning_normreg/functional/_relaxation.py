@@ -8,14 +8,14 @@ from itertools import groupby
 from typing import Any
 
 from lightning_normreg.functional._balance import Balance
-from lightning_normreg.functional._families import Family
+from lightning_normreg.functional._families import FamilyName
 from lightning_normreg.functional._settings import balance_of, known_number
 
 SETTLED = 40.0
 """E-foldings after which nothing is left of the start in float64."""
 
 
-def predicted_norm(family: Family, lrs: Sequence[float], *, initial_norm: float, **settings: Any) -> list[float]:
+def predicted_norm(family: FamilyName, lrs: Sequence[float], *, initial_norm: float, **settings: Any) -> list[float]:
     r"""Norm of a scale-invariant unit after each step of a learning-rate schedule, decay or not.
 
     Over steps with one learning rate, :math:`N^s` approaches that rate's equilibrium as :math:`e^{-s\kappa t}`; without
@@ -61,7 +61,7 @@ def predicted_norm(family: Family, lrs: Sequence[float], *, initial_norm: float,
     return norms
 
 
-def predicted_rotation(family: Family, norm: float, **settings: Any) -> float:
+def predicted_rotation(family: FamilyName, norm: float, **settings: Any) -> float:
     r"""Angle by which the next step turns a scale-invariant unit of a given norm, in equilibrium or not.
 
     .. math:: \tan\theta=\frac{x\sqrt{1-f^2}}{q+xf},\qquad x=\lVert\Delta\rVert/N,\quad q=\sqrt{1-2\kappa},

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_normreg.functional._balance import Balance
-from lightning_normreg.functional._families import FAMILIES
+from lightning_normreg.functional._families import FAMILIES, Family
 
 _FRACTION: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < 1, "in [0, 1)")
 _POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: 0 < x < math.inf, "positive")
@@ -27,50 +26,54 @@ _TUPLES = {"betas": (2, _FRACTION), "shape": (2, _POSITIVE)}
 _LR_ADJUSTMENTS = (None, "original", "match_rms_adamw")
 
 
-def balance_of(family: str, settings: dict[str, Any]) -> Balance:
+def family_of(name: str) -> Family:
+    """The family of a name; a ``ValueError`` lists the names that there are."""
+    if name not in FAMILIES:
+        raise ValueError(f"`family` must be one of {', '.join(FAMILIES)}, got {name!r}.")
+    return FAMILIES[name]
+
+
+def balance_of(name: str, settings: Mapping[str, Any]) -> Balance:
     """Balance of a family with the caller's settings.
 
     Raises:
         TypeError: For a setting that the family does not have, or one that it needs and did not get.
         ValueError: For one out of its range.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"`family` must be one of {', '.join(FAMILIES)}, got {family!r}.")
-    known = inspect.signature(FAMILIES[family]).parameters
-    for name in settings:
-        if name not in known:
-            raise TypeError(f"`{name}` is not a setting of family {family!r}, which has {', '.join(known)}.")
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in settings:
-            raise TypeError(f"`{name}` is needed for family {family!r}. Pass it by name.")
-    checked = {name: _checked(name, value) for name, value in settings.items()}
+    family = family_of(name)
+    for key in settings:
+        if key not in family.settings:
+            raise TypeError(f"`{key}` is not a setting of family {name!r}, which has {', '.join(family.settings)}.")
+    for key in family.required:
+        if key not in settings:
+            raise TypeError(f"`{key}` is needed for family {name!r}. Pass it by name.")
+    checked = {key: _checked(key, value) for key, value in settings.items()}
     product = checked["lr"] * checked["weight_decay"]
     if product >= 1:
         raise ValueError(f"`lr` times `weight_decay` must be below 1, got {product:g}. Use a smaller `lr`.")
-    return FAMILIES[family](**checked)
+    return family.balance(checked)
 
 
-def settled(family: str, settings: dict[str, Any]) -> Balance:
-    """Likewise where there has to be an equilibrium."""
-    balance = balance_of(family, settings)
+def settled(name: str, settings: Mapping[str, Any]) -> Balance:
+    """The same where there has to be an equilibrium."""
+    balance = balance_of(name, settings)
     if settings["weight_decay"] == 0:
         raise ValueError(f"`weight_decay` must be positive, got 0: without it there is no equilibrium. {_GROWTH}")
     return balance
 
 
-def equilibrium_power(family: str, balance: Balance) -> int:
+def equilibrium_power(name: str, balance: Balance) -> int:
     """Power of the norm that relaxes, where the norm has an equilibrium at all."""
-    if balance.power == 0:
-        raise ValueError(f"`family` {family!r} has no equilibrium norm: its log drifts steadily. {_GROWTH}")
+    if not FAMILIES[name].settles:
+        raise ValueError(f"`family` {name!r} has no equilibrium norm: its log drifts steadily. {_GROWTH}")
     return balance.power
 
 
-def known_number(family: str, value: float) -> float:
+def known_number(name: str, value: float) -> float:
     """A result, unless it is nan because a number behind it is missing."""
     if math.isnan(value):
-        known = inspect.signature(FAMILIES[family]).parameters
-        names = " and ".join(f"`{name}`" for name in ("gradient_norm", "entries") if name in known)
-        raise ValueError(f"{names} must be given, or this number of family {family!r} is unknown.")
+        names = " and ".join(f"`{key}`" for key in ("gradient_norm", "entries") if key in FAMILIES[name].settings)
+        raise ValueError(f"{names} must be given, or this number of family {name!r} is unknown.")
     return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from lightning_normreg.functional._families import Family
+from lightning_normreg.functional._families import FamilyName
 from lightning_normreg.functional._settings import equilibrium_power, known_number, settled
 
 
@@ -21,7 +21,7 @@ class Projection(NamedTuple):
     lr: float
 
 
-def suggest_projection(family: Family, *, radius: float | None = None, **settings: Any) -> Projection:
+def suggest_projection(family: FamilyName, *, radius: float | None = None, **settings: Any) -> Projection:
     r"""Radius, or learning rate, at which projection turns a unit per step as far as decay does at equilibrium.
 
     Without ``radius``: the equilibrium norm at the same learning rate. With it: :math:`\eta(R/N_*)^p`, p = 2 for the
@@ -69,7 +69,7 @@ def suggest_projection(family: Family, *, radius: float | None = None, **setting
 
 
 def suggest_decay(
-    family: Family, *, radius: float, lr: float, decayed_lr: float | None = None, **settings: Any
+    family: FamilyName, *, radius: float, lr: float, decayed_lr: float | None = None, **settings: Any
 ) -> float:
     r"""Weight decay whose equilibrium turns a unit per step as far as projection to a radius does.
 
