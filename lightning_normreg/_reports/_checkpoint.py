@@ -28,25 +28,15 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file says of weights and optimizers.
+    """What a file says of weights and optimizers."""
 
-    Attributes:
-        about: Who wrote it and when, in words.
-        state_dict: The module's state as it is in the file.
-        tensors: Clean name → real or complex tensor that may be a parameter, in the order of the file; tied ones once.
-        aliases: Clean name → the other names of a tied tensor.
-        left_out: Names of what is in the state but cannot be a parameter.
-        optimizers: The state of each optimizer.
-        verdict: Which units are scale-invariant, where a callback of this package has noted it.
-    """
-
-    about: str
-    state_dict: dict[str, Any]
-    tensors: dict[str, Tensor]
-    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-    optimizers: tuple[dict[str, Any], ...] = ()
-    verdict: dict[str, ScaleInvariance] | None = None
+    about: str  # who wrote it and when, in words
+    state_dict: dict[str, Any]  # the module's state as it is in the file
+    tensors: dict[str, Tensor]  # clean name → what may be a parameter, in the order of the file; tied ones once
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)  # clean name → other names of a tied tensor
+    left_out: tuple[str, ...] = ()  # names of what is in the state but cannot be a parameter
+    optimizers: tuple[dict[str, Any], ...] = ()  # the state of each
+    verdict: dict[str, ScaleInvariance] | None = None  # where a callback of this package has noted it
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -156,10 +146,10 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, tuple
 
 
 def _may_be_parameter(name: str, value: object) -> bool:
-    plain = isinstance(value, Tensor) and type(value.data) is Tensor and value.layout == torch.strided
     return (
-        plain
-        and isinstance(value, Tensor)
+        isinstance(value, Tensor)
+        and type(value.data) is Tensor
+        and value.layout == torch.strided
         and (value.is_floating_point() or value.is_complex())
         and name.rpartition(".")[2] not in _BUFFERS
     )

@@ -14,7 +14,7 @@ from torch.nn.parameter import Parameter
 from lightning_normreg._optimizers import NoRule, UpdateRule
 from lightning_normreg._reports._saved_optimizers import SavedGroup
 from lightning_normreg._reports._summary import units_in_words
-from lightning_normreg._weights import ParameterRole, Verdict, Watched, norms_of, role_by_shape, watch
+from lightning_normreg._weights import ParameterRole, Verdict, Watched, listed, norms_of, role_by_shape, watch
 from lightning_normreg.functional import effective_lr, weight_norm
 from lightning_normreg.functional._norms import root_mean_square
 from lightning_normreg.steps._formulas import Formulas
@@ -25,45 +25,25 @@ Blank = Callable[[str], None]
 
 @dataclass(frozen=True)
 class InspectedParameter:
-    """One parameter; what is not known is None.
+    """One parameter; what is not known is None."""
 
-    Attributes:
-        parameter: Clean name.
-        shape: Its shape.
-        units: Its scale-invariant units in words, "none", "inert", or "unknown", where its rows are taken for units.
-        norm: ‖w‖ of the whole tensor.
-        unit_norm_rms: n, root mean square of the units' norms.
-        unit_norm_min: The smallest of them.
-        unit_norm_median: Their median.
-        unit_norm_max: The largest.
-        optimizer: Class of its optimizer.
-        group: Its parameter group.
-        lr: Learning rate η of the next step.
-        weight_decay: λ.
-        exponent: p.
-        effective_lr: η/n^p; None for what is known not to be scale-invariant.
-        effective_lr_not_invariant: The same for that, where it means nothing by itself.
-        equilibrium_norm: n at which decay settles.
-        equilibrium_rotation: Angle per step there, in radians.
-    """
-
-    parameter: str
+    parameter: str  # clean name
     shape: tuple[int, ...]
-    units: str
-    norm: float
-    unit_norm_rms: float
+    units: str  # its scale-invariant units in words, "none", "inert", or "unknown", where its rows are taken for units
+    norm: float  # ‖w‖ of the whole tensor
+    unit_norm_rms: float  # n, root mean square of the units' norms
     unit_norm_min: float
     unit_norm_median: float
     unit_norm_max: float
-    optimizer: str | None = None
-    group: str | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    exponent: int | None = None
-    effective_lr: float | None = None
-    effective_lr_not_invariant: float | None = None
-    equilibrium_norm: float | None = None
-    equilibrium_rotation: float | None = None
+    optimizer: str | None = None  # class of its optimizer
+    group: str | None = None  # its parameter group
+    lr: float | None = None  # η of the next step
+    weight_decay: float | None = None  # λ
+    exponent: int | None = None  # p
+    effective_lr: float | None = None  # η/n^p; None for what is known not to be scale-invariant
+    effective_lr_not_invariant: float | None = None  # the same for that, where it means nothing by itself
+    equilibrium_norm: float | None = None  # n at which decay settles
+    equilibrium_rotation: float | None = None  # angle per step there, in radians
 
 
 def as_parameters(tensors: Mapping[str, Tensor]) -> list[tuple[str, Parameter, ParameterRole]]:
@@ -107,7 +87,7 @@ def inspect_parameters(
         if w.name in owners:
             row |= _rates(w, owners[w.name], row["unit_norm_rms"], w.name in held, _noted(w.name, reasons))
         rows.append(InspectedParameter(**row))
-    return rows, [f"{_several(names)}: {reason}" for reason, names in reasons.items()]
+    return rows, [f"{listed(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _noted(name: str, reasons: dict[str, list[str]]) -> Blank:
@@ -172,10 +152,6 @@ def _equilibrium(
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
-
-
-def _several(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:

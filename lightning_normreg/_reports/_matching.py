@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from lightning_normreg._reports._saved_optimizers import SavedGroup
-from lightning_normreg._weights import clean_name
+from lightning_normreg._weights import clean_name, listed
 
 Owners = dict[str, SavedGroup]
 
@@ -40,7 +40,7 @@ def match_parameters(
             if missing or wrong:
                 said.append(
                     f"Group {group.label} names parameters that the weights do not have in that shape: "
-                    f"{_list([*missing, *wrong])}. They are left out."
+                    f"{listed([repr(name) for name in (*missing, *wrong)])}. They are left out."
                 )
     unnamed = [group for group in groups if group.names is None and group.params]
     if unnamed:
@@ -103,27 +103,22 @@ class _Fit:
         return before != self._fixed
 
     def _certain(self, number: int, taken: set[int]) -> dict[int, int] | None:
-        forward = self._places(number, taken, reverse=False)
-        backward = self._places(number, taken, reverse=True)
-        if forward is None or backward is None:
+        first, last = (self._places(number, taken, step) for step in (1, -1))
+        if first is None or last is None:
             return None
-        return {k: at for k, at in enumerate(forward) if backward[k] == at}
+        return {k: at for k, at in first.items() if last[k] == at}
 
-    def _places(self, number: int, taken: set[int], reverse: bool) -> list[int] | None:
-        """The first place of each entry, or the last, given that the others have a place too."""
-        fixed, shapes = self._fixed[number], self.groups[number].shapes
-        entries = range(len(shapes) - 1, -1, -1) if reverse else range(len(shapes))
-        places = iter(range(len(self._shapes) - 1, -1, -1) if reverse else range(len(self._shapes)))
+    def _places(self, number: int, taken: set[int], step: int) -> dict[int, int] | None:
+        """The first place of each entry, given that the others have a place too; the last one with a step of −1."""
+        fixed = self._fixed[number]
+        places = iter([at for at in range(len(self._shapes)) if at not in taken][::step])
         found: dict[int, int] = {}
-        for k in entries:
-            for at in places:
-                shape = shapes[k]
-                if at not in taken and fixed.get(k, at) == at and (shape is None or shape == self._shapes[at]):
-                    found[k] = at
-                    break
-            else:
+        for k, shape in list(enumerate(self.groups[number].shapes))[::step]:
+            at = next((p for p in places if fixed.get(k, p) == p and shape in (None, self._shapes[p])), None)
+            if at is None:
                 return None
-        return [found[k] for k in range(len(shapes))]
+            found[k] = at
+        return found
 
 
 def _about_order(groups: Sequence[SavedGroup], fit: _Fit, free: Sequence[str]) -> list[str]:
@@ -145,7 +140,3 @@ def _about_order(groups: Sequence[SavedGroup], fit: _Fit, free: Sequence[str]) -
                 "give the optimizer module.named_parameters()."
             )
     return said
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

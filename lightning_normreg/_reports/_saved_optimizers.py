@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -43,25 +43,15 @@ _SHAPED |= {"acc_delta", "ax", "prev", "step_size", "z", "variance"}
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """One parameter group.
+    """One parameter group."""
 
-    Attributes:
-        label: Its name or number, with that of the optimizer where there are several.
-        settings: What it says beside its parameters.
-        rules: How its optimizer may step; empty where nobody knows.
-        optimizer: Class of the optimizer, as far as it is known.
-        params: Numbers of its parameters, or their names.
-        names: Names of its parameters, None where it has none.
-        shapes: Shape of each parameter as its state has it, None for one without state.
-    """
-
-    label: str
-    settings: Group
-    rules: tuple[UpdateRule | NoRule, ...]
-    optimizer: str = ""
-    params: tuple[Any, ...] = ()
-    names: tuple[str, ...] | None = None
-    shapes: tuple[tuple[int, ...] | None, ...] = field(default=())
+    label: str  # its name or number, with that of the optimizer where there are several
+    settings: Group  # what it says beside its parameters
+    rules: tuple[UpdateRule | NoRule, ...]  # how its optimizer may step; empty where nobody knows
+    optimizer: str = ""  # class of the optimizer, as far as it is known
+    params: tuple[Any, ...] = ()  # numbers of its parameters, or their names
+    names: tuple[str, ...] | None = None  # of its parameters, None where it has none
+    shapes: tuple[tuple[int, ...] | None, ...] = ()  # of each parameter as its state has it, None for one without
 
 
 def saved_groups(states: Sequence[Mapping[str, Any]], given: Sequence[str] = ()) -> tuple[list[SavedGroup], list[str]]:
