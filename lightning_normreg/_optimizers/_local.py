@@ -25,14 +25,9 @@ def scale_exponent(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
     they were. It differs from the rule's integer p where an absolute constant counts: with Adam's eps it is
     p̂ = 1 + ⟨eps / (√v̂ + eps)⟩, weighted by the squared update, so 2 where eps outweighs the gradients.
 
-    Args:
-        optimizer: The optimizer, after its step and before gradients are cleared.
-        parameter: One of its parameters.
-
-    Returns:
-        A 0-dimensional tensor on the parameter's device, which is not waited for; None where the exponent is not
-        known: without a rule, without state, where processes have parts of it only, and for optimizers whose constants
-        are too entangled.
+    To be called after the step, before gradients are cleared. The 0-dimensional tensor is on the parameter's device and
+    not waited for. It is None where the exponent is not known: without a rule, without state, where processes have
+    parts of it only, and for optimizers whose constants are too entangled.
     """
     group, state = group_of(optimizer, parameter), optimizer.state.get(parameter, {})
     rule = None if group is None else update_rule(optimizer, group)

@@ -42,13 +42,9 @@ class Checkpoint:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint of Lightning, a mapping with ``model_state_dict`` and the like, or a plain state dict.
 
-    Only tensors and plain types are read (``weights_only=True``): a file from elsewhere runs no code here.
-
-    Args:
-        path: Of one file.
-
-    Raises:
-        CheckpointError: If there is no such file, it is empty or damaged, holds other types, or no weights.
+    Only tensors and plain types are read (``weights_only=True``): a file from elsewhere runs no code here. A
+    :class:`CheckpointError` says that there is no such file, or that it is empty or damaged, holds other types, or no
+    weights.
     """
     path = Path(path)
     content = _load(path)

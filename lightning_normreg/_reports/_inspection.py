@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,7 @@ from lightning_normreg._reports._summary import units_in_words
 from lightning_normreg._weights import ParameterRole, Verdict, Watched, listed, norms_of, role_by_shape, watch
 from lightning_normreg.functional import effective_lr, weight_norm
 from lightning_normreg.functional._norms import root_mean_square
-from lightning_normreg.steps._formulas import Formulas
-
-Blank = Callable[[str], None]
-"""Takes the reason why a cell is empty."""
+from lightning_normreg.steps._formulas import Formulas, Rates
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,7 @@ def inspect_parameters(
 ) -> tuple[list[InspectedParameter], list[str]]:
     """One row for each parameter, and why cells are empty, in sentences.
 
-    Args:
-        named: All parameters, as :func:`named_roles` gives them.
-        owners: Name → parameter group, of those whose group is known.
-        verdict: Which units are scale-invariant, if that is known.
-        held: Names of those that a projection holds, which have no equilibrium of decay.
+    Units are those of the verdict, if there is one. A weight that a projection holds has no equilibrium of decay.
     """
     if not named:
         return [], []
@@ -85,13 +78,12 @@ def inspect_parameters(
         }
         row |= dict(zip(("unit_norm_min", "unit_norm_median", "unit_norm_max"), _spread(norms), strict=True))
         if w.name in owners:
-            row |= _rates(w, owners[w.name], row["unit_norm_rms"], w.name in held, _noted(w.name, reasons))
+            blanks: list[str] = []
+            row |= _rates(w, owners[w.name], row["unit_norm_rms"], w.name in held, blanks)
+            for blank in blanks:
+                reasons.setdefault(blank, []).append(w.name)
         rows.append(InspectedParameter(**row))
     return rows, [f"{listed(names)}: {reason}" for reason, names in reasons.items()]
-
-
-def _noted(name: str, reasons: dict[str, list[str]]) -> Blank:
-    return lambda reason: reasons.setdefault(reason, []).append(name)
 
 
 def _spread(norms: Tensor) -> tuple[float, float, float]:
@@ -102,8 +94,8 @@ def _spread(norms: Tensor) -> tuple[float, float, float]:
     return float(ordered[0]), float(middle), float(ordered[-1])
 
 
-def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blank: Blank) -> dict[str, Any]:
-    """What follows from the optimizer's settings."""
+def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blanks: list[str]) -> dict[str, Any]:
+    """What follows from the optimizer's settings; why cells are empty is added to the blanks."""
     rules = [rule for rule in group.rules if isinstance(rule, UpdateRule)]
     whys = [rule.why for rule in group.rules if isinstance(rule, NoRule)]
     lrs = {_number(rule.lr(group.settings)) for rule in rules if rule.lr_key in group.settings}
@@ -116,7 +108,7 @@ def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blank: 
     whys += [rule.note for rule in rules if not rule.lr_is_used]
     exponents = {rule.exponent for rule in rules}
     if whys:
-        blank(f"{group.optimizer} {whys[0]}, so there is no lr/n^p.")
+        blanks.append(f"{group.optimizer} {whys[0]}, so there is no lr/n^p.")
         return found
     if len(exponents) == 1:
         (found["exponent"],) = exponents
@@ -124,29 +116,31 @@ def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blank: 
         key = "effective_lr_not_invariant" if watched.invariant is False else "effective_lr"
         found[key] = float(effective_lr(lr, torch.tensor(norm, dtype=torch.float64), found["exponent"]))
     elif found.get("exponent") == 0:
-        blank(f"{group.optimizer} steps in proportion to the weight (p = 0), so there is no lr/n^p.")
+        blanks.append(f"{group.optimizer} steps in proportion to the weight (p = 0), so there is no lr/n^p.")
     if rules and decay and watched.invariant is not False and not held:
-        found |= _equilibrium(watched, rules, group, (lr, decay), blank)
+        found |= _equilibrium(watched, rules, group, (lr, decay), blanks)
     return found
 
 
 def _equilibrium(
-    watched: Watched, rules: Sequence[UpdateRule], group: SavedGroup, step: tuple[float, float], blank: Blank
+    watched: Watched, rules: Sequence[UpdateRule], group: SavedGroup, rates: Rates, blanks: list[str]
 ) -> dict[str, float]:
     if len({rule.family for rule in rules}) > 1 or not rules[0].family:
-        blank(f"the equilibrium of {group.optimizer} with these settings is not known.")
+        blanks.append(f"the equilibrium of {group.optimizer} with these settings is not known.")
         return {}
     formulas = Formulas(rules[0], group.settings, watched, None)
     found = {}
     for key, formula in (("equilibrium_rotation", formulas.rotation), ("equilibrium_norm", formulas.norm)):
         try:
-            found[key] = formula(step)
+            found[key] = formula(rates)
         except ValueError as error:
             if "gradient_norm" in str(error):
                 quantity = key.replace("_", " ")
-                blank(f"the {quantity} of {group.optimizer} depends on the size of gradients, which is not known here.")
+                blanks.append(
+                    f"the {quantity} of {group.optimizer} depends on the size of gradients, which is not known here."
+                )
             else:
-                blank(f"no equilibrium is predicted. {error}")
+                blanks.append(f"no equilibrium is predicted. {error}")
     return found
 
 

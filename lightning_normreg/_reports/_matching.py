@@ -20,13 +20,8 @@ def match_parameters(
     A group without names is taken to list its parameters in the order of the module, as ``module.parameters()`` does.
     A parameter has an owner only if there is no other way to fit all groups to the module.
 
-    Args:
-        groups: Of all optimizers.
-        tensors: Name → tensor, in the order of the module.
-        aliases: Name → other names of a tied tensor.
-
-    Returns:
-        Name → group, and in sentences what was done and what is left open.
+    Returned are name → group, and in sentences what was done and what is left open. ``aliases`` are the other names of
+    tied tensors.
     """
     known = {n: name for name in tensors for n in (name, *aliases.get(name, ()))}
     owners: Owners = {}

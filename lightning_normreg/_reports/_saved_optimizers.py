@@ -57,9 +57,7 @@ class SavedGroup:
 def saved_groups(states: Sequence[Mapping[str, Any]], given: Sequence[str] = ()) -> tuple[list[SavedGroup], list[str]]:
     """The groups of all optimizers of a checkpoint, and what is assumed of them, in sentences.
 
-    Args:
-        states: State of each optimizer.
-        given: Their classes, as the user names them: none, one for all, or one for each.
+    The user may have named their classes: one for all, or one for each.
 
     Raises:
         CheckpointError: If the number of classes is another, one is unknown, or a state cannot be of its class.
@@ -75,18 +73,20 @@ def saved_groups(states: Sequence[Mapping[str, Any]], given: Sequence[str] = ())
         for index, group in enumerate(state["param_groups"]):
             own = str(group.get("name", index))
             rules = tuple(rule for c in candidates for rule in named_rules(c, group))
-            names = group.get("param_names")
             params = tuple(group["params"])
-            if params and all(isinstance(p, str) for p in params):
-                names = params  # sharded runs number nothing
-            if names is not None and len(names) != len(params):
-                names = None
-            shapes = tuple(_shape(state["state"].get(p, {})) for p in params)
-            label_here = f"{number}:{own}" if len(states) > 1 else own
-            optimizer = " or ".join(candidates)
-            settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            known = tuple(names) if names is not None else None
-            groups.append(SavedGroup(label_here, settings, rules, optimizer, params, known, shapes))
+            named = params and all(isinstance(p, str) for p in params)  # sharded runs number nothing
+            names = params if named else group.get("param_names")
+            groups.append(
+                SavedGroup(
+                    label=f"{number}:{own}" if len(states) > 1 else own,
+                    settings={key: value for key, value in group.items() if key not in ("params", "param_names")},
+                    rules=rules,
+                    optimizer=" or ".join(candidates),
+                    params=params,
+                    names=tuple(names) if names is not None and len(names) == len(params) else None,
+                    shapes=tuple(_shape(state["state"].get(p, {})) for p in params),
+                )
+            )
     return groups, said
 
 

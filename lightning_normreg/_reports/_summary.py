@@ -67,11 +67,8 @@ def summary_rows(
 ) -> list[SummaryRow]:
     """One row for each parameter.
 
-    Args:
-        named: All parameters, as :func:`named_roles` gives them.
-        optimizers: Their optimizers.
-        verdict: What is known of scale invariance, empty for nothing.
-        held: For each projected parameter its norm before the projection, and its radius.
+    The verdict is empty where nothing is known. ``held`` has the norm before the projection, and the radius, of each
+    projected parameter.
     """
     groups = {
         p: (str(group.get("name", number)), group, optimizer)
@@ -146,11 +143,7 @@ def markdown_summary(rows: Iterable[SummaryRow]) -> str:
 def sentences(rows: list[SummaryRow], verdict: Verdict, steps_per_epoch: float, clipping: float | None) -> list[str]:
     """What the table means, in plain sentences.
 
-    Args:
-        rows: All parameters.
-        verdict: What is known of scale invariance.
-        steps_per_epoch: Optimizer steps in an epoch, inf if unknown.
-        clipping: The Trainer's ``gradient_clip_val``.
+    ``steps_per_epoch`` are the optimizers', inf if unknown; ``clipping`` is the Trainer's ``gradient_clip_val``.
     """
     decayed = [row for row in rows if row.weight_decay > 0]
     if not verdict:

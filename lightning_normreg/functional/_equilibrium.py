@@ -1,12 +1,4 @@
-r"""What weight decay settles at: norm and rotation of a scale-invariant unit at equilibrium, and the time to get there.
-
-Three numbers of an optimizer give all of it: κ, the fraction of the norm that decay removes per step; ‖Δ‖, the length
-of the update without decay; and S = 1 + 2Σρ_k, the sum of the autocorrelations of the updates. Then
-
-.. math:: \theta=\sqrt{2\kappa/S},\qquad N^2=\lVert\Delta\rVert^2S/(2\kappa),
-
-and N^s approaches its equilibrium as exp(−sκt). What is computed holds the terms of higher order in ηλ as well.
-"""
+"""Where weight decay settles a scale-invariant unit: norm and rotation at equilibrium, and the time to get there."""
 
 from __future__ import annotations
 

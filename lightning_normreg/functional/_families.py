@@ -32,26 +32,15 @@ UNKNOWN = math.nan
 
 @dataclass(frozen=True)
 class Family:
-    """Optimizers that one equation describes.
-
-    Attributes:
-        name: What the public functions call it.
-        equation: Makes the balance of all the settings.
-        defaults: Settings that may be left out, with torch's values.
-        required: Settings that may not.
-        tolerance: Relative distance from the prediction within which the norm and rotation of a network that learns
-            count as being at equilibrium.
-        settles: Whether the norm has an equilibrium; if not, its log drifts.
-        turns_matrix: Whether a step turns the matrix as a whole, and not each of its units.
-    """
+    """Optimizers that one equation describes."""
 
     name: FamilyName
-    equation: Callable[..., Balance]
-    defaults: Mapping[str, Any]
-    required: tuple[str, ...] = ("lr", "weight_decay")
-    tolerance: float = 0.15
-    settles: bool = True
-    turns_matrix: bool = False
+    equation: Callable[..., Balance]  # makes the balance of all the settings
+    defaults: Mapping[str, Any]  # settings that may be left out, with torch's values
+    required: tuple[str, ...] = ("lr", "weight_decay")  # settings that may not
+    tolerance: float = 0.15  # distance from the prediction, relative, at which networks that learn are at equilibrium
+    settles: bool = True  # whether the norm has an equilibrium; if not, its log drifts
+    turns_matrix: bool = False  # whether a step turns the matrix as a whole, and not each of its units
 
     @property
     def settings(self) -> tuple[str, ...]:

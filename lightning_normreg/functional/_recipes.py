@@ -20,15 +20,10 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Shrinkage:
-    """A scalar that decay alone moves, under the optimizer of the weights: what decay does to every one of them.
+    """A scalar that decay alone moves, under the optimizer of the weights: what decay does to every one of them."""
 
-    Attributes:
-        scale: s, the weight under decay over the weight without it.
-        buffer: Momentum of the decay itself, where it is coupled; None before the first step.
-    """
-
-    scale: float = 1.0
-    buffer: float | None = None
+    scale: float = 1.0  # s, the weight under decay over the weight without it
+    buffer: float | None = None  # momentum of the decay itself, where it is coupled; None before the first step
 
     def step(self, lr: float, decay: float, *, momentum: float = 0.0, dampening: float = 0.0) -> Shrinkage:
         """After one more step of coupled decay, as torch's SGD does it; without momentum, of decoupled decay too."""

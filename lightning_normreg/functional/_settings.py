@@ -9,20 +9,13 @@ from typing import Any
 from lightning_normreg.functional._balance import Balance
 from lightning_normreg.functional._families import FAMILIES, Family
 
-_FRACTION: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < 1, "in [0, 1)")
-_POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: 0 < x < math.inf, "positive")
-_NOT_NEGATIVE: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < math.inf, "at least 0")
-_NUMBERS = {
-    "lr": _POSITIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "gradient_norm": _POSITIVE,
-    "entries": _POSITIVE,
-    "momentum": _FRACTION,
-    "dampening": _FRACTION,
-    "wd_ratio": _POSITIVE,
-    "relative_step": _POSITIVE,
-}
-_TUPLES = {"betas": (2, _FRACTION), "shape": (2, _POSITIVE)}
+_Range = tuple[Callable[[float], bool], str]
+_FRACTION: _Range = (lambda x: 0 <= x < 1, "in [0, 1)")
+_POSITIVE: _Range = (lambda x: 0 < x < math.inf, "positive")
+_NOT_NEGATIVE: _Range = (lambda x: 0 <= x < math.inf, "at least 0")
+_PAIRS = {"betas": _FRACTION, "shape": _POSITIVE}
+_NUMBERS = dict.fromkeys(("lr", "gradient_norm", "entries", "wd_ratio", "relative_step"), _POSITIVE)
+_NUMBERS |= {"weight_decay": _NOT_NEGATIVE, "momentum": _FRACTION, "dampening": _FRACTION}
 _LR_ADJUSTMENTS = (None, "original", "match_rms_adamw")
 
 
@@ -93,17 +86,16 @@ _GROWTH = "See `predicted_norm` for how it moves."
 def _checked(name: str, value: Any) -> Any:
     if name in _NUMBERS:
         return _in_range(name, float(value), _NUMBERS[name], value)
-    if name in _TUPLES:
-        length, rule = _TUPLES[name]
-        if len(value) != length:
-            raise ValueError(f"`{name}` must have {length} numbers, got {value!r}.")
-        return tuple(_in_range(name, x, rule, value) for x in value)
+    if name in _PAIRS:
+        if len(value) != 2:
+            raise ValueError(f"`{name}` must have 2 numbers, got {value!r}.")
+        return tuple(_in_range(name, x, _PAIRS[name], value) for x in value)
     if name == "adjust_lr_fn" and value not in _LR_ADJUSTMENTS:
         raise ValueError(f"`{name}` must be one of {_LR_ADJUSTMENTS}, got {value!r}.")
     return tuple(value) if name == "ns_coefficients" else value
 
 
-def _in_range(name: str, number: float, rule: tuple[Callable[[float], bool], str], given: Any) -> float:
+def _in_range(name: str, number: float, rule: _Range, given: Any) -> float:
     if not rule[0](number):
         raise ValueError(f"`{name}` must be {rule[1]}, got {given}.")
     return number

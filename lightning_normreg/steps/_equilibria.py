@@ -32,27 +32,16 @@ _CONSTANT = ("momentum", "betas", "dampening", "nesterov")
 
 @dataclass
 class Course:
-    """One weight's way to equilibrium, in plain numbers.
+    """One weight's way to equilibrium, in plain numbers."""
 
-    Attributes:
-        norm: What the norm equation gives for the schedule run so far.
-        constant: Momentum of its group at the start; the formulas do not know a scheduled one.
-        relaxed: Relaxation times since the start.
-        half_life: Steps in which the excess over equilibrium halves, at the last learning rate.
-        norm_ratio: Measured over predicted norm at the last logged step.
-        rotation_sq: Smoothed square of measured over predicted rotation.
-        since: Logged step from which on it has been consistent with equilibrium, None while it is not.
-        steps: Optimizer steps that were followed.
-    """
-
-    norm: float
-    constant: dict[str, Any]
-    relaxed: float = 0.0
-    half_life: float = math.inf
-    norm_ratio: float = 1.0
-    rotation_sq: float | None = None
-    since: int | None = None
-    steps: int = 0
+    norm: float  # what the norm equation gives for the schedule run so far
+    constant: dict[str, Any]  # momentum of its group at the start; the formulas do not know a scheduled one
+    relaxed: float = 0.0  # relaxation times since the start
+    half_life: float = math.inf  # steps in which the excess over equilibrium halves, at the last learning rate
+    norm_ratio: float = 1.0  # measured over predicted norm at the last logged step
+    rotation_sq: float | None = None  # smoothed square of measured over predicted rotation
+    since: int | None = None  # logged step from which on it has been consistent with equilibrium, None while it is not
+    steps: int = 0  # optimizer steps that were followed
 
     def compare(self, norm: float, rotation: float, tolerance: float, step: int) -> None:
         """Note measured over predicted norm and rotation of a logged step."""
