@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from lightning_normreg._optimizers import _torch
 from lightning_normreg._optimizers._rule import FamilyOrNone, NoRule, UpdateRule
-from lightning_normreg._optimizers._torch import ADAM, ADAMW, EPS, LION, MUON, RADAMW, SGD
+from lightning_normreg._optimizers._torch import ADAM, ADAMW, EPS, LION, MUON, RADAMW, RMSPROP, SGD
 
 
 def _unpredicted_if(rule: UpdateRule, *conditions: str) -> UpdateRule:
@@ -94,11 +94,10 @@ _MIXING = NoRule("averages gradients with its own steps, which go with the weigh
 _LAPROP = UpdateRule(
     1, "decoupled", state_degrees=_SECOND, rate_degrees={"exp_avg": 1, "exp_avg_lr_1": 1}, group_degrees=EPS
 )
-_TF_RMSPROP = UpdateRule(
-    1,
-    "coupled",
-    momentum_key="momentum",
-    state_degrees={"square_avg": -2, "grad_avg": -1},
+_TF_RMSPROP = replace(
+    RMSPROP,
+    family="",
+    local="unknown",
     group_degrees={"eps": -2},
     note="starts from a variance of 1, and goes with lr/‖w‖² until that is forgotten",
 )
@@ -142,8 +141,6 @@ _TIMM: Mapping[str, UpdateRule | NoRule] = {
 # Other packages.
 _MUON = replace(MUON, group_degrees={})  # its eps is no setting
 _UNPREDICTED = replace(ADAMW, family="", local="unknown")
-
-_PO_ADAM = _either(_UNPREDICTED)
 _PO_LAMB = replace(_LAMB, note=_CLAMPED)
 
 RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
@@ -178,15 +175,13 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
     },
     "prodigyopt": {"Prodigy": _either(_PRODIGY, key="decouple")},
     "pytorch_optimizer": {
+        **dict.fromkeys(("AdEMAMix", "Adan", "SignSGD", "StableAdamW", "Tiger"), _either(_ADAM_LIKE)),
+        **dict.fromkeys(("DAdaptAdam", "DAdaptLion", "Prodigy"), _either(_PRODIGY)),
         "ADOPT": _either(_ADOPT),
-        "AdEMAMix": _either(_ADAM_LIKE),
         "AdaFactor": _either(_ADAM_LIKE).given(
             scale_parameter=replace(_ADAFACTOR_RELATIVE, local="unknown", state_degrees=None), relative_step=_OWN_RATE
         ),
         "AdamP": _either(_unpredicted_if(_ADAMP, "nesterov")),
-        "Adan": _either(_ADAM_LIKE),
-        "DAdaptAdam": _either(_PRODIGY),
-        "DAdaptLion": _either(_PRODIGY),
         "LARS": replace(_LARS, note="goes with lr/‖w‖² where the weight has one dimension"),
         "Lamb": _PO_LAMB.given(
             rectify=NoRule("takes steps of two kinds, the one before and the other after it rectifies"),
@@ -194,8 +189,7 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
             weight_decouple=replace(_LAMB_DECOUPLED, note=_CLAMPED),
         ),
         "Lion": _either(_unpredicted_if(LION, "cautious")),
-        "Muon": _PO_ADAM.given(use_muon=_either(replace(_MUON, family=""))),
-        "Prodigy": _either(_PRODIGY),
+        "Muon": _either(_UNPREDICTED).given(use_muon=_either(replace(_MUON, family=""))),
         "RAdam": _either(replace(RADAMW, family="", local="unknown")),
         "SGDP": _either(_unpredicted_if(_SGDP, "nesterov")),
         "SGDW": SGD.given(weight_decouple=_SGDW, nesterov=replace(SGD, family="nesterov")),
@@ -203,9 +197,6 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
         "ScheduleFreeAdamW": replace(_SCHEDULE_FREE_ADAMW, used_lr_key="").given(warmup_steps=_WARMS_UP),
         "ScheduleFreeSGD": replace(_SCHEDULE_FREE_SGD, used_lr_key="").given(warmup_steps=_WARMS_UP),
         "Shampoo": _either(_SHAMPOO).given(momentum=_MIXING),
-        "SignSGD": _either(_ADAM_LIKE),
-        "StableAdamW": _either(_ADAM_LIKE),
-        "Tiger": _either(_ADAM_LIKE),
     },
     "schedulefree": {
         "AdamWScheduleFree": _SCHEDULE_FREE_ADAMW,

@@ -38,12 +38,10 @@ class UpdateRule:
     # Degrees of entries of the state, where need be as a function of the weight's number of dimensions; None where the
     # state cannot be rescaled.
     state_degrees: Mapping[str, StateDegree] | None = field(default_factory=dict)
-    # Those of entries of the state that are learning rates, or go with these.
-    rate_degrees: Mapping[str, int] = field(default_factory=dict)
+    rate_degrees: Mapping[str, int] = field(default_factory=dict)  # of state that is, or goes with, a learning rate
     lr_degree: int | None = None  # None for p
     decay_degree: int | None = None  # None for −2 (coupled) and −p (decoupled)
-    # Those of other entries of the parameter group; of each element where these are tuples.
-    group_degrees: Mapping[str, Degree] = field(default_factory=dict)
+    group_degrees: Mapping[str, Degree] = field(default_factory=dict)  # of other settings, or of each of a tuple
     # Other rules, each under the condition that an entry of the parameter group, or else an attribute of the optimizer,
     # is true. The first that is met counts.
     variants: tuple[tuple[str, UpdateRule | NoRule], ...] = ()

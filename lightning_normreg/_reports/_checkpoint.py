@@ -70,26 +70,25 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        _check_sums(path)
-    except CheckpointError:
-        raise
+        damaged = _damaged_entry(path)
     except Exception as error:  # whatever a damaged file leads to
         raise CheckpointError(_why(path, error)) from error
+    if damaged is not None:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: the checksum of {damaged!r} in it is wrong. Use another copy. (If it was saved "
+            "under set_crc32_options(False), save it again without.)"
+        )
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, no checkpoint and no state dict.")
     return content
 
 
-def _check_sums(path: Path) -> None:
+def _damaged_entry(path: Path) -> str | None:
     """Look at the checksums of a file's entries, which torch writes and does not read."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(
-                f"{str(path)!r} is damaged: the checksum of {damaged!r} in it is wrong. Use another copy. (If it was "
-                "saved under set_crc32_options(False), save it again without.)"
-            )
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def _why(path: Path, error: Exception) -> str:

@@ -101,8 +101,12 @@ def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blanks:
     lrs = {_number(rule.lr(group.settings)) for rule in rules if rule.lr_key in group.settings}
     lr = lrs.pop() if len(lrs) == 1 else None if rules else _number(group.settings.get("lr"))
     decay = _number(group.settings.get("weight_decay"))
-    found: dict[str, Any] = {"optimizer": group.optimizer or None, "group": group.label, "lr": lr}
-    found["weight_decay"] = decay
+    found: dict[str, Any] = {
+        "optimizer": group.optimizer or None,
+        "group": group.label,
+        "lr": lr,
+        "weight_decay": decay,
+    }
     if watched.role.role not in ("weight", "embedding") or lr is None:
         return found
     whys += [rule.note for rule in rules if not rule.lr_is_used]
@@ -151,7 +155,6 @@ def _number(value: Any) -> float | None:
 def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:
     """The rows as a table for the terminal."""
     table = Table(title=title, caption=_CAPTION)
-    wide = len({(row.optimizer, row.group) for row in rows if row.group is not None}) > 1
     columns = {
         "parameter": lambda r: r.parameter,
         "shape": lambda r: "×".join(map(str, r.shape)),
@@ -167,7 +170,7 @@ def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:
         "decay": lambda r: _cell(r.weight_decay),
         "lr/n^p": _effective,
     }
-    if not wide:
+    if len({(row.optimizer, row.group) for row in rows if row.group is not None}) < 2:
         del columns["group"]
     for name in columns:
         table.add_column(name, justify="left" if name in ("parameter", "shape", "group") else "right")

@@ -29,7 +29,8 @@ def match_parameters(
     for group in groups:
         if group.names is not None:
             found = _by_name(group.names, known)
-            wrong = [name for name, at in found.items() if _differs(group, group.names.index(name), tensors[at])]
+            shapes = {name: group.shapes[group.names.index(name)] for name in found}  # the first of one that is twice
+            wrong = [name for name, at in found.items() if shapes[name] not in (None, tuple(tensors[at].shape))]
             missing = [name for name in group.names if name not in found]
             owners |= {at: group for name, at in found.items() if name not in wrong}
             if missing or wrong:
@@ -54,11 +55,6 @@ def _by_name(names: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
     whole = [prefix for prefix in prefixes if all(prefix + name in known for name in clean)]
     prefix = whole[0] if len(whole) == 1 else ""
     return {raw: known[prefix + name] for raw, name in zip(names, clean, strict=True) if prefix + name in known}
-
-
-def _differs(group: SavedGroup, index: int, tensor: Tensor) -> bool:
-    shape = group.shapes[index]
-    return shape is not None and shape != tuple(tensor.shape)
 
 
 class _Fit:

@@ -25,14 +25,13 @@ _SIGNATURES: Mapping[str, tuple[str, str]] = {
     "ASGD": ("lambd alpha t0", "step eta mu ax"),
     "Rprop": ("etas step_sizes", "step prev step_size"),
     "Adafactor": ("beta2_decay eps d", "step row_var col_var variance"),
-}
-_LAST = {  # torch writes no `foreach` for these
     "Muon": ("momentum nesterov ns_coefficients eps ns_steps adjust_lr_fn", "momentum_buffer"),
     "LBFGS": (
         "max_iter max_eval tolerance_grad tolerance_change history_size line_search_fn",
         "func_evals n_iter al d t old_dirs old_stps ro H_diag prev_flat_grad prev_loss",
     ),
 }
+_UNMARKED = {"Muon", "LBFGS"}  # torch writes no `foreach` for these
 _COMMON = {"params", "name", "param_names", "lr", "weight_decay", "foreach", "maximize"}
 _COMMON |= {"capturable", "differentiable", "fused"}
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
@@ -94,14 +93,14 @@ def _candidates(state: Mapping[str, Any]) -> list[str]:
     """Classes of torch.optim that have just these settings, and no other state."""
     groups = state["param_groups"]
     found = []
-    for name, (settings, entries) in {**_SIGNATURES, **_LAST}.items():
+    for name, (settings, entries) in _SIGNATURES.items():
         own = {key for group in groups for key in group} - _COMMON - _OF_SCHEDULERS
         if name in ("Adam", "AdamW"):
             decoupled = {bool(group["decoupled_weight_decay"]) for group in groups if "decoupled_weight_decay" in group}
             own.discard("decoupled_weight_decay")
             if decoupled and decoupled != {name == "AdamW"}:
                 continue
-        marked = name in _LAST or all({"foreach", "maximize"} <= set(group) for group in groups)
+        marked = name in _UNMARKED or all({"foreach", "maximize"} <= set(group) for group in groups)
         if groups and marked and own == set(settings.split()) and _entries(state) <= set(entries.split()):
             found.append(name)
     return found
@@ -115,7 +114,7 @@ def _checked(name: str, state: Mapping[str, Any], label: str) -> str:
                 f"no rule is known for {name!r}. Name a class of torch.optim, or another as package.Class, such as "
                 "lion_pytorch.Lion; or leave it out, and get the norms alone."
             )
-        known = {**_SIGNATURES, **_LAST}.get(name.removeprefix("torch.optim."))
+        known = _SIGNATURES.get(name.removeprefix("torch.optim."))
         if known is None:
             continue
         missing = set(known[0].split()) - set(group) - {"decoupled_weight_decay"}  # older ones lack it

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_normreg.functional._families import FamilyName
-from lightning_normreg.functional._settings import equilibrium_power, known_number, settled, slow
+from lightning_normreg.functional._settings import known_number, settled, slow
 
 
 def equilibrium_norm(family: FamilyName, **settings: Any) -> float:
@@ -28,7 +28,7 @@ def equilibrium_norm(family: FamilyName, **settings: Any) -> float:
       gives; ``shape``, ``momentum=0.95``, ``nesterov=True``, ``ns_coefficients``, ``ns_steps=5``, ``adjust_lr_fn=None``
     * ``"sgdp"``, SGDP without Nesterov while it projects: N⁴ = η(1−τ)²G²/(2λr(1+β)); ``gradient_norm``,
       ``momentum=0``, ``dampening=0``, ``wd_ratio=0.1``
-    * ``"adamp"``, AdamP likewise: N² = ηC(1−β)/(2λr(1+β)); ``entries``, ``betas=(0.9, 0.999)``, ``wd_ratio=0.1``
+    * ``"adamp"``, AdamP if it projects: N² = ηC(1−β)/(2λr(1+β)); ``entries``, ``betas=(0.9, 0.999)``, ``wd_ratio=0.1``
     * ``"lamb"`` with the decay inside its trust ratio, below its clamp: N = ηS√(C(1−β)/(1+β))/(2λ); ``entries``,
       ``betas=(0.9, 0.999)``
     * ``"adafactor"``, torch's: none, its log drifts
@@ -67,9 +67,7 @@ def equilibrium_norm(family: FamilyName, **settings: Any) -> float:
         table 1 (momentum, AdamW, Lion to first order). The sum over lags, the other families and the higher terms are
         derived here, and measured against the optimizers by ``tests/benchmarks/equilibrium_table.py``.
     """
-    balance = settled(family, settings)
-    equilibrium_power(family, balance)
-    return known_number(family, balance.norm())
+    return known_number(family, settled(family, settings).norm())
 
 
 def equilibrium_rotation(family: FamilyName, **settings: Any) -> float:
@@ -115,7 +113,7 @@ def equilibrium_rotation(family: FamilyName, **settings: Any) -> float:
         order; Wan et al. 2021, https://arxiv.org/abs/2006.08419, for SGD. The rest is derived here, see
         :func:`equilibrium_norm`.
     """
-    return known_number(family, settled(family, settings).rotation())
+    return known_number(family, settled(family, settings, norm=False).rotation())
 
 
 def equilibrium_half_life(family: FamilyName, *, initial_norm: float | None = None, **settings: Any) -> float:
@@ -140,7 +138,8 @@ def equilibrium_half_life(family: FamilyName, *, initial_norm: float | None = No
 
     Raises:
         TypeError: For a setting that the family does not have, or one that it lacks.
-        ValueError: As :func:`equilibrium_norm`, and where κS is 1 or more: the norm follows the momentum's memory then.
+        ValueError: For a setting out of its range or one missing where needed, a decay of 0, η·λ of 1 or more, a family
+            without equilibrium norm, and where κS is 1 or more: the norm follows the momentum's memory then.
 
     Examples:
         >>> round(equilibrium_half_life("sgd", lr=0.1, weight_decay=5e-4, momentum=0.9))
@@ -153,12 +152,10 @@ def equilibrium_half_life(family: FamilyName, *, initial_norm: float | None = No
         https://arxiv.org/abs/2405.13698, have 1/(ηλ) for AdamW, twice the e-folding time of N².
     """
     balance = settled(family, settings)
-    power = equilibrium_power(family, balance)
     if not balance.decay_exponent:
-        return slow(balance, math.log(2) / (power * balance.decay))
-    norm = known_number(family, balance.norm())
-    rate = power * balance.decay * norm**balance.decay_exponent
+        return slow(balance, math.log(2) / balance.rate())
+    norm, power = known_number(family, balance.norm()), balance.power
     excess = (initial_norm / norm) ** power - 1 if initial_norm is not None else 0.0
     zeta = torch.linspace(0, math.log(2), 257, dtype=torch.float64)
     slowness = (1 + excess * torch.exp(-zeta)) ** (-balance.decay_exponent / power)
-    return slow(balance, float(torch.trapezoid(slowness, zeta)) / rate)
+    return slow(balance, float(torch.trapezoid(slowness, zeta)) / balance.rate())

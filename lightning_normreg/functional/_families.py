@@ -205,4 +205,3 @@ _ALL = (
     Family("adafactor", _adafactor, {"relative_step": UNKNOWN}, settles=False),
 )
 FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}
-"""What each name stands for."""

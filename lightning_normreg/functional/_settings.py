@@ -10,13 +10,19 @@ from lightning_normreg.functional._balance import Balance
 from lightning_normreg.functional._families import FAMILIES, Family
 
 _Range = tuple[Callable[[float], bool], str]
-_FRACTION: _Range = (lambda x: 0 <= x < 1, "in [0, 1)")
-_POSITIVE: _Range = (lambda x: 0 < x < math.inf, "positive")
-_NOT_NEGATIVE: _Range = (lambda x: 0 <= x < math.inf, "at least 0")
-_PAIRS = {"betas": _FRACTION, "shape": _POSITIVE}
-_NUMBERS = dict.fromkeys(("lr", "gradient_norm", "entries", "wd_ratio", "relative_step"), _POSITIVE)
-_NUMBERS |= {"weight_decay": _NOT_NEGATIVE, "momentum": _FRACTION, "dampening": _FRACTION}
+FRACTION: _Range = (lambda x: 0 <= x < 1, "in [0, 1)")
+POSITIVE: _Range = (lambda x: 0 < x < math.inf, "positive")
+NOT_NEGATIVE: _Range = (lambda x: 0 <= x < math.inf, "at least 0")
+_PAIRS = {"betas": FRACTION, "shape": POSITIVE}
+_NUMBERS = dict.fromkeys(("lr", "gradient_norm", "entries", "wd_ratio", "relative_step"), POSITIVE)
+_NUMBERS |= {"weight_decay": NOT_NEGATIVE, "momentum": FRACTION, "dampening": FRACTION}
 _LR_ADJUSTMENTS = (None, "original", "match_rms_adamw")
+
+
+def check(name: str, number: float, allowed: _Range, given: Any = None) -> None:
+    """Raise a ``ValueError`` unless a number is in its range; it shows what was given, where that is another thing."""
+    if not allowed[0](number):
+        raise ValueError(f"`{name}` must be {allowed[1]}, got {number if given is None else given}.")
 
 
 def family_of(name: str) -> Family:
@@ -47,19 +53,14 @@ def balance_of(name: str, settings: Mapping[str, Any]) -> Balance:
     return family.balance(checked)
 
 
-def settled(name: str, settings: Mapping[str, Any]) -> Balance:
-    """The same where there has to be an equilibrium."""
+def settled(name: str, settings: Mapping[str, Any], *, norm: bool = True) -> Balance:
+    """The same where there has to be an equilibrium, by default one of the norm as well."""
     balance = balance_of(name, settings)
     if settings["weight_decay"] == 0:
         raise ValueError(f"`weight_decay` must be positive, got 0: without it there is no equilibrium. {_GROWTH}")
-    return balance
-
-
-def equilibrium_power(name: str, balance: Balance) -> int:
-    """Power of the norm that relaxes, where the norm has an equilibrium at all."""
-    if not FAMILIES[name].settles:
+    if norm and not FAMILIES[name].settles:
         raise ValueError(f"`family` {name!r} has no equilibrium norm: its log drifts steadily. {_GROWTH}")
-    return balance.power
+    return balance
 
 
 def known_number(name: str, value: float) -> float:
@@ -85,17 +86,14 @@ _GROWTH = "See `predicted_norm` for how it moves."
 
 def _checked(name: str, value: Any) -> Any:
     if name in _NUMBERS:
-        return _in_range(name, float(value), _NUMBERS[name], value)
+        check(name, float(value), _NUMBERS[name], value)
+        return float(value)
     if name in _PAIRS:
         if len(value) != 2:
             raise ValueError(f"`{name}` must have 2 numbers, got {value!r}.")
-        return tuple(_in_range(name, x, _PAIRS[name], value) for x in value)
+        for number in value:
+            check(name, number, _PAIRS[name], value)
+        return tuple(value)
     if name == "adjust_lr_fn" and value not in _LR_ADJUSTMENTS:
         raise ValueError(f"`{name}` must be one of {_LR_ADJUSTMENTS}, got {value!r}.")
     return tuple(value) if name == "ns_coefficients" else value
-
-
-def _in_range(name: str, number: float, rule: _Range, given: Any) -> float:
-    if not rule[0](number):
-        raise ValueError(f"`{name}` must be {rule[1]}, got {given}.")
-    return number

@@ -22,7 +22,6 @@ from lightning_normreg.steps._step_hooks import Phase
 
 _Written = tuple[float | Tensor, float]
 """Learning rate and weight decay of a step as the optimizer has them: a tensor is not read at once."""
-
 RELAXATION_TIMES = 3.0
 """Relaxation times after which a twentieth is left of the initial norm."""
 _KEPT = 0.9

@@ -7,17 +7,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from lightning_normreg import _metrics
+from lightning_normreg import _metrics, functional
 from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, UpdateRule
 from lightning_normreg._weights import Watched, whole_shape
-from lightning_normreg.functional import (
-    equilibrium_half_life,
-    equilibrium_norm,
-    equilibrium_rotation,
-    predicted_norm,
-    predicted_rotation,
-)
 from lightning_normreg.functional._families import FAMILIES
 from lightning_normreg.functional._settings import family_of
 
@@ -34,14 +27,7 @@ _SAME = 0.01
 class Formulas:
     """The predictions for one weight; norms are root mean squares over its units.
 
-    Args:
-        rule: Of the weight's optimizer.
-        group: Parameter group of the weight.
-        watched: The weight.
-        gradient: Norm of the gradient of a unit of norm 1, a mean over units; None where it was not measured.
-
-    Raises:
-        ValueError: If the rule has no family.
+    ``gradient`` is the norm of the gradient of a unit of norm 1, a mean over units; None where it was not measured.
     """
 
     def __init__(self, rule: UpdateRule, group: Group, watched: Watched, gradient: float | None) -> None:
@@ -61,19 +47,19 @@ class Formulas:
         if self.family.settles:
             curves[_metrics.EQUILIBRIUM_NORM] = self.norm(rates)
             curves[_metrics.EQUILIBRIUM_HALF_LIFE] = self.half_life(rates)
-        return curves, predicted_rotation(self.family.name, norm * self._scale, **self._with(rates))
+        return curves, functional.predicted_rotation(self.family.name, norm * self._scale, **self._with(rates))
 
     def rotation(self, rates: Rates) -> float:
         """Rotation per step at the equilibrium of a learning rate and decay."""
-        return equilibrium_rotation(self.family.name, **self._with(rates))
+        return functional.equilibrium_rotation(self.family.name, **self._with(rates))
 
     def norm(self, rates: Rates) -> float:
         """Norm at that equilibrium."""
-        return equilibrium_norm(self.family.name, **self._with(rates)) / self._scale
+        return functional.equilibrium_norm(self.family.name, **self._with(rates)) / self._scale
 
     def half_life(self, rates: Rates) -> float:
         """Steps in which the norm comes half-way to it."""
-        return equilibrium_half_life(self.family.name, **self._with(rates))
+        return functional.equilibrium_half_life(self.family.name, **self._with(rates))
 
     def advance(self, norm: float, steps: Sequence[Rates]) -> tuple[float, float]:
         """Norm after some steps, and the relaxation times that they have lasted."""
@@ -81,7 +67,9 @@ class Formulas:
         for (lr, decay), count in _stretches(steps):
             if lr > 0:
                 settings = self.settings | {"weight_decay": decay}
-                after = predicted_norm(self.family.name, [lr] * count, initial_norm=norm * self._scale, **settings)
+                after = functional.predicted_norm(
+                    self.family.name, [lr] * count, initial_norm=norm * self._scale, **settings
+                )
                 norm = after[-1] / self._scale
                 if self.family.settles and decay > 0:
                     relaxed += count * math.log(2) / self.half_life((lr, decay))
