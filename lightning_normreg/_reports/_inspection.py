@@ -48,8 +48,7 @@ def as_parameters(tensors: Mapping[str, Tensor]) -> list[tuple[str, Parameter, P
     found = []
     for name, tensor in tensors.items():
         parameter = Parameter(tensor, requires_grad=False)
-        role, rule = role_by_shape(name.rpartition(".")[2], parameter)
-        found.append((name, parameter, ParameterRole(role, rule, "")))
+        found.append((name, parameter, ParameterRole(*role_by_shape(name.rpartition(".")[2], parameter), "")))
     return found
 
 

@@ -112,7 +112,8 @@ class Equilibria:
                     formulas = Formulas(rule, group, self._watched[name], gradient)
                     self._compare(name, row[name], formulas, group, step)
                 except ValueError as error:
-                    self._give_up(name, str(error))
+                    rank_zero_warn(f"From here on no equilibrium is predicted for {name!r}. {error}")
+                    self._drop(name)
 
     def _compare(self, name: str, values: dict[Curve, float], formulas: Formulas, group: Group, step: int) -> None:
         *done, present = _read(self._steps[name])
@@ -156,10 +157,6 @@ class Equilibria:
         self._steps = {name: list(steps) for name, steps in state["steps"].items()}
         for name in state["given_up"]:
             self._drop(name)
-
-    def _give_up(self, name: str, why: str) -> None:
-        rank_zero_warn(f"From here on no equilibrium is predicted for {name!r}. {why}")
-        self._drop(name)
 
     def _drop(self, name: str) -> None:
         self._given_up.append(name)

@@ -66,11 +66,8 @@ class Formulas:
         relaxed = 0.0
         for (lr, decay), count in _stretches(steps):
             if lr > 0:
-                settings = self.settings | {"weight_decay": decay}
-                after = functional.predicted_norm(
-                    self.family.name, [lr] * count, initial_norm=norm * self._scale, **settings
-                )
-                norm = after[-1] / self._scale
+                settings = self.settings | {"weight_decay": decay, "initial_norm": norm * self._scale}
+                norm = functional.predicted_norm(self.family.name, [lr] * count, **settings)[-1] / self._scale
                 if self.family.settles and decay > 0:
                     relaxed += count * math.log(2) / self.half_life((lr, decay))
         return norm, relaxed
