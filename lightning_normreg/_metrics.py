@@ -31,7 +31,6 @@ UNIT_NORM_RMS = Curve(
 )
 UNIT_NORM_MIN = Curve("unit_norm_min", "min ‖w_u‖", "w", "min_u ‖w_u‖")
 UNIT_NORM_MAX = Curve("unit_norm_max", "max ‖w_u‖", "w", "max_u ‖w_u‖")
-UNIT_NORMS = Curve("unit_norms", "‖w_u‖", "w", "histogram of ‖w_u‖")
 EFFECTIVE_LR = Curve("effective_lr", "η / n^p", "lr / w^p", "lr / unit_norm_rms^p", summary="effective_lr_ratio")
 EFFECTIVE_LR_NOT_INVARIANT = Curve(
     "effective_lr_not_invariant", "η / n^p", "lr / w^p", "as effective_lr, of weights that are not scale-invariant"
@@ -102,22 +101,23 @@ EQUILIBRIUM_TOLERANCE = 0.15
 
 def tag(curve: Curve, parameter: str, prefix: str = PREFIX) -> str:
     """Tag of one layer's curve."""
-    return _joined(prefix, curve.key, parameter)
+    return joined(prefix, curve.key, parameter)
 
 
 def summary_tag(curve: Curve, statistic: str, prefix: str = PREFIX) -> str:
     """Tag of one summary over layers."""
-    return _joined(prefix, SUMMARY_GROUP, f"{curve.summary}_{statistic}")
+    return joined(prefix, SUMMARY_GROUP, f"{curve.summary}_{statistic}")
 
 
-def _joined(prefix: str, *parts: str) -> str:
+def joined(prefix: str, *parts: str) -> str:
+    """Parts of a tag, behind a prefix that may be empty."""
     return "/".join([prefix, *parts] if prefix else parts)
 
 
 def retagged(logged: str, prefix: str) -> str:
     """A tag of this or an older version, as it is with a prefix."""
     found = split_tag(logged)
-    return _joined(prefix, found[1]) if found else logged
+    return joined(prefix, found[1]) if found else logged
 
 
 def split_tag(logged: str) -> tuple[str, str] | None:

@@ -18,6 +18,7 @@ from lightning_normreg.cli._recipe import OF_THE_UNIT, Recipe, converted, to_pla
 from lightning_normreg.cli._recipe_source import read_recipe
 from lightning_normreg.cli.inspect._report import WIDTH
 from lightning_normreg.functional import equilibrium_half_life, equilibrium_rotation, matched_lr
+from lightning_normreg.functional._families import FAMILIES
 from lightning_normreg.functional._recipes import EXPONENTS
 
 _SETTINGS = ("momentum", "dampening", "nesterov", "betas")
@@ -173,7 +174,7 @@ def _words(before: Recipe, after: Recipe, matched: float | None) -> list[str]:
     decay = before if before.form == "decay" else after
     settings = decay.arguments() | {"lr": decay.rate(), "weight_decay": decay.weight_decay}
     rotation = equilibrium_rotation(decay.family, **settings)
-    noise = "35 %" if decay.family == "muon" else "15 %"
+    noise = f"{100 * FAMILIES[decay.family].tolerance:.0f} %"
     reason = (
         f"Decay lets a unit settle where it turns by {rotation:.4g} rad per step, and holds it there. A projection to "
         "this radius turns it as far, from the first step on."

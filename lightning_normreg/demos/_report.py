@@ -25,7 +25,7 @@ def layers(history: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(name for key, _, name in names if key == _metrics.UNIT_NORM_RMS.key))
 
 
-def summary_table(history: pd.DataFrame) -> Table:
+def first_and_last_table(history: pd.DataFrame) -> Table:
     """Per layer the first and the last value of each curve."""
     table = Table(title="What the run did to each layer, first → last logged step")
     table.add_column("layer")

@@ -16,7 +16,7 @@ from lightning_normreg._optimizers import Group, update_rule
 from lightning_normreg._weights import Watched
 from lightning_normreg.functional import equilibrium_rotation
 from lightning_normreg.functional._rotation import check_angle
-from lightning_normreg.steps._equilibria import Formulas
+from lightning_normreg.steps._formulas import Formulas
 from lightning_normreg.steps._tracker import Stepping
 
 Angle = float | Literal["lr", "equilibrium"]

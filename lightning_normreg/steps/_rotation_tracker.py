@@ -19,7 +19,7 @@ from lightning_normreg._weights import Later, SumOverShards, Watched, at_once, g
 from lightning_normreg.functional import effective_lr
 from lightning_normreg.functional._norms import root_mean_square
 from lightning_normreg.functional._updates import Step
-from lightning_normreg.steps._equilibria import GRADIENT_AT_NORM_1, needs_gradient
+from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1, needs_gradient
 from lightning_normreg.steps._health import Health, signs
 from lightning_normreg.steps._step_hooks import Recording, of_mine
 from lightning_normreg.steps._tracker import Measured, Stepping, Tracker
