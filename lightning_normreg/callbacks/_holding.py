@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_normreg._compat import is_named
 from lightning_normreg._symmetries import ProbeError
 from lightning_normreg._weights import UnitArgument, Watched, check_selection, reshard, strong, watch
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
@@ -214,7 +215,7 @@ def _say_rounding(targets: list[Watched]) -> None:
 
 def _refuse_idle(trainer: Trainer, targets: list[Watched]) -> None:
     """Refuse weights that nothing updates, unless a finetuning callback may thaw them."""
-    thaws = any("BaseFinetuning" in [c.__name__ for c in type(cb).__mro__] for cb in trainer.callbacks)  # type: ignore[attr-defined]
+    thaws = any(is_named(callback, "BaseFinetuning") for callback in trainer.callbacks)  # type: ignore[attr-defined]
     optimized = {t.name for t in Projector(targets, "auto").optimized(optimizers_of(trainer))}
     idle = [t.name for t in targets if t.name not in optimized or not t.parameter.requires_grad]
     if idle and not thaws:

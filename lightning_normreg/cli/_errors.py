@@ -10,6 +10,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from lightning_normreg._compat import is_named
+
 DEBUG_HINT = "(JSONARGPARSE_DEBUG=true shows where.)"
 
 LIBRARIES = ("lightning_normreg.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "torch.")
@@ -75,7 +77,7 @@ def explain(
         return None  # it came by the user's code
     ours = bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("lightning_normreg.")
     refused = isinstance(root, (ValueError, TypeError, NotImplementedError, ModuleNotFoundError)) and ours
-    if refused or "MisconfigurationException" in [c.__name__ for c in type(root).__mro__]:
+    if refused or is_named(root, "MisconfigurationException"):
         return ": ".join([*_keys(frames, config, defaults), str(root)])
     if isinstance(root, ValueError) and constructing:
         return ": ".join([*_keys(frames, config, defaults), f"{root} {DEBUG_HINT}"])
