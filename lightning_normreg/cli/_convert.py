@@ -7,16 +7,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
+from lightning_normreg.cli._console import console
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
-from lightning_normreg.cli._examples import PROGRAM, epilog
-from lightning_normreg.cli._namespace import DEFAULT
-from lightning_normreg.cli._normreg_cli import parser_class
+from lightning_normreg.cli._parser import Parser, parser_of
 from lightning_normreg.cli._recipe import OF_THE_UNIT, Recipe, converted, to_plain
 from lightning_normreg.cli._recipe_source import read_recipe
-from lightning_normreg.cli.inspect._report import WIDTH
 from lightning_normreg.functional import equilibrium_half_life, equilibrium_rotation, matched_lr
 from lightning_normreg.functional._recipes import EXPONENTS
 
@@ -52,13 +49,12 @@ def convert(args: list[str]) -> None:
         more = {} if matched is None else {"matched_lr": matched}
         print(json.dumps(to_plain(found) | more, indent=1, allow_nan=False))
         return
-    plain = Console()
-    console = plain if plain.is_terminal else Console(width=WIDTH)
-    console.print(_table(recipe, found))
+    page = console()
+    page.print(_table(recipe, found))
     for said in _words(recipe, found, matched):
-        console.print(said, highlight=False, markup=False)
+        page.print(said, highlight=False, markup=False)
     if (config := _config(found)) is not None:
-        console.print("\nFor fit --config:", highlight=False)
+        page.print("\nFor fit --config:", highlight=False)
         print(yaml.safe_dump(config, sort_keys=False), end="")
 
 
@@ -236,12 +232,8 @@ def _config(found: Recipe) -> dict[str, Any] | None:
     return config | ({"projection": {"radius": found.radius}} if found.radius is not None else {})
 
 
-def _parser() -> Any:
-    parser = parser_class(DEFAULT)(
-        prog=f"{PROGRAM} convert",
-        description="A recipe with weight decay as one with projection or a schedule, or back.",
-        epilog=epilog("convert"),
-    )
+def _parser() -> Parser:
+    parser = parser_of("convert", "A recipe with weight decay as one with projection or a schedule, or back.")
     parser.add_argument(
         "--to",
         type=Literal["projection", "schedule", "decay"],

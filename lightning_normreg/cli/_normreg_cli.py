@@ -26,7 +26,7 @@ from lightning_normreg.cli._groups import (
     ProjectionGroup,
     RotationGroup,
 )
-from lightning_normreg.cli._namespace import DEFAULT, namespace_of
+from lightning_normreg.cli._namespace import default_namespace, namespace_of
 from lightning_normreg.cli._optimizers import configure_optimizers
 from lightning_normreg.cli._parser import Parser
 from lightning_normreg.cli._schedulers import MakeScheduler
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
     Base = LightningCLI
+    DEFAULT = "pytorch_lightning"
 else:
     Base = object
+    DEFAULT = default_namespace()
     LightningCLI = import_module(f"{DEFAULT}.cli").LightningCLI
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer] | None

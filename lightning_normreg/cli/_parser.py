@@ -6,12 +6,11 @@ import argparse
 import re
 import textwrap
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from pytorch_lightning.cli import LightningArgumentParser as ParserBase
-else:
-    ParserBase = object
+from jsonargparse import ArgumentParser
+
+from lightning_normreg.cli._examples import PROGRAM, epilog
 
 # What jsonargparse says of types is for those who know them.
 PLAIN_WORDS = (
@@ -32,8 +31,8 @@ REMEDIES = {
 }
 
 
-class Parser(ParserBase):
-    """To be mixed into the LightningArgumentParser of a namespace."""
+class Parser(ArgumentParser):
+    """That of subcommands which are not LightningCLI's; those have it mixed into Lightning's own."""
 
     def format_usage(self) -> str:
         """One line: there are a hundred options."""
@@ -84,6 +83,12 @@ class Parser(ParserBase):
             action.help = argparse.SUPPRESS
         group.description = textwrap.fill(f"{group.description} {shown}.", 90)
         group.add_argument(f"--{key}.help", action=_Unfold, group=group, helps=helps)
+
+
+def parser_of(subcommand: str, description: str) -> Parser:
+    """A parser for a subcommand that needs no Lightning, which takes long to import."""
+    prefix = "PL"  # of environment variables, as LightningCLI has it
+    return Parser(prog=f"{PROGRAM} {subcommand}", description=description, epilog=epilog(subcommand), env_prefix=prefix)
 
 
 class _Unfold(argparse.Action):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning_normreg._reports import (
     Checkpoint,
     as_parameters,
@@ -15,11 +13,8 @@ from lightning_normreg._reports import (
 from lightning_normreg._symmetries import load_verdict
 from lightning_normreg._weights import Verdict
 from lightning_normreg.cli._errors import ArgumentRefused, blamed_on, refusals_of
-from lightning_normreg.cli._examples import epilog
-from lightning_normreg.cli._namespace import DEFAULT
-from lightning_normreg.cli._normreg_cli import parser_class
-from lightning_normreg.cli.inspect._model import inspect_model
-from lightning_normreg.cli.inspect._report import NAME, Report, add_output_arguments, show
+from lightning_normreg.cli._parser import Parser, parser_of
+from lightning_normreg.cli.inspect._report import Report, add_output_arguments, show
 
 
 def inspect(args: list[str]) -> None:
@@ -31,6 +26,8 @@ def inspect(args: list[str]) -> None:
     words = ["--ckpt_path", *args] if args and not args[0].startswith("-") else list(args)
     keys = {word.split("=")[0].split(".")[0] for word in words}
     if keys & {"--model", "--config", "-c"} and not keys & {"-h", "--help"}:
+        from lightning_normreg.cli.inspect._model import inspect_model  # noqa: PLC0415, which imports Lightning
+
         inspect_model(words)
         return
     parser = _parser()
@@ -91,11 +88,9 @@ def _about_weights(checkpoint: Checkpoint, verdict: Verdict, given: bool) -> lis
     return said
 
 
-def _parser() -> Any:
-    parser = parser_class(DEFAULT)(
-        prog=NAME,
-        description="Norms and effective learning rates of a checkpoint, a model, or a model from a checkpoint.",
-        epilog=epilog("inspect"),
+def _parser() -> Parser:
+    parser = parser_of(
+        "inspect", "Norms and effective learning rates of a checkpoint, a model, or a model from a checkpoint."
     )
     alone = parser.add_argument_group("checkpoint", "No code in it is run, and no model is needed.")
     alone.add_argument(

@@ -21,9 +21,10 @@ from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_o
 from lightning_normreg.callbacks._norm_projection import NormProjection
 from lightning_normreg.callbacks._probing import Verdict
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
+from lightning_normreg.cli._examples import PROGRAM
 from lightning_normreg.cli._namespace import namespace_of
 from lightning_normreg.cli._normreg_cli import NormRegCLI
-from lightning_normreg.cli.inspect._report import NAME, Report, add_output_arguments, show
+from lightning_normreg.cli.inspect._report import Report, add_output_arguments, show
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -72,7 +73,7 @@ class _Inspection(Commands):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Let errors name the command as it was called."""
         super().setup_parser(*args, **kwargs)
-        self._subcommand_parsers["fit"].prog = self.parser.prog = NAME
+        self._subcommand_parsers["fit"].prog = self.parser.prog = f"{PROGRAM} inspect"
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Those of ``fit``, and of the output."""

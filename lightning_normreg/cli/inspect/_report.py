@@ -10,17 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from lightning_normreg._reports import InspectedParameter, inspection_table
 from lightning_normreg._symmetries import save_verdict
 from lightning_normreg._weights import Verdict
+from lightning_normreg.cli._console import console
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
-from lightning_normreg.cli._examples import PROGRAM
-
-NAME = f"{PROGRAM} inspect"
-WIDTH = 160
-"""Columns where the output is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +81,9 @@ def show(report: Report, options: Any) -> None:
         writer.writerows(row | {"shape": "x".join(map(str, row["shape"]))} for row in rows)
         sys.stderr.write("\n".join([*report.notes, ""]))
     else:
-        plain = Console()
-        console = plain if plain.is_terminal else Console(width=WIDTH)
+        page = console()
         for part in (*report.before, inspection_table(report.rows, report.title), *report.notes):
-            console.print(part, highlight=False, markup=False)
+            page.print(part, highlight=False, markup=False)
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
