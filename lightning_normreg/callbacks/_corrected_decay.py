@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_normreg._weights import check_selection, strong, watch
+from lightning_normreg._weights import Verdict, check_selection, strong, watch
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
-from lightning_normreg.callbacks._probing import Verdict
 from lightning_normreg.steps._decay_corrector import DecayCorrector, PeakLR
 from lightning_normreg.steps._targets import choose_targets
 

@@ -10,10 +10,9 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg import _metrics
-from lightning_normreg._weights import UnitArgument, Watched
+from lightning_normreg._weights import UnitArgument, Verdict, Watched
 from lightning_normreg.callbacks._base import optimizers_of, run_of
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
-from lightning_normreg.callbacks._probing import Verdict
 from lightning_normreg.steps._equilibria import GRADIENT_AT_NORM_1, Equilibria
 from lightning_normreg.steps._health import Health, OnUnhealthy
 from lightning_normreg.steps._rotation_tracker import RotationTracker

@@ -11,10 +11,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import is_named
 from lightning_normreg._symmetries import ProbeError
-from lightning_normreg._weights import UnitArgument, Watched, check_selection, reshard, strong, watch
+from lightning_normreg._weights import UnitArgument, Verdict, Watched, check_selection, reshard, strong, watch
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
 from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, optimizers_of, run_of
-from lightning_normreg.callbacks._probing import Verdict, few_samples
+from lightning_normreg.callbacks._probing import few_samples
 from lightning_normreg.steps._batch_norms import keep_batch_norms
 from lightning_normreg.steps._projector import Projector, Radius, check_radius_argument
 from lightning_normreg.steps._targets import OnNotInvariant, check_eps_shares, choose_targets

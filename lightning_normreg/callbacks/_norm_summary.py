@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lightning_normreg._reports import SummaryRow, markdown_summary, sentences, summary_rows, summary_table
+from lightning_normreg._weights import Verdict
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
 from lightning_normreg.callbacks._holding import SphereCallback
-from lightning_normreg.callbacks._probing import Verdict
 from lightning_normreg.steps._step_hooks import Phase
 
 if TYPE_CHECKING:

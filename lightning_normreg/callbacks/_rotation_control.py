@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_normreg._weights import UnitArgument, Watched
+from lightning_normreg._weights import UnitArgument, Verdict, Watched
 from lightning_normreg.callbacks._base import optimizers_of
 from lightning_normreg.callbacks._holding import SphereCallback
-from lightning_normreg.callbacks._probing import Verdict
 from lightning_normreg.functional._rotation import Per
 from lightning_normreg.steps._angles import Angle, Angles
 from lightning_normreg.steps._projector import Radius

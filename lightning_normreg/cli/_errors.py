@@ -51,7 +51,7 @@ def refusals_of(key: str) -> Iterator[None]:
         raise ArgumentRefused(key, error) from error
 
 
-def explain(
+def message_for_user(
     error: BaseException, config: Mapping[str, Any], defaults: Mapping[str, str], constructing: bool
 ) -> str | None:
     """What to tell the user, or None where the error is a bug and wants its traceback.

@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 import lightning_normreg.demos  # noqa: F401, so that its classes are known by their short names
-from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, explain
+from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, message_for_user
 from lightning_normreg.cli._examples import SUMMARIES, epilog
 from lightning_normreg.cli._groups import (
     CALLBACK_GROUPS,
@@ -66,7 +66,9 @@ class Commands(Base):
             defaults = dict(GROUP_OF_CALLBACK)
             for key, given in (("model", self.model_class), ("data", self.datamodule_class)):
                 defaults[getattr(given, "__name__", key)] = key
-            said = explain(error, self._settings("config"), defaults, constructing=not hasattr(self, "trainer"))
+            said = message_for_user(
+                error, self._settings("config"), defaults, constructing=not hasattr(self, "trainer")
+            )
             if said is None or not hasattr(self, "parser"):
                 raise
             self._parser(getattr(self, "subcommand", None)).error(said, error)

@@ -17,9 +17,9 @@ from lightning_normreg._reports import (
     summary_rows,
     summary_table,
 )
+from lightning_normreg._weights import Verdict
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
 from lightning_normreg.callbacks._norm_projection import NormProjection
-from lightning_normreg.callbacks._probing import Verdict
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
 from lightning_normreg.cli._examples import PROGRAM
 from lightning_normreg.cli._namespace import namespace_of
