@@ -18,14 +18,7 @@ from torch.optim import Optimizer
 import lightning_normreg.demos  # noqa: F401, so that its classes are known by their short names
 from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, message_for_user
 from lightning_normreg.cli._examples import SUMMARIES, epilog
-from lightning_normreg.cli._groups import (
-    CALLBACK_GROUPS,
-    GROUP_OF_CALLBACK,
-    DecayGroup,
-    MonitorGroup,
-    ProjectionGroup,
-    RotationGroup,
-)
+from lightning_normreg.cli._groups import CALLBACK_GROUPS, GROUP_OF_CALLBACK, DecayGroup
 from lightning_normreg.cli._namespace import default_namespace, namespace_of
 from lightning_normreg.cli._optimizers import configure_optimizers
 from lightning_normreg.cli._parser import Parser
@@ -88,28 +81,9 @@ class Commands(Base):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Put the groups of this package before Lightning's."""
-        monitor = parser.add_argument_group("curves, projection and rotation")
-        monitor.add_argument(
-            "--monitor",
-            type=bool | MonitorGroup,
-            default=True,
-            help="Log effective learning rates, rotations and norms: true, false, or with arguments such as "
-            "--monitor.every_n_steps 10. A monitor named in trainer.callbacks takes the place of this one.",
-        )
-        monitor.add_argument(
-            "--projection",
-            type=bool | ProjectionGroup,
-            default=False,
-            help="Hold the norm of scale-invariant weights: true, false, or with arguments such as "
-            "--projection.radius 1.0.",
-        )
-        monitor.add_argument(
-            "--rotation",
-            type=bool | RotationGroup,
-            default=False,
-            help="Turn scale-invariant weights by an angle per step, the learning rate in radians: true, false, or "
-            "with arguments such as --rotation.angle 0.01 or --rotation.angle equilibrium.",
-        )
+        group = parser.add_argument_group("curves, projection and rotation")
+        for key, (makes, default, text) in CALLBACK_GROUPS.items():
+            group.add_argument(f"--{key}", type=bool | makes, default=default, help=text)
         if self._makes_optimizers:
             self._add_optimizer_arguments(parser)
         super().add_core_arguments_to_parser(parser)
@@ -218,9 +192,9 @@ class Commands(Base):
         defaults = self.trainer_defaults.get("callbacks", [])
         self.trainer_defaults = {key: value for key, value in self.trainer_defaults.items() if key != "callbacks"}
         callbacks = list(defaults) if isinstance(defaults, list) else [defaults]
-        for key, group in CALLBACK_GROUPS.items():
+        for key, (makes, *_) in CALLBACK_GROUPS.items():
             with blamed_on(key):
-                setting = group() if made[key] is True else made[key]
+                setting = makes() if made[key] is True else made[key]
                 callbacks += setting.callbacks() if setting else []
         forced = [made[key] for key in self._parser(self.subcommand).callback_keys]
         for callback in callbacks:
