@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lightning_normreg.cli._console import console
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
-from lightning_normreg.cli._parser import Parser, parser_of
+from lightning_normreg.cli._parser import Parser, add_optional, parser_of
 from lightning_normreg.cli._recipe import OF_THE_UNIT, Recipe, converted, to_plain
 from lightning_normreg.cli._recipe_source import read_recipe
 from lightning_normreg.functional import equilibrium_half_life, equilibrium_rotation, matched_lr
@@ -27,7 +27,7 @@ _HELP = {
     "gradient_norm": "Norm of a unit's gradient times its own norm, for SGD and for decay that goes into the gradient.",
     "shape": "Of the matrix, for Muon.",
 }
-_TYPES = {"nesterov": bool | None, "betas": list[float] | None, "shape": list[int] | None}
+_TYPES: dict[str, type] = {"nesterov": bool, "betas": list[float], "shape": list[int]}
 
 
 def convert(args: list[str]) -> None:
@@ -241,27 +241,21 @@ def _parser() -> Parser:
         help="What to make: projection to a radius, a learning rate for each step, or decay again.",
     )
     recipe = parser.add_argument_group("recipe", "That of the optimizer, as its class calls it.")
-    recipe.add_argument(
-        "--recipe", type=str | None, default=None, metavar="FILE", help="YAML of fit, or JSON by convert --json."
-    )
-    recipe.add_argument(
-        "--optimizer", type=str | None, default=None, metavar="NAME", help="Class, such as AdamW, or family."
-    )
+    add_optional(recipe, "recipe", str, "FILE", "YAML of fit, or JSON by convert --json.")
+    add_optional(recipe, "optimizer", str, "NAME", "Class, such as AdamW, or family.")
     for key in ("lr", "weight_decay"):
-        recipe.add_argument(f"--{key}", type=float | None, default=None, metavar="X", help=f"Its {key}.")
+        add_optional(recipe, key, float, "X", f"Its {key}.")
     for key in _SETTINGS:
-        recipe.add_argument(f"--{key}", type=_TYPES.get(key, float | None), default=None, metavar="X", help=_HELP[key])
+        add_optional(recipe, key, _TYPES.get(key, float), "X", _HELP[key])
     units = parser.add_argument_group("unit", "For projection: what the equilibrium of this optimizer depends on.")
     for key in OF_THE_UNIT:
-        units.add_argument(f"--{key}", type=_TYPES.get(key, float | None), default=None, metavar="X", help=_HELP[key])
+        add_optional(units, key, _TYPES.get(key, float), "X", _HELP[key])
     other = parser.add_argument_group("the other recipe")
-    other.add_argument("--radius", type=float | None, default=None, metavar="X", help="Of the projection.")
-    other.add_argument("--norm", type=float | None, default=None, metavar="X", help="That a unit has now: gives the "
-                       "rate at which projection makes the next step exactly.")  # fmt: skip
-    other.add_argument(
-        "--decayed_lr", type=float | None, default=None, metavar="X", help="lr to have with decay again."
-    )
-    other.add_argument("--steps", type=int | None, default=None, metavar="N", help="Of the schedule.")
-    other.add_argument("--steps_per_epoch", type=int | None, default=None, metavar="N", help="For one by epochs.")
+    add_optional(other, "radius", float, "X", "Of the projection.")
+    norm_help = "That a unit has now: gives the rate at which projection makes the next step exactly."
+    add_optional(other, "norm", float, "X", norm_help)
+    add_optional(other, "decayed_lr", float, "X", "lr to have with decay again.")
+    add_optional(other, "steps", int, "N", "Of the schedule.")
+    add_optional(other, "steps_per_epoch", int, "N", "For one by epochs.")
     parser.add_argument_group("output").add_argument("--json", action="store_true", help="JSON with all digits.")
     return parser

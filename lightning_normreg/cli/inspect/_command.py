@@ -13,7 +13,7 @@ from lightning_normreg._reports import (
 from lightning_normreg._symmetries import load_verdict
 from lightning_normreg._weights import Verdict
 from lightning_normreg.cli._errors import ArgumentRefused, blamed_on, refusals_of
-from lightning_normreg.cli._parser import Parser, parser_of
+from lightning_normreg.cli._parser import Parser, add_optional, parser_of
 from lightning_normreg.cli.inspect._report import Report, add_output_arguments, show
 
 
@@ -93,25 +93,15 @@ def _parser() -> Parser:
         "inspect", "Norms and effective learning rates of a checkpoint, a model, or a model from a checkpoint."
     )
     alone = parser.add_argument_group("checkpoint", "No code in it is run, and no model is needed.")
-    alone.add_argument(
-        "--ckpt_path",
-        type=str | None,
-        default=None,
-        metavar="FILE",
-        help="The checkpoint, or a state dict by torch.save; also as the first word.",
-    )
-    alone.add_argument(
-        "--optimizer",
-        type=str | None,
-        default=None,
-        metavar="NAME",
-        help="Class of its optimizer, such as AdamW or lion_pytorch.Lion, or several with commas between them. "
-        "Without it only torch's own are recognized, by their settings.",
-    )
+    checkpoint_help = "The checkpoint, or a state dict by torch.save; also as the first word."
+    add_optional(alone, "ckpt_path", str, "FILE", checkpoint_help)
+    optimizer_help = "Class of its optimizer, such as AdamW or lion_pytorch.Lion, or several with commas between them. "
+    optimizer_help += "Without it only torch's own are recognized, by their settings."
+    add_optional(alone, "optimizer", str, "NAME", optimizer_help)
     add_output_arguments(parser)
     model = parser.add_argument_group(
         "model", "All arguments of fit, to ask the model itself on its first batch. Nothing is trained or written."
     )
     for key, help_text in (("config", "YAML of fit."), ("model", "Class path."), ("data", "Class path.")):
-        model.add_argument(f"--{key}", type=str | None, default=None, metavar=key.upper(), help=help_text)
+        add_optional(model, key, str, key.upper(), help_text)
     return parser

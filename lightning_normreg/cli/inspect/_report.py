@@ -17,6 +17,7 @@ from lightning_normreg._symmetries import save_verdict
 from lightning_normreg._weights import Verdict
 from lightning_normreg.cli._console import console
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
+from lightning_normreg.cli._parser import add_optional
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,10 @@ def add_output_arguments(parser: Any) -> None:
     group = parser.add_argument_group("output", "A table, unless something else is said.")
     group.add_argument("--json", action="store_true", help="JSON with all digits; null is what is not known.")
     group.add_argument("--csv", action="store_true", help="CSV; what is said beside it goes to stderr.")
-    group.add_argument(
-        "--save",
-        type=str | None,
-        default=None,
-        metavar="FILE",
-        help="Write which units are scale-invariant; callbacks take the file as invariance=.",
+    add_optional(
+        group, "save", str, "FILE", "Write which units are scale-invariant; callbacks take the file as invariance=."
     )
-    group.add_argument(
-        "--invariance", type=str | None, default=None, metavar="FILE", help="Such a file, in place of asking the model."
-    )
+    add_optional(group, "invariance", str, "FILE", "Such a file, in place of asking the model.")
 
 
 def show(report: Report, options: Any) -> None:
