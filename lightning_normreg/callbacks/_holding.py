@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SphereCallback(StepCallback):
+class NormHolder(StepCallback):
     """Holds the units of some weights at a radius, in the optimizer's step hooks; the subclass says by what.
 
-    The arguments are those of :class:`lightning_normreg.NormProjection`.
+    The arguments are those of :class:`lightning_normreg.NormProjection`, which has this constructor.
     """
 
     def __init__(
         self,
-        radius: Radius,
+        radius: Radius = "auto",
         *,
-        unit: UnitArgument,
-        include: Sequence[str] | None,
-        exclude: Sequence[str],
-        invariance: str | Mapping[str, Any] | None,
-        on_not_invariant: OnNotInvariant,
-        project_averaged: bool,
+        unit: UnitArgument = "auto",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        invariance: str | Mapping[str, Any] | None = None,
+        on_not_invariant: OnNotInvariant = "raise",
+        project_averaged: bool = False,
     ) -> None:
         super().__init__(invariance)
         check_radius_argument(radius)
@@ -190,6 +190,13 @@ class SphereCallback(StepCallback):
         super().load_state_dict(state_dict)
         self._restored = dict(state_dict["initial"])
         self._restored_average = dict(state_dict.get("averaged", {}))
+
+
+def held_norms(trainer: Trainer) -> dict[str, tuple[float, float]]:
+    """What :meth:`NormHolder.held` says, of all callbacks of a Trainer."""
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
+    holders = [callback for callback in callbacks if isinstance(callback, NormHolder)]
+    return {name: norms for holder in holders for name, norms in holder.held().items()}
 
 
 def _keep_the_function(trainer: Trainer, pl_module: LightningModule, batch: Any, project: Callable[[], None]) -> None:

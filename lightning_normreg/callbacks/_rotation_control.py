@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg._weights import UnitArgument, Verdict, Watched
 from lightning_normreg.callbacks._base import optimizers_of
-from lightning_normreg.callbacks._holding import SphereCallback
+from lightning_normreg.callbacks._holding import NormHolder
 from lightning_normreg.functional._rotation import Per
 from lightning_normreg.steps._angles import Angle, Angles
 from lightning_normreg.steps._projector import Radius
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 
-class RotationControl(SphereCallback):
+class RotationControl(NormHolder):
     r"""Turns weights by a given angle in each optimizer step, so that the learning rate is an angle in radians.
 
     The optimizer gives the direction. Of its update the part :math:`t_u` across each unit is kept, and rescaled so that

@@ -13,13 +13,13 @@ from lightning_normreg._reports import (
     SavedGroup,
     inspect_parameters,
     read_checkpoint,
-    sentences,
-    summary_rows,
     summary_table,
 )
 from lightning_normreg._weights import Verdict
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
+from lightning_normreg.callbacks._holding import held_norms
 from lightning_normreg.callbacks._norm_projection import NormProjection
+from lightning_normreg.callbacks._norm_summary import summary_of
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
 from lightning_normreg.cli._examples import PROGRAM
 from lightning_normreg.cli._namespace import namespace_of
@@ -146,15 +146,8 @@ class _Look(StepCallback):
             ) from error
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        held: dict[str, tuple[float, float]] = {}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, NormProjection):
-                held |= callback.held()
-        named, optimizers = run_of(trainer).named, optimizers_of(trainer)
-        summary = summary_rows(named, optimizers, verdict, held)
-        steps = float(trainer.num_training_batches) / trainer.accumulate_grad_batches
-        meaning = " ".join(sentences(summary, verdict, steps, trainer.gradient_clip_val))
-        rows, blanks = inspect_parameters(named, _owners(trainer), verdict, held)
+        summary, meaning = summary_of(trainer, verdict)
+        rows, blanks = inspect_parameters(run_of(trainer).named, _owners(trainer), verdict, held_norms(trainer))
         more = {
             row.parameter: {
                 "role": row.role,
@@ -167,7 +160,7 @@ class _Look(StepCallback):
         title = "The next step"
         if self._checkpoint is not None:
             title += f" of a checkpoint: {self._checkpoint.about}"
-        self.report = Report(rows, [meaning, *blanks], verdict, title, [summary_table(summary)], more)
+        self.report = Report(rows, [" ".join(meaning), *blanks], verdict, title, [summary_table(summary)], more)
         raise _Seen
 
 
