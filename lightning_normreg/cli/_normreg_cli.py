@@ -21,7 +21,7 @@ from lightning_normreg.cli._examples import SUMMARIES, epilog
 from lightning_normreg.cli._groups import CALLBACK_GROUPS, GROUP_OF_CALLBACK, DecayGroup
 from lightning_normreg.cli._namespace import default_namespace, namespace_of
 from lightning_normreg.cli._optimizers import configure_optimizers
-from lightning_normreg.cli._parser import Parser
+from lightning_normreg.cli._parser import Parser, add_optional
 from lightning_normreg.cli._schedulers import MakeScheduler
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ else:
     DEFAULT = default_namespace()
     LightningCLI = import_module(f"{DEFAULT}.cli").LightningCLI
 
-MakeOptimizer = Callable[[Iterable[Any]], Optimizer] | None
+MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
 
 
 class Commands(Base):
@@ -95,33 +95,17 @@ class Commands(Base):
 
     def _add_optimizer_arguments(self, parser: LightningArgumentParser) -> None:
         group = parser.add_argument_group("optimizer", "In place of the model's own configure_optimizers.")
-        group.add_argument(
-            "--optimizer",
-            type=MakeOptimizer,
-            default=None,
-            help="Class name or path, such as AdamW, then its arguments, such as --optimizer.lr 1e-3.",
-        )
-        group.add_argument(
-            "--decay",
-            type=bool | DecayGroup,
-            default=True,
-            help="Split the parameters for --optimizer by role: weights and embeddings have --optimizer.weight_decay; "
-            "gains, shifts and biases have 0, or what is given, such as --decay.bias 0.01. false makes one group.",
-        )
-        schedule = parser.add_argument_group("learning-rate schedule", "For --optimizer.")
-        schedule.add_argument(
-            "--lr_scheduler",
-            type=_scheduler_type(self.namespace),
-            default=None,
-            help="Class name or path, then its arguments. SchedulerSequence and SchedulerChain take a list, in YAML.",
-        )
-        schedule.add_argument(
-            "--lr_interval",
-            type=Literal["step", "epoch"] | None,
-            default=None,
-            help="When the scheduler steps. By default after each batch for OneCycleLR, CyclicLR and DecayFreeLR, "
-            "after each epoch for all others.",
-        )
+        text = "Class name or path, such as AdamW, then its arguments, such as --optimizer.lr 1e-3."
+        add_optional(group, "optimizer", MakeOptimizer, None, text)
+        text = "Split the parameters for --optimizer by role: weights and embeddings have --optimizer.weight_decay; "
+        text += "gains, shifts and biases have 0, or what is given, such as --decay.bias 0.01. false makes one group."
+        group.add_argument("--decay", type=bool | DecayGroup, default=True, help=text)
+        group = parser.add_argument_group("learning-rate schedule", "For --optimizer.")
+        text = "Class name or path, then its arguments. SchedulerSequence and SchedulerChain take a list, in YAML."
+        add_optional(group, "lr_scheduler", _scheduler_type(self.namespace), None, text)
+        text = "When the scheduler steps. By default after each batch for OneCycleLR, CyclicLR and DecayFreeLR, "
+        text += "after each epoch for all others."
+        add_optional(group, "lr_interval", Literal["step", "epoch"], None, text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look whether a checkpoint is there."""
@@ -168,8 +152,8 @@ class Commands(Base):
             rank_zero_info(f"--optimizer takes the place of {type(self.model).__name__}.configure_optimizers.")
         # Made by a parser of their own, for those of this one hold on to it, and the model is copied and pickled.
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--optimizer", type=MakeOptimizer)
-        parser.add_argument("--lr_scheduler", type=_scheduler_type(self.namespace))
+        add_optional(parser, "optimizer", MakeOptimizer)
+        add_optional(parser, "lr_scheduler", _scheduler_type(self.namespace))
         chosen = {key: parsed[key] for key in ("optimizer", "lr_scheduler")}
         make = parser.instantiate_classes(parser.parse_object(chosen))
         arguments = {**parsed["optimizer"].get("init_args", {}), **parsed["optimizer"].get("dict_kwargs", {})}
@@ -266,7 +250,7 @@ class NormRegCLI(Commands, LightningCLI):
 def _scheduler_type(namespace: str) -> Any:
     """What makes a scheduler. Lightning's plateau, with its ``monitor``, comes first: torch's has the same name."""
     plateau = import_module(f"{namespace}.cli").ReduceLROnPlateau
-    return Callable[[Optimizer], plateau] | MakeScheduler | None
+    return Callable[[Optimizer], plateau] | MakeScheduler
 
 
 @cache

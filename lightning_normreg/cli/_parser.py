@@ -91,7 +91,7 @@ def parser_of(subcommand: str, description: str) -> Parser:
     return Parser(prog=f"{PROGRAM} {subcommand}", description=description, epilog=epilog(subcommand), env_prefix=prefix)
 
 
-def add_optional(group: Any, key: str, kind: Any, metavar: str | None, text: str) -> None:
+def add_optional(group: Any, key: str, kind: Any, metavar: str | None = None, text: str | None = None) -> None:
     """Add an argument that is None where it is left out."""
     group.add_argument(f"--{key}", type=kind | None, default=None, metavar=metavar, help=text)
 

@@ -80,13 +80,10 @@ class _Inspection(Commands):
         super().add_core_arguments_to_parser(parser)
         add_output_arguments(parser)
 
-    def _parse_ckpt_path(self) -> None:
-        self._read_checkpoint()  # before Lightning does
-        super()._parse_ckpt_path()
-
-    def _read_checkpoint(self) -> None:
-        path = self.config["fit"].get("ckpt_path")
-        if path and self._checkpoint is None:
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse, and read the checkpoint before Lightning does."""
+        super().parse_arguments(parser, args)
+        if path := self.config["fit"].get("ckpt_path"):
             with refusals_of("ckpt_path"):
                 self._checkpoint = read_checkpoint(path)
 
@@ -100,7 +97,6 @@ class _Inspection(Commands):
 
     def _run_subcommand(self, subcommand: str) -> None:
         options = self._settings("config_init")
-        self._read_checkpoint()  # Lightning before 2.6 does not ask for it
         with refusals_of("invariance"):
             look = _Look(options["invariance"], self._checkpoint)
         trainer: Any = self.trainer
