@@ -1,4 +1,4 @@
-"""Averages of projected weights lie inside of the sphere; this puts them back on it where they are used."""
+"""The average of projected weights has a smaller norm than they have; where it is used, it is projected as well."""
 
 from __future__ import annotations
 

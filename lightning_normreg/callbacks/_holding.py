@@ -82,13 +82,8 @@ class NormHolder(StepCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         verdict = strong(verdict)
         watched = watch(run_of(trainer).named, self.include, self.exclude, self.unit, verdict or None)
-        targets = choose_targets(
-            watched,
-            verdict,
-            named=self.include is not None,
-            otherwise=self.on_not_invariant,
-            callback=type(self).__name__,
-        )
+        named, callback = self.include is not None, type(self).__name__
+        targets = choose_targets(watched, verdict, named=named, otherwise=self.on_not_invariant, callback=callback)
         check_eps_shares(targets, verdict, self.radius)
         self._projector = self._make_projector(targets)
         self._claim(trainer, targets)

@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_normreg._optimizers import find_rule
 from lightning_normreg._param_groups import load_by_name
-from lightning_normreg._reports import (
-    Checkpoint,
-    SavedGroup,
-    inspect_parameters,
-    read_checkpoint,
-    summary_table,
-)
+from lightning_normreg._reports import Checkpoint, SavedGroup, inspect_parameters, read_checkpoint, summary_table
 from lightning_normreg._weights import Verdict
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
 from lightning_normreg.callbacks._holding import held_norms
@@ -144,15 +138,10 @@ class _Look(StepCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         summary, meaning = summary_of(trainer, verdict)
         rows, blanks = inspect_parameters(run_of(trainer).named, _owners(trainer), verdict, held_norms(trainer))
-        more = {
-            row.parameter: {
-                "role": row.role,
-                "evidence": row.evidence or None,
-                "eps_share": row.eps_share,
-                "radius": row.radius,
-            }
-            for row in summary
-        }
+        more: dict[str, dict[str, Any]] = {}
+        for r in summary:
+            evidence = r.evidence or None
+            more[r.parameter] = {"role": r.role, "evidence": evidence, "eps_share": r.eps_share, "radius": r.radius}
         title = "The next step"
         if self._checkpoint is not None:
             title += f" of a checkpoint: {self._checkpoint.about}"
@@ -167,12 +156,8 @@ def _owners(trainer: Trainer) -> dict[str, SavedGroup]:
     for number, optimizer in enumerate(optimizers):
         for index, group in enumerate(optimizer.param_groups):
             rule = find_rule(optimizer, group)
-            label = str(group.get("name", index))
-            saved = SavedGroup(
-                f"{number}:{label}" if len(optimizers) > 1 else label,
-                group,
-                () if rule is None else (rule,),
-                type(optimizer).__name__,
-            )
+            start = f"{number}:" if len(optimizers) > 1 else ""
+            label = f"{start}{group.get('name', index)}"
+            saved = SavedGroup(label, group, () if rule is None else (rule,), type(optimizer).__name__)
             owners |= {names[p]: saved for p in group["params"] if p in names}
     return owners
