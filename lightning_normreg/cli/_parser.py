@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -34,6 +35,8 @@ REMEDIES = {
 class Parser(ArgumentParser):
     """That of subcommands which are not LightningCLI's; those have it mixed into Lightning's own."""
 
+    _folded: Sequence[argparse.Action] = ()
+
     def format_usage(self) -> str:
         """One line: there are a hundred options."""
         self.usage = f"{self.prog.replace(' [options]', '')} [--config FILE] [--KEY VALUE ...]"
@@ -43,8 +46,13 @@ class Parser(ArgumentParser):
         """The groups, then the epilog as it is."""
         self.format_usage()
         epilog, self.epilog = self.epilog, None
+        helps = [action.help for action in self._folded]
+        for action in self._folded:
+            action.help = argparse.SUPPRESS  # no longer than this: what has no help is not saved in a config.yaml
         text = super().format_help(*args, **options)
         self.epilog = epilog
+        for action, shown in zip(self._folded, helps, strict=True):
+            action.help = shown
         return f"{text}\n{epilog}\n" if epilog else text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -78,11 +86,9 @@ class Parser(ArgumentParser):
         actions = [a for a in group._group_actions if a.help is not argparse.SUPPRESS]
         names = [a.option_strings[0].removeprefix(f"--{key}.") for a in actions]
         shown = ", ".join(name for name in names if not name.endswith((".help", f"--{key}")))
-        helps = {action: action.help for action in actions}
-        for action in actions:
-            action.help = argparse.SUPPRESS
+        self._folded = actions
         group.description = textwrap.fill(f"{group.description} {shown}.", 90)
-        group.add_argument(f"--{key}.help", action=_Unfold, group=group, helps=helps)
+        group.add_argument(f"--{key}.help", action=_Unfold, title=group.title, folded=actions)
 
 
 def parser_of(subcommand: str, description: str) -> Parser:
@@ -99,16 +105,14 @@ def add_optional(group: Any, key: str, kind: Any, metavar: str | None = None, te
 class _Unfold(argparse.Action):
     """Show a folded group and exit."""
 
-    def __init__(self, option_strings: Any, dest: Any, group: Any, helps: Any, **options: Any) -> None:
+    def __init__(self, option_strings: Any, dest: Any, title: Any, folded: Any, **options: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help="Show them all.")
-        self.group, self.helps = group, helps
+        self.title, self.folded = title, folded
 
     def __call__(self, parser: Any, *args: Any) -> NoReturn:
-        for action, text in self.helps.items():
-            action.help = text
         formatter = parser._get_formatter()
-        formatter.start_section(self.group.title)
-        formatter.add_arguments(self.helps)
+        formatter.start_section(self.title)
+        formatter.add_arguments(self.folded)
         formatter.end_section()
         print(formatter.format_help())
         raise SystemExit(0)
