@@ -21,7 +21,7 @@ State = dict[str, Any]
 def scale_exponent(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
     """Exponent p̂ = 1 − d log‖Δ‖ / d log‖w‖ of the step that an optimizer has just taken.
 
-    The derivative is taken with gradients, present and past, that go with 1/‖w‖, and with the lengths of past steps as
+    The derivative is taken with gradients, present and past, that are proportional to 1/‖w‖, and with the lengths of past steps as
     they were. It differs from the rule's integer p where an absolute constant counts: with Adam's eps it is
     p̂ = 1 + ⟨eps / (√v̂ + eps)⟩, weighted by the squared update, so 2 where eps outweighs the gradients.
 

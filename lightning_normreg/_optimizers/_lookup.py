@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normreg._compat import is_named
 from lightning_normreg._optimizers._packages import RULES
 from lightning_normreg._optimizers._rule import Decay, Group, NoRule, UpdateRule
 
@@ -51,7 +52,7 @@ def find_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule | 
 def acting(optimizer: Optimizer) -> Optimizer:
     """The optimizer that computes the step: ZeroRedundancyOptimizer has one for this rank's share of the parameters."""
     inner = getattr(optimizer, "optim", None)
-    shares = any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__)
+    shares = is_named(optimizer, "ZeroRedundancyOptimizer")
     return inner if shares and isinstance(inner, Optimizer) else optimizer
 
 

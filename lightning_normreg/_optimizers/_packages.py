@@ -27,7 +27,7 @@ def _either(decoupled: UpdateRule, coupled: FamilyOrNone = "", key: str = "weigh
 
 
 def _corrected(rule: UpdateRule) -> UpdateRule:
-    """A rule with switches for caution, and for a decay that goes with the square of the learning rate."""
+    """A rule with switches for caution, and for a decay that is proportional to the square of the learning rate."""
     odd = replace(rule, family="")
     squared = replace(odd, decay_degree=-2 * rule.exponent)
     return rule.given(corrected_weight_decay=squared, caution=odd)
@@ -43,17 +43,19 @@ _ADAMP = replace(ADAMW, family="adamp", local="unknown")
 _ADAM_LIKE = UpdateRule(1, "decoupled", state_degrees=None)
 _ADOPT = UpdateRule(1, "decoupled", state_degrees=_SECOND, group_degrees=EPS)
 
-# The momentum of LARS is of steps, which go with the weight; LAMB's is of gradients. Both add the decay before they
+# The momentum of LARS is of steps, which are proportional to the weight; LAMB's is of gradients. Both add the decay before they
 # make the step as long as the weight.
 _LARS = replace(_SGDW, exponent=0, decay="coupled", local="unknown", state_degrees={"momentum_buffer": 1})
 _LAMB = UpdateRule(
     0, "coupled", "lamb", decay_degree=-1, state_degrees={"exp_avg": -1, "exp_avg_sq": -2}, group_degrees=EPS
 )
 _LAMB_DECOUPLED = replace(_LAMB, decay="decoupled", family="", decay_degree=None)
-_CLAMPED = "goes with lr/‖w‖ where the weight's norm is over the bound of its trust ratio"
-_CLIPPED_TRUST = NoRule("clips its trust ratio, so its steps go with the weight's norm at some times and not at others")
+_CLAMPED = "is proportional to lr/‖w‖ where the weight's norm is over the bound of its trust ratio"
+_CLIPPED_TRUST = NoRule(
+    "clips its trust ratio, so its steps are proportional to the weight's norm at some times and not at others"
+)
 
-# The momentum of Adafactor is of steps. Where these go with the weight the decay does so once more.
+# The momentum of Adafactor is of steps. Where these are proportional to the weight the decay does so once more.
 _ADAFACTOR = UpdateRule(1, "decoupled", state_degrees=_FACTORED, rate_degrees={"exp_avg": 1})
 _ADAFACTOR_RELATIVE = UpdateRule(
     0, "decoupled", local="adafactor", decay_degree=-1, state_degrees=_FACTORED | {"exp_avg": 1}
@@ -88,7 +90,7 @@ _SHAMPOO = UpdateRule(
     | {f"inv_pre_cond_{dim}": (lambda dims: 1 / dims) for dim in range(5)},
     group_degrees={"matrix_eps": -2},
 )
-_MIXING = NoRule("averages gradients with its own steps, which go with the weight's norm in two ways")
+_MIXING = NoRule("averages gradients with its own steps, which depend on the weight's norm in two ways")
 
 # timm.optim.
 _LAPROP = UpdateRule(
@@ -99,7 +101,7 @@ _TF_RMSPROP = replace(
     family="",
     local="unknown",
     group_degrees={"eps": -2},
-    note="starts from a variance of 1, and goes with lr/‖w‖² until that is forgotten",
+    note="starts from a variance of 1, and is proportional to lr/‖w‖² until that is forgotten",
 )
 _TF_RMSPROP_LR = replace(_TF_RMSPROP, rate_degrees={"momentum_buffer": 1})
 _BIG_VISION = UpdateRule(
@@ -184,7 +186,7 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
         "Adan": _either(_ADAM_LIKE),
         "DAdaptAdam": _either(_PRODIGY),
         "DAdaptLion": _either(_PRODIGY),
-        "LARS": replace(_LARS, note="goes with lr/‖w‖² where the weight has one dimension"),
+        "LARS": replace(_LARS, note="is proportional to lr/‖w‖² where the weight has one dimension"),
         "Lamb": _PO_LAMB.given(
             rectify=NoRule("takes steps of two kinds, the one before and the other after it rectifies"),
             adam=_ADAM_LIKE,
@@ -207,7 +209,7 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
     "schedulefree": {
         "AdamWScheduleFree": _SCHEDULE_FREE_ADAMW,
         "RAdamScheduleFree": replace(
-            _SCHEDULE_FREE_ADAMW, note="stands still in its first steps, or goes with lr/‖w‖²"
+            _SCHEDULE_FREE_ADAMW, note="stands still in its first steps, or is proportional to lr/‖w‖²"
         ),
         "SGDScheduleFree": _SCHEDULE_FREE_SGD,
     },

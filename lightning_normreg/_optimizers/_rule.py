@@ -26,19 +26,21 @@ class UpdateRule:
     else about its run is to change: gradients have degree −1.
     """
 
-    exponent: int  # p: the update of a scale-invariant weight goes with ‖w‖^(1−p), so its rotation with lr/‖w‖^p
+    exponent: int  # p: the update of a scale-invariant weight is proportional to ‖w‖^(1−p), its rotation to lr/‖w‖^p
     decay: Decay  # "coupled": added to the gradient; "decoupled": shrinks the weight itself
     family: FamilyOrNone = ""  # formulas by which its equilibrium with decay is computed
     lr_key: str = "lr"  # of the parameter group, under which the learning rate is set
     used_lr_key: str = ""  # under which the optimizer keeps the learning rate of its last step, where that differs
     lr_factor_keys: tuple[str, ...] = ()  # of further factors of the learning rate
-    lr_is_used: bool = True  # whether steps go with the learning rate at all
+    lr_is_used: bool = True  # whether steps depend on the learning rate at all
     momentum_key: str = ""  # of the β of a momentum that sums gradients up; "" where it averages them, or has none
     local: Local = "unknown"  # how the exponent of single steps differs from p, see `scale_exponent`
     # Degrees of entries of the state, where need be as a function of the weight's number of dimensions; None where the
     # state cannot be rescaled.
     state_degrees: Mapping[str, StateDegree] | None = field(default_factory=dict)
-    rate_degrees: Mapping[str, int] = field(default_factory=dict)  # of state that is, or goes with, a learning rate
+    rate_degrees: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of state that is, or is proportional to, a learning rate
     lr_degree: int | None = None  # None for p
     decay_degree: int | None = None  # None for −2 (coupled) and −p (decoupled)
     group_degrees: Mapping[str, Degree] = field(default_factory=dict)  # of other settings, or of each of a tuple

@@ -14,7 +14,7 @@ SGD = UpdateRule(2, "coupled", "sgd", momentum_key="momentum", local="exact", st
 ADAMW = UpdateRule(1, "decoupled", "adam_decoupled", local="adam", state_degrees=ADAM, group_degrees=EPS)
 _ADAM_L2 = replace(ADAMW, decay="coupled", family="adam_l2")
 _NADAMW = replace(ADAMW, family="nadam_decoupled", local="nadam")
-RADAMW = replace(ADAMW, local="radam", note="goes with lr/‖w‖² in its first steps, before it rectifies")
+RADAMW = replace(ADAMW, local="radam", note="is proportional to lr/‖w‖² in its first steps, before it rectifies")
 _AVERAGES = {"square_avg": -2, "grad_avg": -1}  # its momentum is of steps, not of gradients
 RMSPROP = UpdateRule(
     1, "coupled", "rmsprop_l2", momentum_key="momentum", local="rmsprop", state_degrees=_AVERAGES, group_degrees=EPS
@@ -76,7 +76,7 @@ RULES: Mapping[str, UpdateRule | NoRule] = {
         local="adafactor",
         state_degrees={"row_var": -2, "col_var": -2, "variance": -2},
         group_degrees={"eps": (0, 1)},
-        note="goes with lr/‖w‖ where the weight's root mean square is under its second eps",
+        note="is proportional to lr/‖w‖ where the weight's root mean square is under its second eps",
     ),
     "Muon": MUON,
     "LBFGS": NoRule(

@@ -10,8 +10,8 @@ from rich.console import Console
 from lightning_normreg._compat import optional_import
 from lightning_normreg._plot import plot_curves
 from lightning_normreg.callbacks._monitor import Monitor
-from lightning_normreg.cli._examples import PROGRAM, epilog
 from lightning_normreg.cli._normreg_cli import NormRegCLI
+from lightning_normreg.cli._subcommands import PROGRAM, epilog
 from lightning_normreg.demos import DemoConvNet, DigitsDataModule
 from lightning_normreg.demos._report import first_and_last_table
 

@@ -21,8 +21,8 @@ SHOWN: dict[str, Curve] = {
 
 def layers(history: pd.DataFrame) -> list[str]:
     """Names of the layers in a history, in its order."""
-    names = [column.partition("/") for column in history.columns]
-    return list(dict.fromkeys(name for key, _, name in names if key == _metrics.UNIT_NORM_RMS.key))
+    start = _metrics.tag(_metrics.UNIT_NORM_RMS, "")
+    return [column.removeprefix(start) for column in history.columns if column.startswith(start)]
 
 
 def first_and_last_table(history: pd.DataFrame) -> Table:

@@ -124,7 +124,7 @@ def _drifted(balance: Balance, norm: float) -> float:
 
 
 def _elapsed(excess: float, power: int, balance: Balance) -> float:
-    """E-foldings of N^s in one step: its rate, which goes with the norm to the power a, over the step."""
+    """E-foldings of N^s in one step: its rate, which is proportional to the norm to the power a, over the step."""
     rate = balance.rate()
     if not balance.decay_exponent:
         return rate

@@ -27,7 +27,7 @@ def suggest_projection(family: FamilyName, *, radius: float | None = None, **set
     Without ``radius``: the equilibrium norm at the same learning rate. With it: :math:`\eta(R/N_*)^p`, p = 2 for the
     SGD family and 1 for the others. To first order in κS, see :func:`equilibrium_half_life`.
 
-    Under projection the rotation goes with the learning rate, under slow decay with its square root; so under a
+    Under projection the rotation is proportional to the learning rate, under slow decay to its square root; so under a
     schedule call this for each learning rate with one radius, which takes the root for you.
 
     Args:

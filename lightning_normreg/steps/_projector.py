@@ -81,8 +81,8 @@ class Projector:
     def start(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
         """Put targets at their radius for the first time, and let the state of optimizers under way follow.
 
-        The state was measured at the old norms: gradients of a scale-invariant weight that is multiplied by c go with
-        1/c. After every later step the last gradient was measured at the radius, and so will be the next.
+        The state was measured at the old norms: gradients of a scale-invariant weight that is multiplied by c are
+        multiplied by 1/c. After every later step the last gradient was measured at the radius, and so will be the next.
         """
         before = norms_of(targets)
         self.project(targets)

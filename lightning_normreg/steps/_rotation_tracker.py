@@ -147,7 +147,7 @@ class RotationTracker(Tracker, Recording):
         """Mean over units of the gradient's norm times the unit's, each smoothed as a root mean square over steps.
 
         The gradient is that which the optimizer has used, clipped or not. At equilibrium the square of a unit's norm
-        goes with this product, so its mean over units is what the mean square norm goes with.
+        is proportional to this product, so is the mean square norm to its mean over units.
         """
         new = products.square()
         old, weight = self.powers.get(name, (torch.zeros_like(new), 0.0))

@@ -148,7 +148,7 @@ class Rotator(Projector, Recording):
         sizes = [1] * len(batch.sizes) if self.per == "layer" else batch.sizes
         own = layers if self.per == "layer" else speeds
         if self.hold == "mean":
-            # Optimizers go with their learning rate at the end, so a mean without it does not lag behind a schedule.
+            # Optimizers follow their learning rate at the end, so a mean without it does not lag behind a schedule.
             lrs = self.angles.numbers([group.get("lr", 1.0) for _, group, _ in stepping], speeds)
             lr = lrs if self.per == "layer" else lrs[batch.layer]
             names = [target.name for target, _, _ in stepping]

@@ -223,7 +223,7 @@ def test_norm_equation_ends_at_the_equilibrium(name: str) -> None:
     half_life = F.equilibrium_half_life(case.family, **recipe) if "large" not in name else 5.0
     for start in (0.2, 3.0):
         norms = F.predicted_norm(case.family, [lr] * int(30 * half_life), initial_norm=start * settled, **rest)
-        # 30 half-lives leave 2^-30 of the way, some of which, where κ goes with the norm, start slowly.
+        # 30 half-lives leave 2^-30 of the way, some of which, where κ is proportional to the norm, start slowly.
         assert norms[-1] == pytest.approx(settled, rel=1e-5)
         assert all(b > a if start < 1 else b < a for a, b in itertools.pairwise(norms[:50]))
 
@@ -277,7 +277,7 @@ def test_schedule_of_the_real_optimizer() -> None:
         measured.append(float((walk.norms() ** 2).mean().sqrt()))
         turned.append(math.acos(min(1.0, float(cosine.mean()))))
     # 16 rows of 400 entries: each norm scatters by 3.5 % of itself at most, their mean by a quarter of that, and three
-    # times that is 2.7 %. The rotation goes with its square.
+    # times that is 2.7 %. The rotation is proportional to its square.
     assert max(abs(m / p - 1) for m, p in zip(measured, predicted, strict=True)) < 0.027
     late = recipe | {"lr": lrs[1200]}
     assert predicted[1199] > 1.3 * F.equilibrium_norm(case.family, **late)
