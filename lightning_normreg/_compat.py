@@ -9,7 +9,15 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from pytorch_lightning import Callback as CallbackBase
 
-__all__ = ["CallbackBase", "optional_import", "pl"]
+__all__ = ["CallbackBase", "is_named", "optional_import", "pl"]
+
+
+def is_named(thing: object, *names: str) -> bool:
+    """Whether a thing's class, or one that it derives from, is known by one of these names.
+
+    By name, because it may not be importable: it is of a package that is not installed, or of either of two.
+    """
+    return any(cls.__name__ in names for cls in type(thing).__mro__)
 
 
 def optional_import(module: str, extra: str = "plot") -> Any:

@@ -101,22 +101,23 @@ EQUILIBRIUM_TOLERANCE = 0.15
 
 def tag(curve: Curve, parameter: str, prefix: str = PREFIX) -> str:
     """Tag of one layer's curve."""
-    return _joined(prefix, curve.key, parameter)
+    return joined(prefix, curve.key, parameter)
 
 
 def summary_tag(curve: Curve, statistic: str, prefix: str = PREFIX) -> str:
     """Tag of one summary over layers."""
-    return _joined(prefix, SUMMARY_GROUP, f"{curve.summary}_{statistic}")
+    return joined(prefix, SUMMARY_GROUP, f"{curve.summary}_{statistic}")
 
 
-def _joined(prefix: str, *parts: str) -> str:
+def joined(prefix: str, *parts: str) -> str:
+    """Parts of a tag, behind a prefix that may be empty."""
     return "/".join([prefix, *parts] if prefix else parts)
 
 
 def retagged(logged: str, prefix: str) -> str:
     """A tag of this or an older version, as it is with a prefix."""
     found = split_tag(logged)
-    return _joined(prefix, found[1]) if found else logged
+    return joined(prefix, found[1]) if found else logged
 
 
 def split_tag(logged: str) -> tuple[str, str] | None:

@@ -466,7 +466,7 @@ def diffusion(decay: float, lr: float, seed: int, nesterov: bool) -> float:
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_gain_of_projected_momentum(nesterov: bool) -> None:
-    """Decay raises the rate of projected SGD as said: diffusion goes with the square of the rate.
+    """Decay raises the rate of projected SGD as said: diffusion is proportional to the square of the rate.
 
     With Nesterov momentum as the experiment says, without as NormProjection does.
 

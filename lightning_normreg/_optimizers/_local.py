@@ -21,18 +21,13 @@ State = dict[str, Any]
 def scale_exponent(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
     """Exponent p̂ = 1 − d log‖Δ‖ / d log‖w‖ of the step that an optimizer has just taken.
 
-    The derivative is taken with gradients, present and past, that go with 1/‖w‖, and with the lengths of past steps as
+    The derivative is taken with gradients, present and past, that are proportional to 1/‖w‖, and with the lengths of past steps as
     they were. It differs from the rule's integer p where an absolute constant counts: with Adam's eps it is
     p̂ = 1 + ⟨eps / (√v̂ + eps)⟩, weighted by the squared update, so 2 where eps outweighs the gradients.
 
-    Args:
-        optimizer: The optimizer, after its step and before gradients are cleared.
-        parameter: One of its parameters.
-
-    Returns:
-        A 0-dimensional tensor on the parameter's device, which is not waited for; None where the exponent is not
-        known: without a rule, without state, where processes have parts of it only, and for optimizers whose constants
-        are too entangled.
+    To be called after the step, before gradients are cleared. The 0-dimensional tensor is on the parameter's device and
+    not waited for. It is None where the exponent is not known: without a rule, without state, where processes have
+    parts of it only, and for optimizers whose constants are too entangled.
     """
     group, state = group_of(optimizer, parameter), optimizer.state.get(parameter, {})
     rule = None if group is None else update_rule(optimizer, group)
@@ -40,6 +35,8 @@ def scale_exponent(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
         return None
     if rule.local != "exact" and (acting(optimizer) is not optimizer or is_sharded(parameter)):
         return None  # each process has the state of its own share only
+    if rule.local in ("nadam", "rmsprop", "adagrad", "adadelta") and parameter.grad is None:
+        return None
     return _FORMULAS[rule.local](rule, group, state, parameter)
 
 
@@ -60,9 +57,7 @@ def _radam(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> T
     return torch.where(length > 5, adapted, torch.full_like(adapted, 2.0))
 
 
-def _nadam(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor | None:
-    if parameter.grad is None:
-        return None
+def _nadam(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:
     beta, step, product = float(group["betas"][0]), _step(state, parameter), state["mu_product"].to(parameter.device)
     now, then = (beta * (1 - 0.5 * 0.96 ** (s * group["momentum_decay"])) for s in (step, step + 1))
     momentum = then / (1 - product * then) * state["exp_avg"]
@@ -73,9 +68,7 @@ def _nadam(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> T
     )
 
 
-def _rmsprop(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor | None:
-    if parameter.grad is None:
-        return None
+def _rmsprop(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:
     variance = _real(state["square_avg"])
     if group["centered"]:
         variance = variance - _real(state["grad_avg"]) ** 2
@@ -91,9 +84,7 @@ def _adagrad(rule: UpdateRule, group: Group, state: State, parameter: Tensor) ->
     return _with_share(group["eps"], _real(state["sum"]).sqrt(), _real(_gradient(group, parameter)))
 
 
-def _adadelta(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor | None:
-    if parameter.grad is None:
-        return None
+def _adadelta(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:
     eps, rho = group["eps"], group["rho"]
     scale = _real(state["square_avg"]) + eps
     ratio = _real(_gradient(group, parameter)) ** 2 / scale

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normreg._compat import is_named
 from lightning_normreg._optimizers._packages import RULES
 from lightning_normreg._optimizers._rule import Decay, Group, NoRule, UpdateRule
 
@@ -20,9 +21,7 @@ def update_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule 
     A subclass shares the rule of its parent only while it shares its ``step``: one that computes its own step may
     scale differently, and no number is better than a wrong one.
 
-    Args:
-        optimizer: The optimizer.
-        group: One of its parameter groups, on whose settings the rule may depend; by default the first.
+    The rule may depend on the settings of a parameter group; by default it is that of the first.
     """
     rule = find_rule(optimizer, group)
     return rule if isinstance(rule, UpdateRule) else None
@@ -43,7 +42,7 @@ def find_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule | 
     """Rule of an optimizer, or what is known instead."""
     optimizer = acting(optimizer)
     for parent in type(optimizer).__mro__:
-        rule = _REGISTERED.get(parent) or _listed(parent)
+        rule = _REGISTERED.get(parent) or _listed(_dotted(parent))
         if rule is not None:
             group = optimizer.param_groups[0] if group is None else group
             return _in_group(rule, optimizer, group) if _same_step(type(optimizer), parent) else None
@@ -53,23 +52,19 @@ def find_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule | 
 def acting(optimizer: Optimizer) -> Optimizer:
     """The optimizer that computes the step: ZeroRedundancyOptimizer has one for this rank's share of the parameters."""
     inner = getattr(optimizer, "optim", None)
-    shares = any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__)
+    shares = is_named(optimizer, "ZeroRedundancyOptimizer")
     return inner if shares and isinstance(inner, Optimizer) else optimizer
 
 
 def named_rules(name: str, group: Group) -> list[UpdateRule | NoRule]:
     """Rules that an optimizer may have, judging by its class's name and the settings of a parameter group alone.
 
-    Args:
-        name: A class of torch.optim, or a dotted path such as ``"lion_pytorch.Lion"``; nothing is imported.
-        group: The settings, as a checkpoint has them.
-
-    Returns:
-        Empty for an unknown name; several where an attribute of the optimizer decides, which a group does not say.
+    The class is one of torch.optim, or a dotted path such as ``"lion_pytorch.Lion"``; nothing is imported. Empty for an
+    unknown name; several where an attribute of the optimizer decides, which a group does not say.
     """
     dotted = name if "." in name else f"torch.optim.{name}"
-    registered = [rule for cls, rule in _REGISTERED.items() if f"{cls.__module__}.{cls.__qualname__}" == dotted]
-    rule = registered[0] if registered else _listed_as(dotted)
+    registered = [rule for cls, rule in _REGISTERED.items() if _dotted(cls) == dotted]
+    rule = registered[0] if registered else _listed(dotted)
     # All that decides is in the groups of torch's own; a setting that an old one lacks is off.
     return [] if rule is None else _possible(rule, group, complete=dotted.startswith("torch."))
 
@@ -84,11 +79,11 @@ def _possible(rule: UpdateRule | NoRule, group: Group, complete: bool) -> list[U
     return [*found, rule]
 
 
-def _listed(cls: type) -> UpdateRule | NoRule | None:
-    return _listed_as(f"{cls.__module__}.{cls.__qualname__}")
+def _dotted(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _listed_as(dotted: str) -> UpdateRule | NoRule | None:
+def _listed(dotted: str) -> UpdateRule | NoRule | None:
     package, _, rest = dotted.partition(".")
     names = RULES.get(package, {})
     parts = rest.split(".")

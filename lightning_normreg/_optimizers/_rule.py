@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_normreg.functional import _families as families
+from lightning_normreg.functional._families import FamilyName
 
 Decay = Literal["coupled", "decoupled", "none"]
 Group = dict[str, Any]
 Degree = int | tuple[int, ...] | Callable[[Group], float]
 StateDegree = int | Callable[[int], float]
 Local = Literal["exact", "adam", "radam", "nadam", "rmsprop", "adagrad", "adadelta", "adafactor", "unknown"]
-Family = families.Family | Literal[""]
+FamilyOrNone = FamilyName | Literal[""]
 
 
 @dataclass(frozen=True)
@@ -24,45 +24,30 @@ class UpdateRule:
 
     A degree is the power of c by which something goes when a scale-invariant weight is multiplied by c and nothing
     else about its run is to change: gradients have degree −1.
-
-    Attributes:
-        exponent: p: the update of a scale-invariant weight goes with ‖w‖^(1−p), so its rotation with lr/‖w‖^p.
-        decay: ``"coupled"``: added to the gradient; ``"decoupled"``: shrinks the weight itself; ``"none"``.
-        family: Formula by which its equilibrium with decay is computed, "" for none.
-        lr_key: Key of the parameter group under which the learning rate is set.
-        used_lr_key: Key under which the optimizer keeps the learning rate of its last step, where that differs.
-        lr_factor_keys: Keys of further factors of the learning rate.
-        lr_is_used: Whether steps go with the learning rate at all.
-        momentum_key: Key of the β of a momentum that sums gradients up; "" where it averages them, or where there is
-            none.
-        local: How the exponent of single steps differs from p; see :func:`scale_exponent`.
-        state_degrees: Degrees of entries of the state, where need be as a function of the weight's number of
-            dimensions; None where the state cannot be rescaled.
-        rate_degrees: Degrees of entries of the state that are learning rates, or go with these.
-        lr_degree: Degree of the learning rate, None for p.
-        decay_degree: Degree of the weight decay, None for −2 (coupled) and −p (decoupled).
-        group_degrees: Degrees of other entries of the parameter group; of each element where these are tuples.
-        variants: Other rules, each under the condition that an entry of the parameter group, or else an attribute of
-            the optimizer, is true. The first that is met counts.
-        note: What else there is to say, as a sentence without its subject.
     """
 
-    exponent: int
-    decay: Decay
-    family: Family = ""
-    lr_key: str = "lr"
-    used_lr_key: str = ""
-    lr_factor_keys: tuple[str, ...] = ()
-    lr_is_used: bool = True
-    momentum_key: str = ""
-    local: Local = "unknown"
+    exponent: int  # p: the update of a scale-invariant weight is proportional to ‖w‖^(1−p), its rotation to lr/‖w‖^p
+    decay: Decay  # "coupled": added to the gradient; "decoupled": shrinks the weight itself
+    family: FamilyOrNone = ""  # formulas by which its equilibrium with decay is computed
+    lr_key: str = "lr"  # of the parameter group, under which the learning rate is set
+    used_lr_key: str = ""  # under which the optimizer keeps the learning rate of its last step, where that differs
+    lr_factor_keys: tuple[str, ...] = ()  # of further factors of the learning rate
+    lr_is_used: bool = True  # whether steps depend on the learning rate at all
+    momentum_key: str = ""  # of the β of a momentum that sums gradients up; "" where it averages them, or has none
+    local: Local = "unknown"  # how the exponent of single steps differs from p, see `scale_exponent`
+    # Degrees of entries of the state, where need be as a function of the weight's number of dimensions; None where the
+    # state cannot be rescaled.
     state_degrees: Mapping[str, StateDegree] | None = field(default_factory=dict)
-    rate_degrees: Mapping[str, int] = field(default_factory=dict)
-    lr_degree: int | None = None
-    decay_degree: int | None = None
-    group_degrees: Mapping[str, Degree] = field(default_factory=dict)
+    rate_degrees: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of state that is, or is proportional to, a learning rate
+    lr_degree: int | None = None  # None for p
+    decay_degree: int | None = None  # None for −2 (coupled) and −p (decoupled)
+    group_degrees: Mapping[str, Degree] = field(default_factory=dict)  # of other settings, or of each of a tuple
+    # Other rules, each under the condition that an entry of the parameter group, or else an attribute of the optimizer,
+    # is true. The first that is met counts.
     variants: tuple[tuple[str, UpdateRule | NoRule], ...] = ()
-    note: str = ""
+    note: str = ""  # what else there is to say, as a sentence without its subject
 
     def given(self, **variants: UpdateRule | NoRule) -> UpdateRule:
         """The same rule with variants that come before those it has."""
@@ -108,12 +93,7 @@ class UpdateRule:
 
 @dataclass(frozen=True)
 class NoRule:
-    """An optimizer that is known to have no exponent.
+    """An optimizer that is known to have no exponent."""
 
-    Attributes:
-        why: Why, as a sentence that follows the optimizer's name.
-        rescaled_as: A rule whose degrees hold nevertheless.
-    """
-
-    why: str
-    rescaled_as: UpdateRule | None = None
+    why: str  # as a sentence that follows the optimizer's name
+    rescaled_as: UpdateRule | None = None  # a rule whose degrees hold nevertheless

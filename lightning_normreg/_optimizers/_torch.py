@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from lightning_normreg._optimizers._rule import NoRule, UpdateRule
 
-EMA = {"exp_avg": -1}
 ADAM = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}
 EPS = {"eps": -1}
 
@@ -15,18 +14,12 @@ SGD = UpdateRule(2, "coupled", "sgd", momentum_key="momentum", local="exact", st
 ADAMW = UpdateRule(1, "decoupled", "adam_decoupled", local="adam", state_degrees=ADAM, group_degrees=EPS)
 _ADAM_L2 = replace(ADAMW, decay="coupled", family="adam_l2")
 _NADAMW = replace(ADAMW, family="nadam_decoupled", local="nadam")
-RADAMW = replace(ADAMW, local="radam", note="goes with lr/‖w‖² in its first steps, before it rectifies")
-# Its momentum is of steps, not of gradients.
-_RMSPROP = UpdateRule(
-    1,
-    "coupled",
-    "rmsprop_l2",
-    momentum_key="momentum",
-    local="rmsprop",
-    state_degrees={"square_avg": -2, "grad_avg": -1},
-    group_degrees=EPS,
+RADAMW = replace(ADAMW, local="radam", note="is proportional to lr/‖w‖² in its first steps, before it rectifies")
+_AVERAGES = {"square_avg": -2, "grad_avg": -1}  # its momentum is of steps, not of gradients
+RMSPROP = UpdateRule(
+    1, "coupled", "rmsprop_l2", momentum_key="momentum", local="rmsprop", state_degrees=_AVERAGES, group_degrees=EPS
 )
-LION = UpdateRule(1, "decoupled", "lion", local="exact", state_degrees=EMA)
+LION = UpdateRule(1, "decoupled", "lion", local="exact", state_degrees={"exp_avg": -1})
 MUON = UpdateRule(1, "decoupled", "muon", local="exact", state_degrees={"momentum_buffer": -1}, group_degrees=EPS)
 _LBFGS = UpdateRule(
     0,
@@ -42,7 +35,7 @@ RULES: Mapping[str, UpdateRule | NoRule] = {
     "NAdam": replace(_NADAMW, decay="coupled", family="").given(decoupled_weight_decay=_NADAMW),
     "RAdam": replace(RADAMW, decay="coupled", family="").given(decoupled_weight_decay=RADAMW),
     "Adamax": UpdateRule(1, "coupled", state_degrees={"exp_avg": -1, "exp_inf": -1}, group_degrees=EPS),
-    "RMSprop": _RMSPROP.given(centered=replace(_RMSPROP, family="")),
+    "RMSprop": RMSPROP.given(centered=replace(RMSPROP, family="")),
     "Adagrad": UpdateRule(
         1,
         "coupled",
@@ -83,7 +76,7 @@ RULES: Mapping[str, UpdateRule | NoRule] = {
         local="adafactor",
         state_degrees={"row_var": -2, "col_var": -2, "variance": -2},
         group_degrees={"eps": (0, 1)},
-        note="goes with lr/‖w‖ where the weight's root mean square is under its second eps",
+        note="is proportional to lr/‖w‖ where the weight's root mean square is under its second eps",
     ),
     "Muon": MUON,
     "LBFGS": NoRule(

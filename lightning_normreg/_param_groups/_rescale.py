@@ -21,7 +21,7 @@ def rescale_(
 ) -> dict[str, Any]:
     """Multiply a scale-invariant weight by c while it trains, without a change to where its direction goes.
 
-    Gradients of the weight go with 1/c from then on. Its gradient and its optimizer's state are multiplied by the power
+    Gradients of the weight are multiplied by 1/c from then on. Its gradient and its optimizer's state are multiplied by the power
     of c by which they go, the learning rate by c^p, weight decay by c^−2 (coupled) or c^−p (decoupled), and eps and
     other absolute constants by theirs. As these belong to a parameter group, the weight gets one of its own, split off
     from that which it was in, unless it is alone there.
@@ -97,7 +97,8 @@ def _rule(optimizer: Optimizer, group: Group, parameter: Tensor) -> UpdateRule:
         if 2 / (1 - beta) - 1 - 2 * step * beta**step / (1 - beta**step) <= 5:
             raise ValueError(
                 f"`optimizer` must be past its first steps, got a {name} before step {step}, which it does not rectify "
-                "yet, and which goes with another power of the norm than later ones. Rescale after some more steps."
+                "yet, and which are proportional to another power of the norm than later ones. Rescale after some more "
+                "steps."
             )
     return rule
 

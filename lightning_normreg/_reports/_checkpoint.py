@@ -28,37 +28,23 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file says of weights and optimizers.
+    """What a file says of weights and optimizers."""
 
-    Attributes:
-        about: Who wrote it and when, in words.
-        state_dict: The module's state as it is in the file.
-        tensors: Clean name → real or complex tensor that may be a parameter, in the order of the file; tied ones once.
-        aliases: Clean name → the other names of a tied tensor.
-        left_out: Names of what is in the state but cannot be a parameter.
-        optimizers: The state of each optimizer.
-        verdict: Which units are scale-invariant, where a callback of this package has noted it.
-    """
-
-    about: str
-    state_dict: dict[str, Any]
-    tensors: dict[str, Tensor]
-    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-    optimizers: tuple[dict[str, Any], ...] = ()
-    verdict: dict[str, ScaleInvariance] | None = None
+    about: str  # who wrote it and when, in words
+    state_dict: dict[str, Any]  # the module's state as it is in the file
+    tensors: dict[str, Tensor]  # clean name → what may be a parameter, in the order of the file; tied ones once
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)  # clean name → other names of a tied tensor
+    left_out: tuple[str, ...] = ()  # names of what is in the state but cannot be a parameter
+    optimizers: tuple[dict[str, Any], ...] = ()  # the state of each
+    verdict: dict[str, ScaleInvariance] | None = None  # where a callback of this package has noted it
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint of Lightning, a mapping with ``model_state_dict`` and the like, or a plain state dict.
 
-    Only tensors and plain types are read (``weights_only=True``): a file from elsewhere runs no code here.
-
-    Args:
-        path: Of one file.
-
-    Raises:
-        CheckpointError: If there is no such file, it is empty or damaged, holds other types, or no weights.
+    Only tensors and plain types are read (``weights_only=True``): a file from elsewhere runs no code here. A
+    :class:`CheckpointError` says that there is no such file, or that it is empty or damaged, holds other types, or no
+    weights.
     """
     path = Path(path)
     content = _load(path)
@@ -84,26 +70,25 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        _check_sums(path)
-    except CheckpointError:
-        raise
+        damaged = _damaged_entry(path)
     except Exception as error:  # whatever a damaged file leads to
         raise CheckpointError(_why(path, error)) from error
+    if damaged is not None:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged: the checksum of {damaged!r} in it is wrong. Use another copy. (If it was saved "
+            "under set_crc32_options(False), save it again without.)"
+        )
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, no checkpoint and no state dict.")
     return content
 
 
-def _check_sums(path: Path) -> None:
+def _damaged_entry(path: Path) -> str | None:
     """Look at the checksums of a file's entries, which torch writes and does not read."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(
-                f"{str(path)!r} is damaged: the checksum of {damaged!r} in it is wrong. Use another copy. (If it was "
-                "saved under set_crc32_options(False), save it again without.)"
-            )
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def _why(path: Path, error: Exception) -> str:
@@ -156,10 +141,10 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, tuple
 
 
 def _may_be_parameter(name: str, value: object) -> bool:
-    plain = isinstance(value, Tensor) and type(value.data) is Tensor and value.layout == torch.strided
     return (
-        plain
-        and isinstance(value, Tensor)
+        isinstance(value, Tensor)
+        and type(value.data) is Tensor
+        and value.layout == torch.strided
         and (value.is_floating_point() or value.is_complex())
         and name.rpartition(".")[2] not in _BUFFERS
     )

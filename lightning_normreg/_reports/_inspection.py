@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,56 +14,33 @@ from torch.nn.parameter import Parameter
 from lightning_normreg._optimizers import NoRule, UpdateRule
 from lightning_normreg._reports._saved_optimizers import SavedGroup
 from lightning_normreg._reports._summary import units_in_words
-from lightning_normreg._weights import ParameterRole, Verdict, Watched, norms_of, role_by_shape, watch
+from lightning_normreg._weights import ParameterRole, Verdict, Watched, listed, norms_of, role_by_shape, watch
 from lightning_normreg.functional import effective_lr, weight_norm
 from lightning_normreg.functional._norms import root_mean_square
-from lightning_normreg.steps._equilibria import Formulas
-
-Blank = Callable[[str], None]
-"""Takes the reason why a cell is empty."""
+from lightning_normreg.steps._formulas import Formulas, Rates
 
 
 @dataclass(frozen=True)
 class InspectedParameter:
-    """One parameter; what is not known is None.
+    """One parameter; what is not known is None."""
 
-    Attributes:
-        parameter: Clean name.
-        shape: Its shape.
-        units: Its scale-invariant units in words, "none", "inert", or "unknown", where its rows are taken for units.
-        norm: ‖w‖ of the whole tensor.
-        unit_norm_rms: n, root mean square of the units' norms.
-        unit_norm_min: The smallest of them.
-        unit_norm_median: Their median.
-        unit_norm_max: The largest.
-        optimizer: Class of its optimizer.
-        group: Its parameter group.
-        lr: Learning rate η of the next step.
-        weight_decay: λ.
-        exponent: p.
-        effective_lr: η/n^p; None for what is known not to be scale-invariant.
-        effective_lr_not_invariant: The same for that, where it means nothing by itself.
-        equilibrium_norm: n at which decay settles.
-        equilibrium_rotation: Angle per step there, in radians.
-    """
-
-    parameter: str
+    parameter: str  # clean name
     shape: tuple[int, ...]
-    units: str
-    norm: float
-    unit_norm_rms: float
+    units: str  # its scale-invariant units in words, "none", "inert", or "unknown", where its rows are taken for units
+    norm: float  # ‖w‖ of the whole tensor
+    unit_norm_rms: float  # n, root mean square of the units' norms
     unit_norm_min: float
     unit_norm_median: float
     unit_norm_max: float
-    optimizer: str | None = None
-    group: str | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    exponent: int | None = None
-    effective_lr: float | None = None
-    effective_lr_not_invariant: float | None = None
-    equilibrium_norm: float | None = None
-    equilibrium_rotation: float | None = None
+    optimizer: str | None = None  # class of its optimizer
+    group: str | None = None  # its parameter group
+    lr: float | None = None  # η of the next step
+    weight_decay: float | None = None  # λ
+    exponent: int | None = None  # p
+    effective_lr: float | None = None  # η/n^p; None for what is known not to be scale-invariant
+    effective_lr_not_invariant: float | None = None  # the same for that, where it means nothing by itself
+    equilibrium_norm: float | None = None  # n at which decay settles
+    equilibrium_rotation: float | None = None  # angle per step there, in radians
 
 
 def as_parameters(tensors: Mapping[str, Tensor]) -> list[tuple[str, Parameter, ParameterRole]]:
@@ -71,8 +48,7 @@ def as_parameters(tensors: Mapping[str, Tensor]) -> list[tuple[str, Parameter, P
     found = []
     for name, tensor in tensors.items():
         parameter = Parameter(tensor, requires_grad=False)
-        role, rule = role_by_shape(name.rpartition(".")[2], parameter)
-        found.append((name, parameter, ParameterRole(role, rule, "")))
+        found.append((name, parameter, ParameterRole(*role_by_shape(name.rpartition(".")[2], parameter), "")))
     return found
 
 
@@ -84,11 +60,7 @@ def inspect_parameters(
 ) -> tuple[list[InspectedParameter], list[str]]:
     """One row for each parameter, and why cells are empty, in sentences.
 
-    Args:
-        named: All parameters, as :func:`named_roles` gives them.
-        owners: Name → parameter group, of those whose group is known.
-        verdict: Which units are scale-invariant, if that is known.
-        held: Names of those that a projection holds, which have no equilibrium of decay.
+    Units are those of the verdict, if there is one. A weight that a projection holds has no equilibrium of decay.
     """
     if not named:
         return [], []
@@ -105,13 +77,12 @@ def inspect_parameters(
         }
         row |= dict(zip(("unit_norm_min", "unit_norm_median", "unit_norm_max"), _spread(norms), strict=True))
         if w.name in owners:
-            row |= _rates(w, owners[w.name], row["unit_norm_rms"], w.name in held, _noted(w.name, reasons))
+            blanks: list[str] = []
+            row |= _rates(w, owners[w.name], row["unit_norm_rms"], w.name in held, blanks)
+            for blank in blanks:
+                reasons.setdefault(blank, []).append(w.name)
         rows.append(InspectedParameter(**row))
-    return rows, [f"{_several(names)}: {reason}" for reason, names in reasons.items()]
-
-
-def _noted(name: str, reasons: dict[str, list[str]]) -> Blank:
-    return lambda reason: reasons.setdefault(reason, []).append(name)
+    return rows, [f"{listed(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _spread(norms: Tensor) -> tuple[float, float, float]:
@@ -122,21 +93,25 @@ def _spread(norms: Tensor) -> tuple[float, float, float]:
     return float(ordered[0]), float(middle), float(ordered[-1])
 
 
-def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blank: Blank) -> dict[str, Any]:
-    """What follows from the optimizer's settings."""
+def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blanks: list[str]) -> dict[str, Any]:
+    """What follows from the optimizer's settings; why cells are empty is added to the blanks."""
     rules = [rule for rule in group.rules if isinstance(rule, UpdateRule)]
     whys = [rule.why for rule in group.rules if isinstance(rule, NoRule)]
     lrs = {_number(rule.lr(group.settings)) for rule in rules if rule.lr_key in group.settings}
     lr = lrs.pop() if len(lrs) == 1 else None if rules else _number(group.settings.get("lr"))
     decay = _number(group.settings.get("weight_decay"))
-    found: dict[str, Any] = {"optimizer": group.optimizer or None, "group": group.label, "lr": lr}
-    found["weight_decay"] = decay
+    found: dict[str, Any] = {
+        "optimizer": group.optimizer or None,
+        "group": group.label,
+        "lr": lr,
+        "weight_decay": decay,
+    }
     if watched.role.role not in ("weight", "embedding") or lr is None:
         return found
     whys += [rule.note for rule in rules if not rule.lr_is_used]
     exponents = {rule.exponent for rule in rules}
     if whys:
-        blank(f"{group.optimizer} {whys[0]}, so there is no lr/n^p.")
+        blanks.append(f"{group.optimizer} {whys[0]}, so there is no lr/n^p.")
         return found
     if len(exponents) == 1:
         (found["exponent"],) = exponents
@@ -144,29 +119,31 @@ def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blank: 
         key = "effective_lr_not_invariant" if watched.invariant is False else "effective_lr"
         found[key] = float(effective_lr(lr, torch.tensor(norm, dtype=torch.float64), found["exponent"]))
     elif found.get("exponent") == 0:
-        blank(f"{group.optimizer} steps in proportion to the weight (p = 0), so there is no lr/n^p.")
+        blanks.append(f"{group.optimizer} steps in proportion to the weight (p = 0), so there is no lr/n^p.")
     if rules and decay and watched.invariant is not False and not held:
-        found |= _equilibrium(watched, rules, group, (lr, decay), blank)
+        found |= _equilibrium(watched, rules, group, (lr, decay), blanks)
     return found
 
 
 def _equilibrium(
-    watched: Watched, rules: Sequence[UpdateRule], group: SavedGroup, step: tuple[float, float], blank: Blank
+    watched: Watched, rules: Sequence[UpdateRule], group: SavedGroup, rates: Rates, blanks: list[str]
 ) -> dict[str, float]:
     if len({rule.family for rule in rules}) > 1 or not rules[0].family:
-        blank(f"the equilibrium of {group.optimizer} with these settings is not known.")
+        blanks.append(f"the equilibrium of {group.optimizer} with these settings is not known.")
         return {}
     formulas = Formulas(rules[0], group.settings, watched, None)
     found = {}
     for key, formula in (("equilibrium_rotation", formulas.rotation), ("equilibrium_norm", formulas.norm)):
         try:
-            found[key] = formula(step)
+            found[key] = formula(rates)
         except ValueError as error:
             if "gradient_norm" in str(error):
                 quantity = key.replace("_", " ")
-                blank(f"the {quantity} of {group.optimizer} depends on the size of gradients, which is not known here.")
+                blanks.append(
+                    f"the {quantity} of {group.optimizer} depends on the size of gradients, which is not known here."
+                )
             else:
-                blank(f"no equilibrium is predicted. {error}")
+                blanks.append(f"no equilibrium is predicted. {error}")
     return found
 
 
@@ -174,14 +151,9 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _several(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:
     """The rows as a table for the terminal."""
     table = Table(title=title, caption=_CAPTION)
-    wide = len({(row.optimizer, row.group) for row in rows if row.group is not None}) > 1
     columns = {
         "parameter": lambda r: r.parameter,
         "shape": lambda r: "×".join(map(str, r.shape)),
@@ -197,7 +169,7 @@ def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:
         "decay": lambda r: _cell(r.weight_decay),
         "lr/n^p": _effective,
     }
-    if not wide:
+    if len({(row.optimizer, row.group) for row in rows if row.group is not None}) < 2:
         del columns["group"]
     for name in columns:
         table.add_column(name, justify="left" if name in ("parameter", "shape", "group") else "right")

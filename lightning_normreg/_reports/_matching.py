@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from lightning_normreg._reports._saved_optimizers import SavedGroup
-from lightning_normreg._weights import clean_name
+from lightning_normreg._weights import clean_name, listed
 
 Owners = dict[str, SavedGroup]
 
@@ -20,13 +20,8 @@ def match_parameters(
     A group without names is taken to list its parameters in the order of the module, as ``module.parameters()`` does.
     A parameter has an owner only if there is no other way to fit all groups to the module.
 
-    Args:
-        groups: Of all optimizers.
-        tensors: Name → tensor, in the order of the module.
-        aliases: Name → other names of a tied tensor.
-
-    Returns:
-        Name → group, and in sentences what was done and what is left open.
+    Returned are name → group, and in sentences what was done and what is left open. ``aliases`` are the other names of
+    tied tensors.
     """
     known = {n: name for name in tensors for n in (name, *aliases.get(name, ()))}
     owners: Owners = {}
@@ -34,13 +29,14 @@ def match_parameters(
     for group in groups:
         if group.names is not None:
             found = _by_name(group.names, known)
-            wrong = [name for name, at in found.items() if _differs(group, group.names.index(name), tensors[at])]
+            shapes = {name: group.shapes[group.names.index(name)] for name in found}  # the first of one that is twice
+            wrong = [name for name, at in found.items() if shapes[name] not in (None, tuple(tensors[at].shape))]
             missing = [name for name in group.names if name not in found]
             owners |= {at: group for name, at in found.items() if name not in wrong}
             if missing or wrong:
                 said.append(
                     f"Group {group.label} names parameters that the weights do not have in that shape: "
-                    f"{_list([*missing, *wrong])}. They are left out."
+                    f"{listed([repr(name) for name in (*missing, *wrong)])}. They are left out."
                 )
     unnamed = [group for group in groups if group.names is None and group.params]
     if unnamed:
@@ -59,11 +55,6 @@ def _by_name(names: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
     whole = [prefix for prefix in prefixes if all(prefix + name in known for name in clean)]
     prefix = whole[0] if len(whole) == 1 else ""
     return {raw: known[prefix + name] for raw, name in zip(names, clean, strict=True) if prefix + name in known}
-
-
-def _differs(group: SavedGroup, index: int, tensor: Tensor) -> bool:
-    shape = group.shapes[index]
-    return shape is not None and shape != tuple(tensor.shape)
 
 
 class _Fit:
@@ -103,27 +94,22 @@ class _Fit:
         return before != self._fixed
 
     def _certain(self, number: int, taken: set[int]) -> dict[int, int] | None:
-        forward = self._places(number, taken, reverse=False)
-        backward = self._places(number, taken, reverse=True)
-        if forward is None or backward is None:
+        first, last = (self._places(number, taken, step) for step in (1, -1))
+        if first is None or last is None:
             return None
-        return {k: at for k, at in enumerate(forward) if backward[k] == at}
+        return {k: at for k, at in first.items() if last[k] == at}
 
-    def _places(self, number: int, taken: set[int], reverse: bool) -> list[int] | None:
-        """The first place of each entry, or the last, given that the others have a place too."""
-        fixed, shapes = self._fixed[number], self.groups[number].shapes
-        entries = range(len(shapes) - 1, -1, -1) if reverse else range(len(shapes))
-        places = iter(range(len(self._shapes) - 1, -1, -1) if reverse else range(len(self._shapes)))
+    def _places(self, number: int, taken: set[int], step: int) -> dict[int, int] | None:
+        """The first place of each entry, given that the others have a place too; the last one with a step of −1."""
+        fixed = self._fixed[number]
+        places = iter([at for at in range(len(self._shapes)) if at not in taken][::step])
         found: dict[int, int] = {}
-        for k in entries:
-            for at in places:
-                shape = shapes[k]
-                if at not in taken and fixed.get(k, at) == at and (shape is None or shape == self._shapes[at]):
-                    found[k] = at
-                    break
-            else:
+        for k, shape in list(enumerate(self.groups[number].shapes))[::step]:
+            at = next((p for p in places if fixed.get(k, p) == p and shape in (None, self._shapes[p])), None)
+            if at is None:
                 return None
-        return [found[k] for k in range(len(shapes))]
+            found[k] = at
+        return found
 
 
 def _about_order(groups: Sequence[SavedGroup], fit: _Fit, free: Sequence[str]) -> list[str]:
@@ -145,7 +131,3 @@ def _about_order(groups: Sequence[SavedGroup], fit: _Fit, free: Sequence[str]) -
                 "give the optimizer module.named_parameters()."
             )
     return said
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

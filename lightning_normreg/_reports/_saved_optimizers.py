@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -25,14 +25,13 @@ _SIGNATURES: Mapping[str, tuple[str, str]] = {
     "ASGD": ("lambd alpha t0", "step eta mu ax"),
     "Rprop": ("etas step_sizes", "step prev step_size"),
     "Adafactor": ("beta2_decay eps d", "step row_var col_var variance"),
-}
-_LAST = {  # torch writes no `foreach` for these
     "Muon": ("momentum nesterov ns_coefficients eps ns_steps adjust_lr_fn", "momentum_buffer"),
     "LBFGS": (
         "max_iter max_eval tolerance_grad tolerance_change history_size line_search_fn",
         "func_evals n_iter al d t old_dirs old_stps ro H_diag prev_flat_grad prev_loss",
     ),
 }
+_UNMARKED = {"Muon", "LBFGS"}  # torch writes no `foreach` for these
 _COMMON = {"params", "name", "param_names", "lr", "weight_decay", "foreach", "maximize"}
 _COMMON |= {"capturable", "differentiable", "fused"}
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
@@ -43,33 +42,21 @@ _SHAPED |= {"acc_delta", "ax", "prev", "step_size", "z", "variance"}
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """One parameter group.
+    """One parameter group."""
 
-    Attributes:
-        label: Its name or number, with that of the optimizer where there are several.
-        settings: What it says beside its parameters.
-        rules: How its optimizer may step; empty where nobody knows.
-        optimizer: Class of the optimizer, as far as it is known.
-        params: Numbers of its parameters, or their names.
-        names: Names of its parameters, None where it has none.
-        shapes: Shape of each parameter as its state has it, None for one without state.
-    """
-
-    label: str
-    settings: Group
-    rules: tuple[UpdateRule | NoRule, ...]
-    optimizer: str = ""
-    params: tuple[Any, ...] = ()
-    names: tuple[str, ...] | None = None
-    shapes: tuple[tuple[int, ...] | None, ...] = field(default=())
+    label: str  # its name or number, with that of the optimizer where there are several
+    settings: Group  # what it says beside its parameters
+    rules: tuple[UpdateRule | NoRule, ...]  # how its optimizer may step; empty where nobody knows
+    optimizer: str = ""  # class of the optimizer, as far as it is known
+    params: tuple[Any, ...] = ()  # numbers of its parameters, or their names
+    names: tuple[str, ...] | None = None  # of its parameters, None where it has none
+    shapes: tuple[tuple[int, ...] | None, ...] = ()  # of each parameter as its state has it, None for one without
 
 
 def saved_groups(states: Sequence[Mapping[str, Any]], given: Sequence[str] = ()) -> tuple[list[SavedGroup], list[str]]:
     """The groups of all optimizers of a checkpoint, and what is assumed of them, in sentences.
 
-    Args:
-        states: State of each optimizer.
-        given: Their classes, as the user names them: none, one for all, or one for each.
+    The user may have named their classes: one for all, or one for each.
 
     Raises:
         CheckpointError: If the number of classes is another, one is unknown, or a state cannot be of its class.
@@ -85,18 +72,20 @@ def saved_groups(states: Sequence[Mapping[str, Any]], given: Sequence[str] = ())
         for index, group in enumerate(state["param_groups"]):
             own = str(group.get("name", index))
             rules = tuple(rule for c in candidates for rule in named_rules(c, group))
-            names = group.get("param_names")
             params = tuple(group["params"])
-            if params and all(isinstance(p, str) for p in params):
-                names = params  # sharded runs number nothing
-            if names is not None and len(names) != len(params):
-                names = None
-            shapes = tuple(_shape(state["state"].get(p, {})) for p in params)
-            label_here = f"{number}:{own}" if len(states) > 1 else own
-            optimizer = " or ".join(candidates)
-            settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            known = tuple(names) if names is not None else None
-            groups.append(SavedGroup(label_here, settings, rules, optimizer, params, known, shapes))
+            named = params and all(isinstance(p, str) for p in params)  # sharded runs number nothing
+            names = params if named else group.get("param_names")
+            groups.append(
+                SavedGroup(
+                    label=f"{number}:{own}" if len(states) > 1 else own,
+                    settings={key: value for key, value in group.items() if key not in ("params", "param_names")},
+                    rules=rules,
+                    optimizer=" or ".join(candidates),
+                    params=params,
+                    names=tuple(names) if names is not None and len(names) == len(params) else None,
+                    shapes=tuple(_shape(state["state"].get(p, {})) for p in params),
+                )
+            )
     return groups, said
 
 
@@ -104,14 +93,14 @@ def _candidates(state: Mapping[str, Any]) -> list[str]:
     """Classes of torch.optim that have just these settings, and no other state."""
     groups = state["param_groups"]
     found = []
-    for name, (settings, entries) in {**_SIGNATURES, **_LAST}.items():
+    for name, (settings, entries) in _SIGNATURES.items():
         own = {key for group in groups for key in group} - _COMMON - _OF_SCHEDULERS
         if name in ("Adam", "AdamW"):
             decoupled = {bool(group["decoupled_weight_decay"]) for group in groups if "decoupled_weight_decay" in group}
             own.discard("decoupled_weight_decay")
             if decoupled and decoupled != {name == "AdamW"}:
                 continue
-        marked = name in _LAST or all({"foreach", "maximize"} <= set(group) for group in groups)
+        marked = name in _UNMARKED or all({"foreach", "maximize"} <= set(group) for group in groups)
         if groups and marked and own == set(settings.split()) and _entries(state) <= set(entries.split()):
             found.append(name)
     return found
@@ -125,7 +114,7 @@ def _checked(name: str, state: Mapping[str, Any], label: str) -> str:
                 f"no rule is known for {name!r}. Name a class of torch.optim, or another as package.Class, such as "
                 "lion_pytorch.Lion; or leave it out, and get the norms alone."
             )
-        known = {**_SIGNATURES, **_LAST}.get(name.removeprefix("torch.optim."))
+        known = _SIGNATURES.get(name.removeprefix("torch.optim."))
         if known is None:
             continue
         missing = set(known[0].split()) - set(group) - {"decoupled_weight_decay"}  # older ones lack it

@@ -10,45 +10,38 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import update_rule
-from lightning_normreg._weights import ParameterRole, ScaleInvariance, Verdict, norms_of, summarize, watch, whole_shape
+from lightning_normreg._weights import (
+    ParameterRole,
+    ScaleInvariance,
+    Verdict,
+    listed,
+    norms_of,
+    summarize,
+    watch,
+    whole_shape,
+)
 from lightning_normreg.functional._norms import root_mean_square
 
-COLUMNS = ("parameter", "shape", "role", "units", "eps share", "norm", "radius", "group", "decay", "optimizer")
+_COLUMNS = ("parameter", "shape", "role", "units", "eps share", "norm", "radius", "group", "decay", "optimizer")
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One parameter.
+    """One parameter."""
 
-    Attributes:
-        parameter: Clean name.
-        shape: Its shape.
-        role: What it is.
-        units: Its scale-invariant units in words, "none", "unknown", or "inert".
-        evidence: Where that is from, "" where it is unknown.
-        eps_share: Median eps share ρ of the normalizations behind it, None if it was not measured.
-        norm: Root mean square of the units' norms before any projection.
-        radius: Radius at which a projection holds them (root mean square), None for no projection.
-        group: Name or number of its parameter group, "" if no optimizer updates it.
-        weight_decay: Decay of that group.
-        lr: Learning rate of that group.
-        optimizer: Class of its optimizer.
-        size: Number of its entries.
-    """
-
-    parameter: str
+    parameter: str  # clean name
     shape: tuple[int, ...]
-    role: str
-    units: str
-    evidence: str
-    eps_share: float | None
-    norm: float
-    radius: float | None
-    group: str
-    weight_decay: float
-    lr: float
-    optimizer: str
-    size: int
+    role: str  # what it is
+    units: str  # its scale-invariant units in words, "none", "unknown", or "inert"
+    evidence: str  # where that is from, "" where it is unknown
+    eps_share: float | None  # median eps share ρ of the normalizations behind it, None if it was not measured
+    norm: float  # root mean square of the units' norms before any projection
+    radius: float | None  # at which a projection holds them (root mean square), None for no projection
+    group: str  # name or number of its parameter group, "" if no optimizer updates it
+    weight_decay: float  # of that group
+    lr: float  # of that group
+    optimizer: str  # class of its optimizer
+    size: int  # number of its entries
 
     @property
     def is_invariant(self) -> bool:
@@ -57,23 +50,13 @@ class SummaryRow:
 
     def cells(self) -> list[str]:
         """The row as the table shows it."""
+        shape = "×".join(map(str, self.shape))
+        units = f"{self.units} ({self.evidence})" if self.is_invariant else self.units
         share = "" if self.eps_share is None else f"{self.eps_share:.1%}"
         radius = "" if self.radius is None else f"{self.radius:.4g}"
-        shape, decay = "×".join(map(str, self.shape)), f"{self.weight_decay:g}" if self.optimizer else ""
-        units = f"{self.units} ({self.evidence})" if self.is_invariant else self.units
-        optimizer = self.optimizer or "frozen"
-        return [
-            self.parameter,
-            shape,
-            self.role,
-            units,
-            share,
-            f"{self.norm:.4g}",
-            radius,
-            self.group,
-            decay,
-            optimizer,
-        ]
+        decay = f"{self.weight_decay:g}" if self.optimizer else ""
+        norm, optimizer = f"{self.norm:.4g}", self.optimizer or "frozen"
+        return [self.parameter, shape, self.role, units, share, norm, radius, self.group, decay, optimizer]
 
 
 def summary_rows(
@@ -84,11 +67,8 @@ def summary_rows(
 ) -> list[SummaryRow]:
     """One row for each parameter.
 
-    Args:
-        named: All parameters, as :func:`named_roles` gives them.
-        optimizers: Their optimizers.
-        verdict: What is known of scale invariance, empty for nothing.
-        held: For each projected parameter its norm before the projection, and its radius.
+    The verdict is empty where nothing is known. ``held`` has the norm before the projection, and the radius, of each
+    projected parameter.
     """
     groups = {
         p: (str(group.get("name", number)), group, optimizer)
@@ -147,7 +127,7 @@ def units_in_words(known: ScaleInvariance | None) -> str:
 def summary_table(rows: Iterable[SummaryRow]) -> Table:
     """The rows as a table for the terminal."""
     table = Table(title="Before training")
-    for column in COLUMNS:
+    for column in _COLUMNS:
         table.add_column(column, justify="right" if column in ("eps share", "norm", "radius", "decay") else "left")
     for row in rows:
         table.add_row(*row.cells())
@@ -156,18 +136,14 @@ def summary_table(rows: Iterable[SummaryRow]) -> Table:
 
 def markdown_summary(rows: Iterable[SummaryRow]) -> str:
     """The rows as a Markdown table, for loggers that take text."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + " --- |" * len(_COLUMNS)]
     return "\n".join([*lines, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
 
 
 def sentences(rows: list[SummaryRow], verdict: Verdict, steps_per_epoch: float, clipping: float | None) -> list[str]:
     """What the table means, in plain sentences.
 
-    Args:
-        rows: All parameters.
-        verdict: What is known of scale invariance.
-        steps_per_epoch: Optimizer steps in an epoch, inf if unknown.
-        clipping: The Trainer's ``gradient_clip_val``.
+    ``steps_per_epoch`` are the optimizers', inf if unknown; ``clipping`` is the Trainer's ``gradient_clip_val``.
     """
     decayed = [row for row in rows if row.weight_decay > 0]
     if not verdict:
@@ -179,9 +155,8 @@ def sentences(rows: list[SummaryRow], verdict: Verdict, steps_per_epoch: float, 
     else:
         share = sum(r.size for r in decayed if r.is_invariant) / sum(r.size for r in decayed)
         rest = [r.parameter for r in decayed if not r.is_invariant]
-        names = ", ".join(rest[:5]) + (f" and {len(rest) - 5} more" if len(rest) > 5 else "")
         found = [f"{share:.0%} of what you decay is scale-invariant: there decay only sets the learning rate."]
-        found += [f"It really regularizes {names}."] if rest else []
+        found += [f"It really regularizes {listed(rest, 5)}."] if rest else []
     for lr, decay in sorted({(r.lr, r.weight_decay) for r in decayed if r.lr > 0}):
         steps = 1 / (lr * decay)
         found.append(

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_normreg._compat import is_named
+
 
 @dataclass(frozen=True)
 class FlatPiece:
@@ -43,7 +45,7 @@ def find_flat_pieces(model: nn.Module) -> None:
         NotImplementedError: If the original parameters are not kept, or this torch does not say where pieces lie.
     """
     for module in model.modules():
-        if "FullyShardedDataParallel" not in [cls.__name__ for cls in type(module).__mro__]:
+        if not is_named(module, "FullyShardedDataParallel"):
             continue
         handle = getattr(module, "_handle", None)
         if handle is None:

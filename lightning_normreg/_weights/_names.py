@@ -51,6 +51,15 @@ def check_globs(argument: str, globs: object) -> None:
         raise TypeError(f"`{argument}` must be a list of globs, got {globs!r}. Use for example ['*.weight'].")
 
 
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first names, and how many more there are.
+
+    >>> listed(["conv1", "conv2", "head"], most=2)
+    'conv1, conv2 and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _nothing(glob: str, names: list[str], argument: str) -> str:
     near = difflib.get_close_matches(glob, names, n=3, cutoff=0.4) or names[:3]
     hint = f"Near misses: {', '.join(map(repr, near))}." if near else "The module has no parameters."

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_normreg._compat import is_named
 from lightning_normreg._weights._flat_shards import is_flat, known_piece
 
 
@@ -48,11 +49,11 @@ def local(tensor: Any) -> Tensor:
 def reshard(model: nn.Module) -> None:
     """Let FSDP forget the whole weights that it keeps after a validation: they would hide what is written to shards."""
     for part in model.modules():
-        names = [cls.__name__ for cls in type(part).__mro__]
         handle: Any = getattr(part, "_handle", None)
-        if "FSDPModule" in names:
+        flat = getattr(handle, "flat_param", None)
+        if is_named(part, "FSDPModule"):
             part.reshard()  # type: ignore[operator]
-        elif "FullyShardedDataParallel" in names and hasattr(getattr(handle, "flat_param", None), "_local_shard"):
+        elif is_named(part, "FullyShardedDataParallel") and hasattr(flat, "_local_shard"):
             handle.reshard(True)  # before the first forward pass there is nothing to forget
 
 

@@ -1,4 +1,4 @@
-"""Averages of projected weights lie inside of the sphere; this puts them back on it where they are used."""
+"""The average of projected weights has a smaller norm than they have; where it is used, it is projected as well."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_normreg._compat import is_named
 from lightning_normreg.steps._projector import Projector
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def find_averaging(trainer: Trainer, callback: object, wanted: bool) -> list[Any
         ValueError: If they are wanted and there is none, or one comes after ``callback``.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    found = [c for c in callbacks if any(cls.__name__ in _AVERAGING for cls in type(c).__mro__)]
+    found = [c for c in callbacks if is_named(c, *_AVERAGING)]
     names, mine = ", ".join(type(c).__name__ for c in found), type(callback).__name__
     if not wanted:
         if found:

@@ -13,8 +13,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_normreg._compat import CallbackBase
 from lightning_normreg._param_groups import load_by_name
 from lightning_normreg._symmetries import load_verdict, verdict_to_dict
-from lightning_normreg._weights import ParameterRole, find_flat_pieces, named_roles, summarize
-from lightning_normreg.callbacks._probing import Verdict, observer_limits, probe, same_on_all_ranks, say_lost
+from lightning_normreg._weights import ParameterRole, Verdict, find_flat_pieces, named_roles, summarize
+from lightning_normreg.callbacks._probing import observer_limits, probe, same_on_all_ranks, say_lost
 from lightning_normreg.steps._observer import GradientObserver, InvarianceWatchdog
 from lightning_normreg.steps._step_hooks import BackwardGuard, StepDispatcher, torch_optimizer
 

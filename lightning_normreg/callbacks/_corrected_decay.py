@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_normreg._weights import check_selection, strong, watch
+from lightning_normreg._weights import Verdict, check_selection, strong, watch
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
-from lightning_normreg.callbacks._probing import Verdict
 from lightning_normreg.steps._decay_corrector import DecayCorrector, PeakLR
 from lightning_normreg.steps._targets import choose_targets
 
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 class CorrectedDecay(StepCallback):
     r"""Decays scale-invariant weights in proportion to the learning rate: :math:`\lambda_t=\lambda\eta_t/\eta_{\max}`.
 
-    The norm at which decay and updates balance goes with η/λ (to the power 1/4 for SGD, 1/2 for AdamW), so under a
-    learning-rate schedule it moves, far too slowly to keep up, and the effective learning rate at the end of training
+    The norm at which decay and updates balance is proportional to a power of η/λ (1/4 for SGD, 1/2 for AdamW), so under
+    a learning-rate schedule it moves, far too slowly to keep up, and the effective learning rate at the end of training
     is not what the schedule says. With this correction the equilibrium norm stays put, and the schedule is that of the
     rotation, to the first power. Weights that are not scale-invariant keep their decay: there it regularizes.
 
@@ -83,7 +82,9 @@ class CorrectedDecay(StepCallback):
         for optimizer in optimizers_of(trainer):
             self._corrector.check(optimizer)
         run_of(trainer).dispatcher.subscribe(self._corrector)
-        rank_zero_info(f"CorrectedDecay: the decay of {len(targets)} scale-invariant weights goes with lr/lr_max.")
+        rank_zero_info(
+            f"CorrectedDecay: the decay of {len(targets)} scale-invariant weights is proportional to lr/lr_max."
+        )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the optimizers as they were."""

@@ -10,11 +10,11 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg import _metrics
-from lightning_normreg._weights import UnitArgument, Watched
+from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed
 from lightning_normreg.callbacks._base import optimizers_of, run_of
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
-from lightning_normreg.callbacks._probing import Verdict
-from lightning_normreg.steps._equilibria import GRADIENT_AT_NORM_1, Equilibria
+from lightning_normreg.steps._equilibria import Equilibria
+from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1
 from lightning_normreg.steps._health import Health, OnUnhealthy
 from lightning_normreg.steps._rotation_tracker import RotationTracker
 from lightning_normreg.steps._tracker import Row
@@ -181,8 +181,7 @@ class EffectiveLRMonitor(Monitor):
         words = {} if self._equilibria is None else self._equilibria.words()
         found = []
         for said, names in words.items():
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            found.append(f"{', '.join(names[:4])}{more}: {said}.")
+            found.append(f"{listed(names)}: {said}.")
         return found
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_normreg._compat import is_named
 from lightning_normreg._symmetries import ProbeError
-from lightning_normreg._weights import UnitArgument, Watched, check_selection, reshard, strong, watch
+from lightning_normreg._weights import UnitArgument, Verdict, Watched, check_selection, reshard, strong, watch
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
 from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, optimizers_of, run_of
-from lightning_normreg.callbacks._probing import Verdict, few_samples
+from lightning_normreg.callbacks._probing import few_samples
 from lightning_normreg.steps._batch_norms import keep_batch_norms
 from lightning_normreg.steps._projector import Projector, Radius, check_radius_argument
 from lightning_normreg.steps._targets import OnNotInvariant, check_eps_shares, choose_targets
@@ -23,22 +24,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SphereCallback(StepCallback):
+class NormHolder(StepCallback):
     """Holds the units of some weights at a radius, in the optimizer's step hooks; the subclass says by what.
 
-    The arguments are those of :class:`lightning_normreg.NormProjection`.
+    The arguments are those of :class:`lightning_normreg.NormProjection`, which has this constructor.
     """
 
     def __init__(
         self,
-        radius: Radius,
+        radius: Radius = "auto",
         *,
-        unit: UnitArgument,
-        include: Sequence[str] | None,
-        exclude: Sequence[str],
-        invariance: str | Mapping[str, Any] | None,
-        on_not_invariant: OnNotInvariant,
-        project_averaged: bool,
+        unit: UnitArgument = "auto",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        invariance: str | Mapping[str, Any] | None = None,
+        on_not_invariant: OnNotInvariant = "raise",
+        project_averaged: bool = False,
     ) -> None:
         super().__init__(invariance)
         check_radius_argument(radius)
@@ -81,13 +82,8 @@ class SphereCallback(StepCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         verdict = strong(verdict)
         watched = watch(run_of(trainer).named, self.include, self.exclude, self.unit, verdict or None)
-        targets = choose_targets(
-            watched,
-            verdict,
-            named=self.include is not None,
-            otherwise=self.on_not_invariant,
-            callback=type(self).__name__,
-        )
+        named, callback = self.include is not None, type(self).__name__
+        targets = choose_targets(watched, verdict, named=named, otherwise=self.on_not_invariant, callback=callback)
         check_eps_shares(targets, verdict, self.radius)
         self._projector = self._make_projector(targets)
         self._claim(trainer, targets)
@@ -191,6 +187,13 @@ class SphereCallback(StepCallback):
         self._restored_average = dict(state_dict.get("averaged", {}))
 
 
+def held_norms(trainer: Trainer) -> dict[str, tuple[float, float]]:
+    """What :meth:`NormHolder.held` says, of all callbacks of a Trainer."""
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
+    holders = [callback for callback in callbacks if isinstance(callback, NormHolder)]
+    return {name: norms for holder in holders for name, norms in holder.held().items()}
+
+
 def _keep_the_function(trainer: Trainer, pl_module: LightningModule, batch: Any, project: Callable[[], None]) -> None:
     try:
         keep_batch_norms(pl_module, [batch, few_samples(batch)], project, share=trainer.strategy.broadcast)
@@ -214,7 +217,7 @@ def _say_rounding(targets: list[Watched]) -> None:
 
 def _refuse_idle(trainer: Trainer, targets: list[Watched]) -> None:
     """Refuse weights that nothing updates, unless a finetuning callback may thaw them."""
-    thaws = any("BaseFinetuning" in [c.__name__ for c in type(cb).__mro__] for cb in trainer.callbacks)  # type: ignore[attr-defined]
+    thaws = any(is_named(callback, "BaseFinetuning") for callback in trainer.callbacks)  # type: ignore[attr-defined]
     optimized = {t.name for t in Projector(targets, "auto").optimized(optimizers_of(trainer))}
     idle = [t.name for t in targets if t.name not in optimized or not t.parameter.requires_grad]
     if idle and not thaws:

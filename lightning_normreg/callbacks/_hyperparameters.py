@@ -7,10 +7,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_normreg._compat import is_named
 from lightning_normreg._optimizers import update_rule
 
 SETTINGS = ("lr", "weight_decay", "momentum", "betas", "nesterov")
-MERGING = frozenset({"WandbLogger", "MLFlowLogger", "CometLogger", "NeptuneLogger"})
+MERGING = ("WandbLogger", "MLFlowLogger", "CometLogger", "NeptuneLogger")
 """Loggers that add to what they have. Others may replace it, or write the file that a model is loaded with again."""
 
 
@@ -42,7 +43,7 @@ def hyperparameters(optimizers: Sequence[Optimizer], radii: Iterable[object]) ->
 
 def log_hyperparameters(logger: Any, found: dict[str, str | float]) -> None:
     """Add them to what a logger has, where it is known to merge."""
-    if MERGING & {c.__name__ for c in type(logger).__mro__}:
+    if is_named(logger, *MERGING):
         logger.log_hyperparams(found)
 
 

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_normreg import _metrics
 from lightning_normreg._metrics import Curve
 from lightning_normreg._plot import History
-from lightning_normreg._weights import UnitArgument, Watched, check_selection, watch
+from lightning_normreg._weights import UnitArgument, Verdict, Watched, check_selection, watch
 from lightning_normreg.callbacks._base import (
     StepCallback,
     batches_that_stepped,
@@ -23,7 +23,6 @@ from lightning_normreg.callbacks._base import (
 )
 from lightning_normreg.callbacks._hyperparameters import hyperparameters, log_hyperparameters
 from lightning_normreg.callbacks._norm_projection import NormProjection
-from lightning_normreg.callbacks._probing import Verdict
 from lightning_normreg.callbacks._tensorboard import write_beside
 from lightning_normreg.steps._tracker import Row, Tracker
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from lightning_normreg._weights import UnitArgument, Watched
-from lightning_normreg.callbacks._holding import SphereCallback
-from lightning_normreg.steps._projector import Projector, Radius
-from lightning_normreg.steps._targets import OnNotInvariant
+from lightning_normreg._weights import Watched
+from lightning_normreg.callbacks._holding import NormHolder
+from lightning_normreg.steps._projector import Projector
 
 
-class NormProjection(SphereCallback):
+class NormProjection(NormHolder):
     r"""Holds the norm of weights: after each optimizer step, :math:`w_u \leftarrow R\,w_u/\lVert w_u\rVert`.
 
     For scale-invariant weights this leaves the network's function alone and removes a hyperparameter: the effective
@@ -61,27 +57,6 @@ class NormProjection(SphereCallback):
     Reference:
         van Laarhoven 2017, section "Normalizing Weights", https://arxiv.org/abs/1706.05350.
     """
-
-    def __init__(
-        self,
-        radius: Radius = "auto",
-        *,
-        unit: UnitArgument = "auto",
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        invariance: str | Mapping[str, Any] | None = None,
-        on_not_invariant: OnNotInvariant = "raise",
-        project_averaged: bool = False,
-    ) -> None:
-        super().__init__(
-            radius,
-            unit=unit,
-            include=include,
-            exclude=exclude,
-            invariance=invariance,
-            on_not_invariant=on_not_invariant,
-            project_averaged=project_averaged,
-        )
 
     def _make_projector(self, targets: list[Watched]) -> Projector:
         return Projector(targets, self.radius, self._restored)

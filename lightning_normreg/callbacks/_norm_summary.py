@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lightning_normreg._reports import SummaryRow, markdown_summary, sentences, summary_rows, summary_table
+from lightning_normreg._weights import Verdict
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
-from lightning_normreg.callbacks._holding import SphereCallback
-from lightning_normreg.callbacks._probing import Verdict
+from lightning_normreg.callbacks._holding import held_norms
 from lightning_normreg.steps._step_hooks import Phase
 
 if TYPE_CHECKING:
@@ -66,13 +66,7 @@ class NormSummary(StepCallback):
         if self._pending is None:
             return
         (trainer, verdict), self._pending = self._pending, None
-        held: dict[str, tuple[float, float]] = {}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SphereCallback):
-                held |= callback.held()
-        self._rows = summary_rows(run_of(trainer).named, optimizers_of(trainer), verdict, held)
-        steps = float(trainer.num_training_batches) / trainer.accumulate_grad_batches
-        self._sentences = sentences(self._rows, verdict, steps, trainer.gradient_clip_val)
+        self._rows, self._sentences = summary_of(trainer, verdict)
         if trainer.is_global_zero:
             self._show(trainer)
 
@@ -88,3 +82,10 @@ class NormSummary(StepCallback):
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if callable(add_text):
                 add_text("norm_summary", text)
+
+
+def summary_of(trainer: Trainer, verdict: Verdict) -> tuple[list[SummaryRow], list[str]]:
+    """The table of a run whose callbacks have all begun, and what stands under it."""
+    rows = summary_rows(run_of(trainer).named, optimizers_of(trainer), verdict, held_norms(trainer))
+    steps = float(trainer.num_training_batches) / trainer.accumulate_grad_batches
+    return rows, sentences(rows, verdict, steps, trainer.gradient_clip_val)

@@ -19,7 +19,7 @@ from lightning_normreg._symmetries import (
     load_verdict,
     verdict_to_dict,
 )
-from lightning_normreg._weights import ScaleInvariance, is_sharded, summarize
+from lightning_normreg._weights import Verdict, is_sharded, summarize
 from lightning_normreg.steps._observer import GradientObserver
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ SAMPLES = 4
 LONG_SECONDS = 2.0
 LARGEST = 500_000_000
 """Parameters of a model that is still copied: the probe takes five times their memory in float64."""
-
-Verdict = dict[str, ScaleInvariance]
 
 
 def probe(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Verdict:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_normreg._weights import UnitArgument, Watched
+from lightning_normreg._weights import UnitArgument, Verdict, Watched
 from lightning_normreg.callbacks._base import optimizers_of
-from lightning_normreg.callbacks._holding import SphereCallback
-from lightning_normreg.callbacks._probing import Verdict
+from lightning_normreg.callbacks._holding import NormHolder
 from lightning_normreg.functional._rotation import Per
 from lightning_normreg.steps._angles import Angle, Angles
 from lightning_normreg.steps._projector import Radius
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 
-class RotationControl(SphereCallback):
+class RotationControl(NormHolder):
     r"""Turns weights by a given angle in each optimizer step, so that the learning rate is an angle in radians.
 
     The optimizer gives the direction. Of its update the part :math:`t_u` across each unit is kept, and rescaled so that
@@ -61,21 +60,29 @@ class RotationControl(SphereCallback):
         angle: ``"lr"``: the live learning rate of the weight's parameter group, in radians; a number: that angle;
             ``"equilibrium"``: the rotation per step at which the live learning rate and decay would settle, for AdamW
             √(2ηλ(1−β₁)/(1+β₁)) (:func:`lightning_normreg.functional.equilibrium_rotation`).
-        unit: As of :class:`NormProjection`.
+        unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"column"``: what one
+            input feeds into all neurons; ``"layer"``: the whole tensor.
         per: ``"layer"``: the root mean square over a weight's units has the angle, and units keep their relative
             speeds, none above π/2; ``"unit"``: every unit has it.
         hold: ``"step"``: each step has the angle; ``"mean"``: steps have it on average (the root of a decaying mean of
             squares over about 100 steps, of updates over their learning rate), so that quiet steps stay quiet.
-        radius: As of :class:`NormProjection`. It makes a difference only to absolute constants such as Adam's eps.
-        include: As of :class:`NormProjection`.
-        exclude: As of :class:`NormProjection`.
-        invariance: As of :class:`NormProjection`.
-        on_not_invariant: As of :class:`NormProjection`.
-        project_averaged: As of :class:`NormProjection`.
+        radius: Norm of each unit, which makes a difference only to absolute constants such as Adam's eps: ``"auto"``: 1
+            for a neuron or column, √k for a layer of k neurons, √fan_in for a neuron under weight standardization;
+            ``"initial"``: what it was at the start; a number.
+        include: Globs over clean parameter names; by default all weights and embeddings that are scale-invariant. A
+            glob that matches nothing is an error.
+        exclude: Globs of parameters to leave out.
+        invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
+            model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
+        on_not_invariant: What to do with a weight that ``include`` names and that is not known to be scale-invariant:
+            ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the control changes what the network computes.
+        project_averaged: Project the weights that a WeightAveraging, EMAWeightAveraging or StochasticWeightAveraging
+            callback before this one averages, for validation, checkpoints and the end of the run.
 
     Raises:
-        ValueError: As :class:`NormProjection`; for a learning rate that is to be an angle and not in [0, π), also later
-            in the run; for ``angle="equilibrium"`` where there is no decay, or its rotation depends on the gradients.
+        ValueError: Before the first step, for what :class:`NormProjection` refuses; for a learning rate that is to be
+            an angle and not in [0, π), also later in the run; for ``angle="equilibrium"`` where there is no decay, or
+            its rotation depends on the gradients.
 
     Examples:
         >>> from pytorch_lightning import Trainer
@@ -121,15 +128,8 @@ class RotationControl(SphereCallback):
         self._restored_means: dict[str, Mean] = {}
 
     def _make_projector(self, targets: list[Watched]) -> Rotator:
-        return Rotator(
-            targets,
-            self.radius,
-            self.angle,
-            per=self.per,
-            hold=self.hold,
-            initial=self._restored,
-            means=self._restored_means,
-        )
+        initial, means = self._restored, self._restored_means
+        return Rotator(targets, self.radius, self.angle, per=self.per, hold=self.hold, initial=initial, means=means)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         super()._begin(trainer, pl_module, verdict)

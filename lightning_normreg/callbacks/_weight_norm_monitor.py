@@ -117,5 +117,5 @@ class WeightNormMonitor(Monitor):
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
         super()._log(trainer, values)
         for logger in trainer.loggers:
-            tagged = {_metrics._joined(self.prefix, "unit_norms", name): n for name, n in self._units.items()}
+            tagged = {_metrics.joined(self.prefix, "unit_norms", name): n for name, n in self._units.items()}
             write_histograms(logger, tagged, self._step)

@@ -8,16 +8,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_normreg.cli._examples import PROGRAM, SUMMARIES, overview
+from lightning_normreg.cli._subcommands import COMMANDS, PROGRAM, SUMMARIES, overview
 
 if TYPE_CHECKING:
     from lightning_normreg.cli._normreg_cli import NormRegCLI as NormRegCLI
     from lightning_normreg.cli._schedulers import SchedulerChain as SchedulerChain
     from lightning_normreg.cli._schedulers import SchedulerSequence as SchedulerSequence
-
-# Subcommands that are not LightningCLI's, and where each is: `--help` imports none of them. One more is a file with a
-# function that takes the arguments, and a line here and in SUMMARIES.
-COMMANDS = {"demo": "_demo", "inspect": "inspect", "plot": "_plot", "convert": "_convert"}
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -7,17 +7,15 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
+from lightning_normreg.cli._console import console
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
-from lightning_normreg.cli._examples import PROGRAM, epilog
-from lightning_normreg.cli._namespace import DEFAULT
-from lightning_normreg.cli._normreg_cli import parser_class
+from lightning_normreg.cli._parser import Parser, add_optional, parser_of
 from lightning_normreg.cli._recipe import OF_THE_UNIT, Recipe, converted, to_plain
 from lightning_normreg.cli._recipe_source import read_recipe
-from lightning_normreg.cli.inspect._report import WIDTH
 from lightning_normreg.functional import equilibrium_half_life, equilibrium_rotation, matched_lr
+from lightning_normreg.functional._families import FAMILIES
 from lightning_normreg.functional._recipes import EXPONENTS
 
 _SETTINGS = ("momentum", "dampening", "nesterov", "betas")
@@ -30,7 +28,7 @@ _HELP = {
     "gradient_norm": "Norm of a unit's gradient times its own norm, for SGD and for decay that goes into the gradient.",
     "shape": "Of the matrix, for Muon.",
 }
-_TYPES = {"nesterov": bool | None, "betas": list[float] | None, "shape": list[int] | None}
+_TYPES: dict[str, type] = {"nesterov": bool, "betas": list[float], "shape": list[int]}
 
 
 def convert(args: list[str]) -> None:
@@ -52,13 +50,12 @@ def convert(args: list[str]) -> None:
         more = {} if matched is None else {"matched_lr": matched}
         print(json.dumps(to_plain(found) | more, indent=1, allow_nan=False))
         return
-    plain = Console()
-    console = plain if plain.is_terminal else Console(width=WIDTH)
-    console.print(_table(recipe, found))
+    page = console()
+    page.print(_table(recipe, found))
     for said in _words(recipe, found, matched):
-        console.print(said, highlight=False, markup=False)
+        page.print(said, highlight=False, markup=False)
     if (config := _config(found)) is not None:
-        console.print("\nFor fit --config:", highlight=False)
+        page.print("\nFor fit --config:", highlight=False)
         print(yaml.safe_dump(config, sort_keys=False), end="")
 
 
@@ -173,7 +170,7 @@ def _words(before: Recipe, after: Recipe, matched: float | None) -> list[str]:
     decay = before if before.form == "decay" else after
     settings = decay.arguments() | {"lr": decay.rate(), "weight_decay": decay.weight_decay}
     rotation = equilibrium_rotation(decay.family, **settings)
-    noise = "35 %" if decay.family == "muon" else "15 %"
+    noise = f"{100 * FAMILIES[decay.family].tolerance:.0f} %"
     reason = (
         f"Decay lets a unit settle where it turns by {rotation:.4g} rad per step, and holds it there. A projection to "
         "this radius turns it as far, from the first step on."
@@ -191,8 +188,8 @@ def _words(before: Recipe, after: Recipe, matched: float | None) -> list[str]:
     if "entries" in decay.unit:
         said.append(f"The radius is that of units of {decay.unit['entries']:g} entries: others settle elsewhere.")
     said.append(
-        "Under a schedule the rotation goes with lr under projection, and with its square root under slow decay: take "
-        "the root of the schedule's factors."
+        "Under a schedule the rotation is proportional to lr under projection, and to its square root under slow decay: "
+        "take the root of the schedule's factors."
     )
     if matched is not None:
         said.append(
@@ -210,7 +207,7 @@ def _of_schedule(decay: Recipe) -> list[str]:
         said.append("The momentum of each step changes too: --json has it.")
     else:
         said.append(
-            "Learning rates alone leave an error: before each step first moments go with s, second moments with its "
+            "Learning rates alone leave an error: before each step first moments are proportional to s, second moments to its "
             "square, and eps is s times as large (--json has s as scales). DecayFreeLR does all of it while training."
         )
     return said
@@ -236,12 +233,8 @@ def _config(found: Recipe) -> dict[str, Any] | None:
     return config | ({"projection": {"radius": found.radius}} if found.radius is not None else {})
 
 
-def _parser() -> Any:
-    parser = parser_class(DEFAULT)(
-        prog=f"{PROGRAM} convert",
-        description="A recipe with weight decay as one with projection or a schedule, or back.",
-        epilog=epilog("convert"),
-    )
+def _parser() -> Parser:
+    parser = parser_of("convert", "A recipe with weight decay as one with projection or a schedule, or back.")
     parser.add_argument(
         "--to",
         type=Literal["projection", "schedule", "decay"],
@@ -249,27 +242,21 @@ def _parser() -> Any:
         help="What to make: projection to a radius, a learning rate for each step, or decay again.",
     )
     recipe = parser.add_argument_group("recipe", "That of the optimizer, as its class calls it.")
-    recipe.add_argument(
-        "--recipe", type=str | None, default=None, metavar="FILE", help="YAML of fit, or JSON by convert --json."
-    )
-    recipe.add_argument(
-        "--optimizer", type=str | None, default=None, metavar="NAME", help="Class, such as AdamW, or family."
-    )
+    add_optional(recipe, "recipe", str, "FILE", "YAML of fit, or JSON by convert --json.")
+    add_optional(recipe, "optimizer", str, "NAME", "Class, such as AdamW, or family.")
     for key in ("lr", "weight_decay"):
-        recipe.add_argument(f"--{key}", type=float | None, default=None, metavar="X", help=f"Its {key}.")
+        add_optional(recipe, key, float, "X", f"Its {key}.")
     for key in _SETTINGS:
-        recipe.add_argument(f"--{key}", type=_TYPES.get(key, float | None), default=None, metavar="X", help=_HELP[key])
+        add_optional(recipe, key, _TYPES.get(key, float), "X", _HELP[key])
     units = parser.add_argument_group("unit", "For projection: what the equilibrium of this optimizer depends on.")
     for key in OF_THE_UNIT:
-        units.add_argument(f"--{key}", type=_TYPES.get(key, float | None), default=None, metavar="X", help=_HELP[key])
+        add_optional(units, key, _TYPES.get(key, float), "X", _HELP[key])
     other = parser.add_argument_group("the other recipe")
-    other.add_argument("--radius", type=float | None, default=None, metavar="X", help="Of the projection.")
-    other.add_argument("--norm", type=float | None, default=None, metavar="X", help="That a unit has now: gives the "
-                       "rate at which projection makes the next step exactly.")  # fmt: skip
-    other.add_argument(
-        "--decayed_lr", type=float | None, default=None, metavar="X", help="lr to have with decay again."
-    )
-    other.add_argument("--steps", type=int | None, default=None, metavar="N", help="Of the schedule.")
-    other.add_argument("--steps_per_epoch", type=int | None, default=None, metavar="N", help="For one by epochs.")
+    add_optional(other, "radius", float, "X", "Of the projection.")
+    norm_help = "That a unit has now: gives the rate at which projection makes the next step exactly."
+    add_optional(other, "norm", float, "X", norm_help)
+    add_optional(other, "decayed_lr", float, "X", "lr to have with decay again.")
+    add_optional(other, "steps", int, "N", "Of the schedule.")
+    add_optional(other, "steps_per_epoch", int, "N", "For one by epochs.")
     parser.add_argument_group("output").add_argument("--json", action="store_true", help="JSON with all digits.")
     return parser

@@ -10,10 +10,10 @@ from rich.console import Console
 from lightning_normreg._compat import optional_import
 from lightning_normreg._plot import plot_curves
 from lightning_normreg.callbacks._monitor import Monitor
-from lightning_normreg.cli._examples import PROGRAM, epilog
 from lightning_normreg.cli._normreg_cli import NormRegCLI
+from lightning_normreg.cli._subcommands import PROGRAM, epilog
 from lightning_normreg.demos import DemoConvNet, DigitsDataModule
-from lightning_normreg.demos._report import summary_table
+from lightning_normreg.demos._report import first_and_last_table
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -57,7 +57,7 @@ def _report(trainer: Trainer) -> None:
         console.print("Nothing to show: a monitor or the logger was taken away, or no update was logged.")
         return
     history = frames[0].merge(frames[1], on=["step", "epoch"], how="outer")
-    console.print(summary_table(history))
+    console.print(first_and_last_table(history))
     directory = Path(trainer.log_dir)
     plot_curves(history).savefig(directory / "curves.png")
     console.print(f"Picture of the curves:  {directory / 'curves.png'}", soft_wrap=True)

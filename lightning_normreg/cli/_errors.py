@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from traceback import walk_tb
 from types import FrameType
 from typing import Any
 
 from jsonargparse import Namespace
+
+from lightning_normreg._compat import is_named
 
 DEBUG_HINT = "(JSONARGPARSE_DEBUG=true shows where.)"
 
@@ -28,28 +30,24 @@ class ArgumentRefused(ValueError):
 
 
 @contextmanager
-def blamed_on(key: str) -> Iterator[None]:
+def blamed_on(
+    key: str, errors: tuple[type[Exception], ...] = (Exception,), hint: str = f" {DEBUG_HINT}"
+) -> Iterator[None]:
     """Name the key of what is made from its arguments alone, so that they are to blame for its errors."""
     try:
         yield
     except ArgumentRefused:
         raise
-    except Exception as error:
-        raise ArgumentRefused(key, f"{error} {DEBUG_HINT}") from error
+    except errors as error:
+        raise ArgumentRefused(key, f"{error}{hint}") from error
 
 
-@contextmanager
-def refusals_of(key: str) -> Iterator[None]:
+def refusals_of(key: str) -> AbstractContextManager[None]:
     """Name the key of an argument that one of this package's functions or a file refuses."""
-    try:
-        yield
-    except ArgumentRefused:
-        raise
-    except (ValueError, TypeError, OSError) as error:
-        raise ArgumentRefused(key, error) from error
+    return blamed_on(key, (ValueError, TypeError, OSError), hint="")
 
 
-def explain(
+def message_for_user(
     error: BaseException, config: Mapping[str, Any], defaults: Mapping[str, str], constructing: bool
 ) -> str | None:
     """What to tell the user, or None where the error is a bug and wants its traceback.
@@ -75,11 +73,13 @@ def explain(
         return None  # it came by the user's code
     ours = bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("lightning_normreg.")
     refused = isinstance(root, (ValueError, TypeError, NotImplementedError, ModuleNotFoundError)) and ours
-    if refused or "MisconfigurationException" in [c.__name__ for c in type(root).__mro__]:
-        return ": ".join([*_keys(frames, config, defaults), str(root)])
-    if isinstance(root, ValueError) and constructing:
-        return ": ".join([*_keys(frames, config, defaults), f"{root} {DEBUG_HINT}"])
-    return None
+    if refused or is_named(root, "MisconfigurationException"):
+        said = str(root)
+    elif isinstance(root, ValueError) and constructing:
+        said = f"{root} {DEBUG_HINT}"
+    else:
+        return None
+    return ": ".join([*_keys(frames, config, defaults), said])
 
 
 def _keys(frames: list[FrameType], config: Mapping[str, Any], defaults: Mapping[str, str]) -> list[str]:

@@ -18,6 +18,13 @@ from lightning_normreg.callbacks._rotation_control import RotationControl
 from lightning_normreg.callbacks._weight_norm_monitor import WeightNormMonitor
 
 
+class _Arguments:
+    """Keeps arguments for the call that a subclass makes with them: jsonargparse finds there which they are."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._kwargs = kwargs
+
+
 @final
 class MonitorGroup:
     """EffectiveLRMonitor, and WeightNormMonitor with what it shares of the arguments.
@@ -38,11 +45,8 @@ class MonitorGroup:
 
 
 @final
-class ProjectionGroup:
+class ProjectionGroup(_Arguments):
     """NormProjection: the norm of weights is held at a radius."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        self._kwargs = kwargs
 
     def callbacks(self) -> list[CallbackBase]:
         """The projection."""
@@ -50,11 +54,8 @@ class ProjectionGroup:
 
 
 @final
-class RotationGroup:
+class RotationGroup(_Arguments):
     """RotationControl: weights turn by an angle per step, by default the learning rate in radians."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        self._kwargs = kwargs
 
     def callbacks(self) -> list[CallbackBase]:
         """The control."""
@@ -62,22 +63,34 @@ class RotationGroup:
 
 
 @final
-class DecayGroup:
+class DecayGroup(_Arguments):
     """Decay by role in the parameter groups of --optimizer, where weights have its weight_decay."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        self._kwargs = kwargs
 
     def split(self, module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups."""
         return decay_groups(module, weight_decay, **self._kwargs)
 
 
-CALLBACK_GROUPS: dict[str, type[MonitorGroup] | type[ProjectionGroup] | type[RotationGroup]] = {
-    "monitor": MonitorGroup,
-    "projection": ProjectionGroup,
-    "rotation": RotationGroup,
+CALLBACK_GROUPS: dict[str, tuple[Any, bool, str]] = {
+    "monitor": (
+        MonitorGroup,
+        True,
+        "Log effective learning rates, rotations and norms: true, false, or with arguments such as "
+        "--monitor.every_n_steps 10. A monitor named in trainer.callbacks takes the place of this one.",
+    ),
+    "projection": (
+        ProjectionGroup,
+        False,
+        "Hold the norm of scale-invariant weights: true, false, or with arguments such as --projection.radius 1.0.",
+    ),
+    "rotation": (
+        RotationGroup,
+        False,
+        "Turn scale-invariant weights by an angle per step, the learning rate in radians: true, false, or with "
+        "arguments such as --rotation.angle 0.01 or --rotation.angle equilibrium.",
+    ),
 }
+"""By key: what makes the callbacks, whether it is there by default, and its help."""
 GROUP_OF_CALLBACK = {
     "EffectiveLRMonitor": "monitor",
     "WeightNormMonitor": "monitor",

@@ -10,13 +10,18 @@ from typing import Any
 
 import yaml
 
-from lightning_normreg._compat import pl
+from lightning_normreg import _compat
 
-DEFAULT, OTHER = pl.__name__, "lightning.pytorch"
+OTHER = "lightning.pytorch"
+
+
+def default_namespace() -> str:
+    """``"pytorch_lightning"`` where it is installed, else ``"lightning.pytorch"``."""
+    return str(_compat.pl.__name__)
 
 
 def namespace_of(model_class: object, args: Any = None) -> str:
-    """``"pytorch_lightning"`` or ``"lightning.pytorch"``; the first that is installed where nothing says otherwise.
+    """``"pytorch_lightning"`` or ``"lightning.pytorch"``; the default where nothing says otherwise.
 
     Args:
         model_class: A LightningModule, or None where arguments name it.
@@ -26,7 +31,7 @@ def namespace_of(model_class: object, args: Any = None) -> str:
         candidates = [_imported(path) for path in _model_paths(sys.argv[1:] if args is None else args)]
         model_class = candidates[-1] if candidates else None
     bases = model_class.__mro__ if isinstance(model_class, type) else ()
-    return OTHER if any(base.__module__.startswith("lightning.pytorch.") for base in bases) else DEFAULT
+    return OTHER if any(base.__module__.startswith("lightning.pytorch.") for base in bases) else default_namespace()
 
 
 def _imported(path: str) -> object:

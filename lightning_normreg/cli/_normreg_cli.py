@@ -16,31 +16,26 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 import lightning_normreg.demos  # noqa: F401, so that its classes are known by their short names
-from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, explain
-from lightning_normreg.cli._examples import SUMMARIES, epilog
-from lightning_normreg.cli._groups import (
-    CALLBACK_GROUPS,
-    GROUP_OF_CALLBACK,
-    DecayGroup,
-    MonitorGroup,
-    ProjectionGroup,
-    RotationGroup,
-)
-from lightning_normreg.cli._namespace import DEFAULT, namespace_of
+from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, message_for_user
+from lightning_normreg.cli._groups import CALLBACK_GROUPS, GROUP_OF_CALLBACK, DecayGroup
+from lightning_normreg.cli._namespace import default_namespace, namespace_of
 from lightning_normreg.cli._optimizers import configure_optimizers
-from lightning_normreg.cli._parser import Parser
+from lightning_normreg.cli._parser import Parser, add_optional
 from lightning_normreg.cli._schedulers import MakeScheduler
+from lightning_normreg.cli._subcommands import SUMMARIES, epilog
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
     Base = LightningCLI
+    DEFAULT = "pytorch_lightning"
 else:
     Base = object
+    DEFAULT = default_namespace()
     LightningCLI = import_module(f"{DEFAULT}.cli").LightningCLI
 
-MakeOptimizer = Callable[[Iterable[Any]], Optimizer] | None
+MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
 
 
 class Commands(Base):
@@ -64,7 +59,9 @@ class Commands(Base):
             defaults = dict(GROUP_OF_CALLBACK)
             for key, given in (("model", self.model_class), ("data", self.datamodule_class)):
                 defaults[getattr(given, "__name__", key)] = key
-            said = explain(error, self._settings("config"), defaults, constructing=not hasattr(self, "trainer"))
+            said = message_for_user(
+                error, self._settings("config"), defaults, constructing=not hasattr(self, "trainer")
+            )
             if said is None or not hasattr(self, "parser"):
                 raise
             self._parser(getattr(self, "subcommand", None)).error(said, error)
@@ -84,28 +81,9 @@ class Commands(Base):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Put the groups of this package before Lightning's."""
-        monitor = parser.add_argument_group("curves, projection and rotation")
-        monitor.add_argument(
-            "--monitor",
-            type=bool | MonitorGroup,
-            default=True,
-            help="Log effective learning rates, rotations and norms: true, false, or with arguments such as "
-            "--monitor.every_n_steps 10. A monitor named in trainer.callbacks takes the place of this one.",
-        )
-        monitor.add_argument(
-            "--projection",
-            type=bool | ProjectionGroup,
-            default=False,
-            help="Hold the norm of scale-invariant weights: true, false, or with arguments such as "
-            "--projection.radius 1.0.",
-        )
-        monitor.add_argument(
-            "--rotation",
-            type=bool | RotationGroup,
-            default=False,
-            help="Turn scale-invariant weights by an angle per step, the learning rate in radians: true, false, or "
-            "with arguments such as --rotation.angle 0.01 or --rotation.angle equilibrium.",
-        )
+        group = parser.add_argument_group("curves, projection and rotation")
+        for key, (makes, default, text) in CALLBACK_GROUPS.items():
+            group.add_argument(f"--{key}", type=bool | makes, default=default, help=text)
         if self._makes_optimizers:
             self._add_optimizer_arguments(parser)
         super().add_core_arguments_to_parser(parser)
@@ -117,33 +95,17 @@ class Commands(Base):
 
     def _add_optimizer_arguments(self, parser: LightningArgumentParser) -> None:
         group = parser.add_argument_group("optimizer", "In place of the model's own configure_optimizers.")
-        group.add_argument(
-            "--optimizer",
-            type=MakeOptimizer,
-            default=None,
-            help="Class name or path, such as AdamW, then its arguments, such as --optimizer.lr 1e-3.",
-        )
-        group.add_argument(
-            "--decay",
-            type=bool | DecayGroup,
-            default=True,
-            help="Split the parameters for --optimizer by role: weights and embeddings have --optimizer.weight_decay; "
-            "gains, shifts and biases have 0, or what is given, such as --decay.bias 0.01. false makes one group.",
-        )
-        schedule = parser.add_argument_group("learning-rate schedule", "For --optimizer.")
-        schedule.add_argument(
-            "--lr_scheduler",
-            type=_scheduler_type(self.namespace),
-            default=None,
-            help="Class name or path, then its arguments. SchedulerSequence and SchedulerChain take a list, in YAML.",
-        )
-        schedule.add_argument(
-            "--lr_interval",
-            type=Literal["step", "epoch"] | None,
-            default=None,
-            help="When the scheduler steps. By default after each batch for OneCycleLR, CyclicLR and DecayFreeLR, "
-            "after each epoch for all others.",
-        )
+        text = "Class name or path, such as AdamW, then its arguments, such as --optimizer.lr 1e-3."
+        add_optional(group, "optimizer", MakeOptimizer, None, text)
+        text = "Split the parameters for --optimizer by role: weights and embeddings have --optimizer.weight_decay; "
+        text += "gains, shifts and biases have 0, or what is given, such as --decay.bias 0.01. false makes one group."
+        group.add_argument("--decay", type=bool | DecayGroup, default=True, help=text)
+        group = parser.add_argument_group("learning-rate schedule", "For --optimizer.")
+        text = "Class name or path, then its arguments. SchedulerSequence and SchedulerChain take a list, in YAML."
+        add_optional(group, "lr_scheduler", _scheduler_type(self.namespace), None, text)
+        text = "When the scheduler steps. By default after each batch for OneCycleLR, CyclicLR and DecayFreeLR, "
+        text += "after each epoch for all others."
+        add_optional(group, "lr_interval", Literal["step", "epoch"], None, text)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look whether a checkpoint is there."""
@@ -190,8 +152,8 @@ class Commands(Base):
             rank_zero_info(f"--optimizer takes the place of {type(self.model).__name__}.configure_optimizers.")
         # Made by a parser of their own, for those of this one hold on to it, and the model is copied and pickled.
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--optimizer", type=MakeOptimizer)
-        parser.add_argument("--lr_scheduler", type=_scheduler_type(self.namespace))
+        add_optional(parser, "optimizer", MakeOptimizer)
+        add_optional(parser, "lr_scheduler", _scheduler_type(self.namespace))
         chosen = {key: parsed[key] for key in ("optimizer", "lr_scheduler")}
         make = parser.instantiate_classes(parser.parse_object(chosen))
         arguments = {**parsed["optimizer"].get("init_args", {}), **parsed["optimizer"].get("dict_kwargs", {})}
@@ -214,9 +176,9 @@ class Commands(Base):
         defaults = self.trainer_defaults.get("callbacks", [])
         self.trainer_defaults = {key: value for key, value in self.trainer_defaults.items() if key != "callbacks"}
         callbacks = list(defaults) if isinstance(defaults, list) else [defaults]
-        for key, group in CALLBACK_GROUPS.items():
+        for key, (makes, *_) in CALLBACK_GROUPS.items():
             with blamed_on(key):
-                setting = group() if made[key] is True else made[key]
+                setting = makes() if made[key] is True else made[key]
                 callbacks += setting.callbacks() if setting else []
         forced = [made[key] for key in self._parser(self.subcommand).callback_keys]
         for callback in callbacks:
@@ -288,7 +250,7 @@ class NormRegCLI(Commands, LightningCLI):
 def _scheduler_type(namespace: str) -> Any:
     """What makes a scheduler. Lightning's plateau, with its ``monitor``, comes first: torch's has the same name."""
     plateau = import_module(f"{namespace}.cli").ReduceLROnPlateau
-    return Callable[[Optimizer], plateau] | MakeScheduler | None
+    return Callable[[Optimizer], plateau] | MakeScheduler
 
 
 @cache

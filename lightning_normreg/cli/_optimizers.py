@@ -25,16 +25,8 @@ def configure_optimizers(
 ) -> Any:
     """Make the optimizer when training starts, so that parameters are those that are trained, sharded or not.
 
-    Args:
-        module: The model.
-        make_optimizer: Takes parameters or groups.
-        make_scheduler: Takes the optimizer.
-        decay: How roles decay; None for one group.
-        weight_decay: What the optimizer was given; None where it has no such argument.
-        interval: ``"step"``, ``"epoch"``, or None for the scheduler's own.
-
-    Returns:
-        What Lightning's hook of this name returns.
+    ``decay`` is None for one group, ``weight_decay`` where the optimizer has no such argument, ``interval`` for the
+    scheduler's own.
     """
     parameters: Iterable[Any] = module.parameters()
     if decay is not None and weight_decay is not None:

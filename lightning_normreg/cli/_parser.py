@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
+from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from pytorch_lightning.cli import LightningArgumentParser as ParserBase
-else:
-    ParserBase = object
+from jsonargparse import ArgumentParser
+
+from lightning_normreg.cli._subcommands import PROGRAM, epilog
 
 # What jsonargparse says of types is for those who know them.
 PLAIN_WORDS = (
@@ -32,8 +32,10 @@ REMEDIES = {
 }
 
 
-class Parser(ParserBase):
-    """To be mixed into the LightningArgumentParser of a namespace."""
+class Parser(ArgumentParser):
+    """That of subcommands which are not LightningCLI's; those have it mixed into Lightning's own."""
+
+    _folded: Sequence[argparse.Action] = ()
 
     def format_usage(self) -> str:
         """One line: there are a hundred options."""
@@ -44,8 +46,13 @@ class Parser(ParserBase):
         """The groups, then the epilog as it is."""
         self.format_usage()
         epilog, self.epilog = self.epilog, None
+        helps = [action.help for action in self._folded]
+        for action in self._folded:
+            action.help = argparse.SUPPRESS  # no longer than this: what has no help is not saved in a config.yaml
         text = super().format_help(*args, **options)
         self.epilog = epilog
+        for action, shown in zip(self._folded, helps, strict=True):
+            action.help = shown
         return f"{text}\n{epilog}\n" if epilog else text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -79,26 +86,33 @@ class Parser(ParserBase):
         actions = [a for a in group._group_actions if a.help is not argparse.SUPPRESS]
         names = [a.option_strings[0].removeprefix(f"--{key}.") for a in actions]
         shown = ", ".join(name for name in names if not name.endswith((".help", f"--{key}")))
-        helps = {action: action.help for action in actions}
-        for action in actions:
-            action.help = argparse.SUPPRESS
+        self._folded = actions
         group.description = textwrap.fill(f"{group.description} {shown}.", 90)
-        group.add_argument(f"--{key}.help", action=_Unfold, group=group, helps=helps)
+        group.add_argument(f"--{key}.help", action=_Unfold, title=group.title, folded=actions)
+
+
+def parser_of(subcommand: str, description: str) -> Parser:
+    """A parser for a subcommand that needs no Lightning, which takes long to import."""
+    prefix = "PL"  # of environment variables, as LightningCLI has it
+    return Parser(prog=f"{PROGRAM} {subcommand}", description=description, epilog=epilog(subcommand), env_prefix=prefix)
+
+
+def add_optional(group: Any, key: str, kind: Any, metavar: str | None = None, text: str | None = None) -> None:
+    """Add an argument that is None where it is left out."""
+    group.add_argument(f"--{key}", type=kind | None, default=None, metavar=metavar, help=text)
 
 
 class _Unfold(argparse.Action):
     """Show a folded group and exit."""
 
-    def __init__(self, option_strings: Any, dest: Any, group: Any, helps: Any, **options: Any) -> None:
+    def __init__(self, option_strings: Any, dest: Any, title: Any, folded: Any, **options: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help="Show them all.")
-        self.group, self.helps = group, helps
+        self.title, self.folded = title, folded
 
     def __call__(self, parser: Any, *args: Any) -> NoReturn:
-        for action, text in self.helps.items():
-            action.help = text
         formatter = parser._get_formatter()
-        formatter.start_section(self.group.title)
-        formatter.add_arguments(self.helps)
+        formatter.start_section(self.title)
+        formatter.add_arguments(self.folded)
         formatter.end_section()
         print(formatter.format_help())
         raise SystemExit(0)

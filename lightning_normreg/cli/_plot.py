@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_normreg._plot import plot_curves, read_runs, shortened
-from lightning_normreg.cli._examples import PROGRAM, epilog
+from lightning_normreg.cli._subcommands import PROGRAM, epilog
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -29,6 +28,8 @@ def plot(args: list[str]) -> None:
     """
     parser = make_parser()
     given = parser.parse_args(args)
+    from lightning_normreg._plot import plot_curves, read_runs, shortened  # noqa: PLC0415, its help needs no torch
+
     output: Path = given.output
     if output.suffix.lower() not in SUFFIXES:
         parser.error(f"--output: must end in {', '.join(SUFFIXES)}, got {str(output)!r}.")

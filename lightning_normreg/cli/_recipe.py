@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -64,7 +63,7 @@ class Recipe:
 
     def arguments(self) -> dict[str, Any]:
         """What the formulas of the family take, besides learning rate and decay."""
-        known = inspect.signature(FAMILIES[self.family]).parameters if self.family in FAMILIES else {}
+        known = FAMILIES[self.family].settings if self.family in FAMILIES else ()
         return {k: v for k, v in (self.settings | self.unit).items() if k in known and k not in _COMMON}
 
     def rate(self) -> float:

@@ -21,11 +21,11 @@ SHOWN: dict[str, Curve] = {
 
 def layers(history: pd.DataFrame) -> list[str]:
     """Names of the layers in a history, in its order."""
-    names = [column.partition("/") for column in history.columns]
-    return list(dict.fromkeys(name for key, _, name in names if key == _metrics.UNIT_NORM_RMS.key))
+    start = _metrics.tag(_metrics.UNIT_NORM_RMS, "")
+    return [column.removeprefix(start) for column in history.columns if column.startswith(start)]
 
 
-def summary_table(history: pd.DataFrame) -> Table:
+def first_and_last_table(history: pd.DataFrame) -> Table:
     """Per layer the first and the last value of each curve."""
     table = Table(title="What the run did to each layer, first → last logged step")
     table.add_column("layer")

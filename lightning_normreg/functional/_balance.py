@@ -15,25 +15,17 @@ class Balance:
 
     Three numbers of an optimizer say everything else: the fraction κ of the norm that decay removes per step, the
     length ‖Δ‖ of the update without decay, and the sum S of its autocorrelation over all lags, negative ones too.
-
-    Attributes:
-        exponent: p, where :math:`\lVert\Delta\rVert^2 = U N^{2-2p}`.
-        decay_exponent: a, where :math:`\kappa = kN^a`: 1 where the optimizer normalizes the decay as well.
-        decay: k, κ at norm 1, with the terms of higher order that make the equilibrium exact.
-        update_sq: U, ‖Δ‖² at norm 1; nan where it needs a number that the caller did not give.
-        correlation: S.
-        memory: Cosine between update and weight over −‖Δ‖/N, what past updates leave in the present one; 0 where the
-            optimizer takes the radial part out.
-        versine: 1 − cos θ at equilibrium.
     """
 
-    exponent: int
-    decay_exponent: int
-    decay: float
-    update_sq: float
-    correlation: float
+    exponent: int  # p, where ‖Δ‖² = U·N^(2−2p)
+    decay_exponent: int  # a, where κ = k·N^a: 1 where the optimizer normalizes the decay as well
+    decay: float  # k, κ at norm 1, with the terms of higher order that make the equilibrium exact
+    update_sq: float  # U, ‖Δ‖² at norm 1; nan where it needs a number that the caller did not give
+    correlation: float  # S
+    # Cosine between update and weight over −‖Δ‖/N, what past updates leave in the present one; 0 where the optimizer
+    # takes the radial part out.
     memory: float
-    versine: float
+    versine: float  # 1 − cos θ at equilibrium
 
     @property
     def power(self) -> int:
@@ -56,16 +48,10 @@ class Balance:
 
 @dataclass(frozen=True)
 class Filter:
-    """A linear filter of gradients with weights a₀, a₁, a₁β, a₁β², …: every momentum there is.
+    """A linear filter of gradients with weights a₀, a₁, a₁β, a₁β², …: every momentum there is."""
 
-    Attributes:
-        power: Σa², so that white gradients of length 1 give an output of that length squared.
-        first: ρ₁, correlation of outputs one step apart; ρ_k = ρ₁β^(k−1).
-        beta: β.
-    """
-
-    power: float
-    first: float
+    power: float  # Σa², so that white gradients of length 1 give an output of that length squared
+    first: float  # ρ₁, correlation of outputs one step apart; ρ_k = ρ₁β^(k−1)
     beta: float
 
     @classmethod
@@ -124,15 +110,8 @@ def coupled(gap: float, beta: float, shift: float = 0.0) -> tuple[float, float]:
     r"""Weights under coupled decay: :math:`w_{t+1} = \phi_1w_t + \phi_2w_{t-1} + \epsilon_t + m\epsilon_{t-1}`.
 
     An ARMA(2, 1) process, whose first two autocovariances follow from the Yule–Walker equations, written so that
-    nothing cancels where the decay is small.
-
-    Args:
-        gap: 1 − φ₁ − φ₂, what decay takes out.
-        beta: −φ₂.
-        shift: m.
-
-    Returns:
-        Noise power over the power of w, and 1 − the correlation of successive w.
+    nothing cancels where the decay is small. ``gap`` is 1 − φ₁ − φ₂, what decay takes out, ``beta`` −φ₂ and ``shift``
+    m. Returned are the noise power over the power of w, and 1 − the correlation of successive w.
     """
     phi = 1 + beta - gap
     below = (1 - beta) / (1 + beta) * gap * (1 + beta + phi)

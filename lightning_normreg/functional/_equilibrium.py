@@ -1,12 +1,4 @@
-r"""What weight decay settles at: norm and rotation of a scale-invariant unit at equilibrium, and the time to get there.
-
-Three numbers of an optimizer give all of it: κ, the fraction of the norm that decay removes per step; ‖Δ‖, the length
-of the update without decay; and S = 1 + 2Σρ_k, the sum of the autocorrelations of the updates. Then
-
-.. math:: \theta=\sqrt{2\kappa/S},\qquad N^2=\lVert\Delta\rVert^2S/(2\kappa),
-
-and N^s approaches its equilibrium as exp(−sκt). What is computed holds the terms of higher order in ηλ as well.
-"""
+"""Where weight decay settles a scale-invariant unit: norm and rotation at equilibrium, and the time to get there."""
 
 from __future__ import annotations
 
@@ -15,11 +7,11 @@ from typing import Any
 
 import torch
 
-from lightning_normreg.functional._families import Family
-from lightning_normreg.functional._settings import equilibrium_power, known_number, settled, slow
+from lightning_normreg.functional._families import FamilyName
+from lightning_normreg.functional._settings import known_number, settled, slow
 
 
-def equilibrium_norm(family: Family, **settings: Any) -> float:
+def equilibrium_norm(family: FamilyName, **settings: Any) -> float:
     r"""Norm of a scale-invariant unit where decay and updates balance, :math:`N^2=\lVert\Delta\rVert^2S/(2\kappa)`.
 
     To first order in ηλ, with the settings of each family besides ``lr`` and ``weight_decay``:
@@ -36,7 +28,7 @@ def equilibrium_norm(family: Family, **settings: Any) -> float:
       gives; ``shape``, ``momentum=0.95``, ``nesterov=True``, ``ns_coefficients``, ``ns_steps=5``, ``adjust_lr_fn=None``
     * ``"sgdp"``, SGDP without Nesterov while it projects: N⁴ = η(1−τ)²G²/(2λr(1+β)); ``gradient_norm``,
       ``momentum=0``, ``dampening=0``, ``wd_ratio=0.1``
-    * ``"adamp"``, AdamP likewise: N² = ηC(1−β)/(2λr(1+β)); ``entries``, ``betas=(0.9, 0.999)``, ``wd_ratio=0.1``
+    * ``"adamp"``, AdamP if it projects: N² = ηC(1−β)/(2λr(1+β)); ``entries``, ``betas=(0.9, 0.999)``, ``wd_ratio=0.1``
     * ``"lamb"`` with the decay inside its trust ratio, below its clamp: N = ηS√(C(1−β)/(1+β))/(2λ); ``entries``,
       ``betas=(0.9, 0.999)``
     * ``"adafactor"``, torch's: none, its log drifts
@@ -75,12 +67,10 @@ def equilibrium_norm(family: Family, **settings: Any) -> float:
         table 1 (momentum, AdamW, Lion to first order). The sum over lags, the other families and the higher terms are
         derived here, and measured against the optimizers by ``tests/benchmarks/equilibrium_table.py``.
     """
-    balance = settled(family, settings)
-    equilibrium_power(family, balance)
-    return known_number(family, balance.norm())
+    return known_number(family, settled(family, settings).norm())
 
 
-def equilibrium_rotation(family: Family, **settings: Any) -> float:
+def equilibrium_rotation(family: FamilyName, **settings: Any) -> float:
     r"""Angle by which a scale-invariant unit turns per step at equilibrium, about :math:`\theta=\sqrt{2\kappa/S}`.
 
     * ``"sgd"``: √(2η(1−τ)λ/(1+β)), exactly cos θ = 1 − η(1−τ)λ/(1+β), so cos θ = 1 − ηλ without momentum
@@ -123,10 +113,10 @@ def equilibrium_rotation(family: Family, **settings: Any) -> float:
         order; Wan et al. 2021, https://arxiv.org/abs/2006.08419, for SGD. The rest is derived here, see
         :func:`equilibrium_norm`.
     """
-    return known_number(family, settled(family, settings).rotation())
+    return known_number(family, settled(family, settings, norm=False).rotation())
 
 
-def equilibrium_half_life(family: Family, *, initial_norm: float | None = None, **settings: Any) -> float:
+def equilibrium_half_life(family: FamilyName, *, initial_norm: float | None = None, **settings: Any) -> float:
     r"""Steps in which :math:`N^s` comes half-way to its equilibrium: :math:`\ln 2/(s\kappa)`.
 
     s is 4 for the SGD family, 2 for decoupled decay, 3 for Adam and RMSprop with L2, 1 for LAMB. For Adam and RMSprop
@@ -148,7 +138,8 @@ def equilibrium_half_life(family: Family, *, initial_norm: float | None = None, 
 
     Raises:
         TypeError: For a setting that the family does not have, or one that it lacks.
-        ValueError: As :func:`equilibrium_norm`, and where κS is 1 or more: the norm follows the momentum's memory then.
+        ValueError: For a setting out of its range or one missing where needed, a decay of 0, η·λ of 1 or more, a family
+            without equilibrium norm, and where κS is 1 or more: the norm follows the momentum's memory then.
 
     Examples:
         >>> round(equilibrium_half_life("sgd", lr=0.1, weight_decay=5e-4, momentum=0.9))
@@ -161,12 +152,10 @@ def equilibrium_half_life(family: Family, *, initial_norm: float | None = None, 
         https://arxiv.org/abs/2405.13698, have 1/(ηλ) for AdamW, twice the e-folding time of N².
     """
     balance = settled(family, settings)
-    power = equilibrium_power(family, balance)
     if not balance.decay_exponent:
-        return slow(balance, math.log(2) / (power * balance.decay))
-    norm = known_number(family, balance.norm())
-    rate = power * balance.decay * norm**balance.decay_exponent
+        return slow(balance, math.log(2) / balance.rate())
+    norm, power = known_number(family, balance.norm()), balance.power
     excess = (initial_norm / norm) ** power - 1 if initial_norm is not None else 0.0
     zeta = torch.linspace(0, math.log(2), 257, dtype=torch.float64)
     slowness = (1 + excess * torch.exp(-zeta)) ** (-balance.decay_exponent / power)
-    return slow(balance, float(torch.trapezoid(slowness, zeta)) / rate)
+    return slow(balance, float(torch.trapezoid(slowness, zeta)) / balance.rate())

@@ -1,15 +1,17 @@
-"""Which balance each family of optimizers keeps. Arguments are called as in torch."""
+"""Families of optimizers: the equation of each, which makes its balance, and what it takes. Settings are torch's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 from lightning_normreg.functional._balance import Balance, Filter, coupled, decoupled, projecting, sign_correlation
 from lightning_normreg.functional._orthogonal import update_correlation, update_power
 
-Family = Literal[
+FamilyName = Literal[
     "sgd",
     "nesterov",
     "adam_l2",
@@ -28,15 +30,35 @@ UNKNOWN = math.nan
 """Default of the two numbers that only some of the results need."""
 
 
-def _sgd(
-    lr: float, weight_decay: float, gradient_norm: float = UNKNOWN, momentum: float = 0.0, dampening: float = 0.0
-) -> Balance:
+@dataclass(frozen=True)
+class Family:
+    """Optimizers that one equation describes."""
+
+    name: FamilyName
+    equation: Callable[..., Balance]  # makes the balance of all the settings
+    defaults: Mapping[str, Any]  # settings that may be left out, with torch's values
+    required: tuple[str, ...] = ("lr", "weight_decay")  # settings that may not
+    tolerance: float = 0.15  # distance from the prediction, relative, at which networks that learn are at equilibrium
+    settles: bool = True  # whether the norm has an equilibrium; if not, its log drifts
+    turns_matrix: bool = False  # whether a step turns the matrix as a whole, and not each of its units
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of all settings."""
+        return (*self.required, *self.defaults)
+
+    def balance(self, settings: Mapping[str, Any]) -> Balance:
+        """The balance with some settings, and the defaults of the others."""
+        return self.equation(**{**self.defaults, **settings})
+
+
+def _sgd(lr: float, weight_decay: float, gradient_norm: float, momentum: float, dampening: float) -> Balance:
     gain = lr * (1 - dampening) if momentum else lr  # torch dampens nothing without momentum
     ratio, versine = coupled(gap=gain * weight_decay, beta=momentum)
     return _sgd_balance(gain * gradient_norm, ratio, Filter.of(1.0, momentum, momentum), versine)
 
 
-def _nesterov(lr: float, weight_decay: float, gradient_norm: float = UNKNOWN, momentum: float = 0.9) -> Balance:
+def _nesterov(lr: float, weight_decay: float, gradient_norm: float, momentum: float) -> Balance:
     shrunk = momentum * (1 - lr * weight_decay)
     ratio, versine = coupled(lr * weight_decay, beta=shrunk, shift=-momentum / (1 + momentum))
     noise = (1 + momentum) ** 2
@@ -51,19 +73,11 @@ def _sgd_balance(step: float, ratio: float, response: Filter, versine: float) ->
     return Balance(2, 0, decay, update_sq, correlation, (correlation - 1) / 2, versine)
 
 
-def _adam_l2(
-    lr: float,
-    weight_decay: float,
-    gradient_norm: float = UNKNOWN,
-    entries: float = UNKNOWN,
-    betas: Betas = (0.9, 0.999),
-) -> Balance:
+def _adam_l2(lr: float, weight_decay: float, gradient_norm: float, entries: float, betas: Betas) -> Balance:
     return _normalized_l2(lr, weight_decay, gradient_norm, entries, beta=betas[0], gain=1 - betas[0])
 
 
-def _rmsprop_l2(
-    lr: float, weight_decay: float, gradient_norm: float = UNKNOWN, entries: float = UNKNOWN, momentum: float = 0.0
-) -> Balance:
+def _rmsprop_l2(lr: float, weight_decay: float, gradient_norm: float, entries: float, momentum: float) -> Balance:
     return _normalized_l2(lr, weight_decay, gradient_norm, entries, beta=momentum, gain=1.0)
 
 
@@ -89,20 +103,14 @@ def _share_of_decay(x: float, beta: float, gain: float) -> float:
     return x * gain * (1 + beta) / ((1 - beta) * (2 * (1 + beta) - gain * x))
 
 
-def _adam_decoupled(lr: float, weight_decay: float, entries: float = UNKNOWN, betas: Betas = (0.9, 0.999)) -> Balance:
-    return _filtered(lr, weight_decay, entries, Filter.average(betas[0]))
+def _averaged(lr: float, weight_decay: float, entries: float, betas: Betas, *, nesterov: bool) -> Balance:
+    """Decoupled decay, and averages of normalized gradients."""
+    response = Filter.average(betas[0], nesterov)
+    correlation = response.correlation(1 - lr * weight_decay)
+    return decoupled(1, lr * weight_decay, lr**2 * entries * response.power, correlation)
 
 
-def _nadam_decoupled(lr: float, weight_decay: float, entries: float = UNKNOWN, betas: Betas = (0.9, 0.999)) -> Balance:
-    return _filtered(lr, weight_decay, entries, Filter.average(betas[0], nesterov=True))
-
-
-def _filtered(lr: float, weight_decay: float, entries: float, response: Filter) -> Balance:
-    shrink = 1 - lr * weight_decay
-    return decoupled(1, lr * weight_decay, lr**2 * entries * response.power, response.correlation(shrink))
-
-
-def _lion(lr: float, weight_decay: float, entries: float = UNKNOWN, betas: Betas = (0.9, 0.99)) -> Balance:
+def _lion(lr: float, weight_decay: float, entries: float, betas: Betas) -> Balance:
     response = Filter.of(1 - betas[0], betas[0] * (1 - betas[1]), betas[1])
     correlation = sign_correlation(response, 1 - lr * weight_decay)
     return decoupled(1, lr * weight_decay, lr**2 * entries, correlation)
@@ -113,11 +121,11 @@ def _muon(
     lr: float,
     weight_decay: float,
     shape: tuple[int, int],
-    momentum: float = 0.95,
-    nesterov: bool = True,
-    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
-    ns_steps: int = 5,
-    adjust_lr_fn: str | None = None,
+    momentum: float,
+    nesterov: bool,
+    ns_coefficients: tuple[float, float, float],
+    ns_steps: int,
+    adjust_lr_fn: str | None,
 ) -> Balance:
     response = Filter.average(momentum, nesterov)
     correlation = update_correlation(shape, response, 1 - lr * weight_decay, ns_coefficients, ns_steps)
@@ -130,13 +138,7 @@ def _muon(
 
 
 def _sgdp(
-    *,
-    lr: float,
-    weight_decay: float,
-    gradient_norm: float = UNKNOWN,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    wd_ratio: float = 0.1,
+    *, lr: float, weight_decay: float, gradient_norm: float, momentum: float, dampening: float, wd_ratio: float
 ) -> Balance:
     # SGDP's projection works in place, so the momentum loses its radial part along with the update.
     decay = lr * weight_decay * wd_ratio / (1 - momentum)
@@ -146,13 +148,7 @@ def _sgdp(
     return projecting(2, decay, noise / (1 - (momentum * (1 - decay)) ** 2))
 
 
-def _adamp(
-    lr: float,
-    weight_decay: float,
-    entries: float = UNKNOWN,
-    betas: Betas = (0.9, 0.999),
-    wd_ratio: float = 0.1,
-) -> Balance:
+def _adamp(lr: float, weight_decay: float, entries: float, betas: Betas, wd_ratio: float) -> Balance:
     decay, beta = lr * weight_decay * wd_ratio, betas[0]
     # AdamP's momentum keeps the part along the weight, whose tangent to it this is; the update loses it.
     tangent = beta * math.sqrt(decay * (2 - decay)) / (1 - beta * (1 - decay))
@@ -160,7 +156,7 @@ def _adamp(
     return projecting(1, decay, lr**2 * entries * power)
 
 
-def _lamb(lr: float, weight_decay: float, entries: float = UNKNOWN, betas: Betas = (0.9, 0.999)) -> Balance:
+def _lamb(lr: float, weight_decay: float, entries: float, betas: Betas) -> Balance:
     # Each step is lr·N long, whatever else; at equilibrium it is one of AdamW with lr·N/‖r‖ for its learning rate,
     # whose part in the decay, x, follows from the angle: versine(x) = lr²/2.
     response = Filter.average(betas[0])
@@ -171,7 +167,7 @@ def _lamb(lr: float, weight_decay: float, entries: float = UNKNOWN, betas: Betas
     return Balance(0, 1, lr**2 * correlation / (2 * norm), lr**2, correlation, 0.0, lr**2 / 2)
 
 
-def _adafactor(lr: float, weight_decay: float, relative_step: float = UNKNOWN) -> Balance:
+def _adafactor(lr: float, weight_decay: float, relative_step: float) -> Balance:
     step = lr if math.isnan(relative_step) else relative_step
     q = 1 - lr * weight_decay
     turned = 2 * math.sin(math.atan2(step, q) / 2) ** 2
@@ -182,18 +178,30 @@ def _too_strong(product: str, value: float) -> str:
     return f"{product} must be below 1, or decay leaves nothing of the weight, got {value:g}. Use a smaller `lr`."
 
 
-FAMILIES: dict[str, Callable[..., Balance]] = {
-    "sgd": _sgd,
-    "nesterov": _nesterov,
-    "adam_l2": _adam_l2,
-    "adam_decoupled": _adam_decoupled,
-    "nadam_decoupled": _nadam_decoupled,
-    "rmsprop_l2": _rmsprop_l2,
-    "lion": _lion,
-    "muon": _muon,
-    "sgdp": _sgdp,
-    "adamp": _adamp,
-    "lamb": _lamb,
-    "adafactor": _adafactor,
+_GRADIENT = {"gradient_norm": UNKNOWN}
+_ENTRIES = {"entries": UNKNOWN}
+_ADAM = {"betas": (0.9, 0.999)}
+_SGD = {"momentum": 0.0, "dampening": 0.0}
+_MUON = {
+    "momentum": 0.95,
+    "nesterov": True,
+    "ns_coefficients": (3.4445, -4.7750, 2.0315),
+    "ns_steps": 5,
+    "adjust_lr_fn": None,
 }
-"""What each name stands for, and by its signature what it needs."""
+_ALL = (
+    Family("sgd", _sgd, _GRADIENT | _SGD),
+    Family("nesterov", _nesterov, _GRADIENT | {"momentum": 0.9}),
+    Family("adam_l2", _adam_l2, _GRADIENT | _ENTRIES | _ADAM),
+    Family("adam_decoupled", partial(_averaged, nesterov=False), _ENTRIES | _ADAM),
+    Family("nadam_decoupled", partial(_averaged, nesterov=True), _ENTRIES | _ADAM),
+    Family("rmsprop_l2", _rmsprop_l2, _GRADIENT | _ENTRIES | {"momentum": 0.0}),
+    Family("lion", _lion, _ENTRIES | {"betas": (0.9, 0.99)}),
+    # Newton–Schulz turns a gradient with a signal in it into another step than it turns noise into.
+    Family("muon", _muon, _MUON, ("lr", "weight_decay", "shape"), tolerance=0.35, turns_matrix=True),
+    Family("sgdp", _sgdp, _GRADIENT | _SGD | {"wd_ratio": 0.1}),
+    Family("adamp", _adamp, _ENTRIES | _ADAM | {"wd_ratio": 0.1}),
+    Family("lamb", _lamb, _ENTRIES | _ADAM),
+    Family("adafactor", _adafactor, {"relative_step": UNKNOWN}, settles=False),
+)
+FAMILIES: Mapping[str, Family] = {family.name: family for family in _ALL}

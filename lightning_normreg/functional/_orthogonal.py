@@ -1,4 +1,10 @@
-"""Statistics of Muon's update: what Newton–Schulz makes of Gaussian matrices, and of correlated ones."""
+"""Statistics of Muon's update: what Newton–Schulz makes of Gaussian matrices, and of correlated ones.
+
+To take its singular values for 1 and its correlations for those of gradients is simpler, and wrong: with that
+``test_random_walk_of_the_real_optimizer[Muon 16 × 64]``, which allows for 0.048, measures 0.877 of the predicted norm,
+with this 0.999. For 32 × 32 (``tests/benchmarks/equilibrium_table.py``) it is 0.758 and 1.000; of the rotation, 1.163
+and 1.000.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from lightning_normreg.functional._settings import FRACTION, NOT_NEGATIVE, POSITIVE, check
+
 ConvertedFamily = Literal["sgd", "sgd_decoupled", "adam_decoupled", "nadam_decoupled", "lion", "muon"]
 
 EXPONENTS = {"sgd": 2, "sgd_decoupled": 2, "adam_decoupled": 1, "nadam_decoupled": 1, "lion": 1, "muon": 1}
@@ -20,15 +22,10 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Shrinkage:
-    """A scalar that decay alone moves, under the optimizer of the weights: what decay does to every one of them.
+    """A scalar that decay alone moves, under the optimizer of the weights: what decay does to every one of them."""
 
-    Attributes:
-        scale: s, the weight under decay over the weight without it.
-        buffer: Momentum of the decay itself, where it is coupled; None before the first step.
-    """
-
-    scale: float = 1.0
-    buffer: float | None = None
+    scale: float = 1.0  # s, the weight under decay over the weight without it
+    buffer: float | None = None  # momentum of the decay itself, where it is coupled; None before the first step
 
     def step(self, lr: float, decay: float, *, momentum: float = 0.0, dampening: float = 0.0) -> Shrinkage:
         """After one more step of coupled decay, as torch's SGD does it; without momentum, of decoupled decay too."""
@@ -54,7 +51,7 @@ class Shrinkage:
         return plain / (1 + plain * self._next_buffer(decay, momentum, dampening) / self.scale)
 
 
-class Recipe(NamedTuple):
+class Schedule(NamedTuple):
     """One setting per step, and how the weights of the two runs compare.
 
     Attributes:
@@ -75,7 +72,7 @@ def without_decay(
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
-) -> Recipe:
+) -> Schedule:
     r"""Schedule without weight decay that turns a scale-invariant weight exactly as a schedule with decay does.
 
     With :math:`s_0=1` and :math:`v_t=w_t/s_t` from the same start, for any schedule :math:`\eta_t`:
@@ -120,9 +117,9 @@ def without_decay(
     exponent = _exponent(family, weight_decay, momentum)
     coupled = {"momentum": momentum, "dampening": dampening} if family == "sgd" else {}
     now, before = Shrinkage(), Shrinkage()
-    recipe = Recipe([], [], [now.scale])
+    recipe = Schedule([], [], [now.scale])
     for lr in lrs:
-        _check_lr(lr)
+        check("lrs", lr, NOT_NEGATIVE)
         after = now.step(lr, weight_decay, **coupled)
         recipe.lrs.append(lr / (now.scale ** (exponent - 1) * after.scale))
         recipe.momenta.append(momentum if family == "sgd" else momentum * now.scale / before.scale)
@@ -138,7 +135,7 @@ def with_decay(
     *,
     momentum: float | Sequence[float] = 0.0,
     dampening: float = 0.0,
-) -> Recipe:
+) -> Schedule:
     r"""Schedule with weight decay that turns a scale-invariant weight exactly as a schedule without decay does.
 
     The inverse of :func:`without_decay`: with p = 2 for SGD and 1 for the others, and b the momentum of the decay,
@@ -153,10 +150,11 @@ def with_decay(
         dampening: τ of SGD.
 
     Returns:
-        Learning rates and momenta with decay, and the scales, as :func:`without_decay`.
+        Learning rates and momenta with decay, as many as ``lrs``, and one more scale s than that.
 
     Raises:
-        ValueError: As :func:`without_decay`.
+        ValueError: For a family without exact conversion (Nesterov momentum, Adam or RMSprop with L2), where s reaches
+            0, and for arguments out of range.
 
     Examples:
         >>> recipe = with_decay("sgd", [0.1, 0.1, 0.1], 0.5)
@@ -164,15 +162,16 @@ def with_decay(
         [0.095238, 0.086768, 0.079696]
 
     Reference:
-        See :func:`without_decay`.
+        Li and Arora 2020, https://arxiv.org/abs/1910.07454, and Hoffer et al. 2018, https://arxiv.org/abs/1803.01814;
+        the rest is derived here.
     """
     lrs = list(lrs)
     momenta = [momentum] * len(lrs) if isinstance(momentum, int | float) else list(momentum)
     exponent = _exponent(family, weight_decay, *momenta)
     now, before = Shrinkage(), Shrinkage()
-    recipe = Recipe([], [], [now.scale])
+    recipe = Schedule([], [], [now.scale])
     for lr, beta in zip(lrs, momenta, strict=True):
-        _check_lr(lr)
+        check("lrs", lr, NOT_NEGATIVE)
         decays, dampens = (beta, dampening) if family == "sgd" else (0.0, 0.0)
         rate = now.rate_with_decay(lr, weight_decay, decays, dampens, exponent)
         after = now.step(rate, weight_decay, momentum=decays, dampening=dampens)
@@ -219,8 +218,7 @@ def matched_lr(lr: float, weight_decay: float, *, norm: float, decayed_norm: flo
         step is the same and not only close.
     """
     for name, value in (("norm", norm), ("decayed_norm", decayed_norm)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"`{name}` must be positive, got {value}.")
+        check(name, value, POSITIVE)
     if exponent not in (1, 2):
         raise ValueError(f"`exponent` must be 1 or 2, got {exponent}.")
     if not 0 <= lr * weight_decay < 1:
@@ -234,14 +232,7 @@ def _exponent(family: str, weight_decay: float, *momenta: float) -> int:
         raise ValueError(f"`family` {family!r} has no exact conversion: {_REFUSED[family]}.")
     if family not in EXPONENTS:
         raise ValueError(f"`family` must be one of {', '.join(EXPONENTS)}, got {family!r}.")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"`weight_decay` must be at least 0, got {weight_decay}.")
+    check("weight_decay", weight_decay, NOT_NEGATIVE)
     for momentum in momenta:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"`momentum` must be in [0, 1), got {momentum}.")
+        check("momentum", momentum, FRACTION)
     return EXPONENTS[family]
-
-
-def _check_lr(lr: float) -> None:
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"`lrs` must be at least 0, got {lr}.")

@@ -8,14 +8,14 @@ from itertools import groupby
 from typing import Any
 
 from lightning_normreg.functional._balance import Balance
-from lightning_normreg.functional._families import Family
-from lightning_normreg.functional._settings import balance_of, known_number
+from lightning_normreg.functional._families import FamilyName
+from lightning_normreg.functional._settings import POSITIVE, balance_of, check, known_number
 
 SETTLED = 40.0
 """E-foldings after which nothing is left of the start in float64."""
 
 
-def predicted_norm(family: Family, lrs: Sequence[float], *, initial_norm: float, **settings: Any) -> list[float]:
+def predicted_norm(family: FamilyName, lrs: Sequence[float], *, initial_norm: float, **settings: Any) -> list[float]:
     r"""Norm of a scale-invariant unit after each step of a learning-rate schedule, decay or not.
 
     Over steps with one learning rate, :math:`N^s` approaches that rate's equilibrium as :math:`e^{-s\kappa t}`; without
@@ -49,8 +49,7 @@ def predicted_norm(family: Family, lrs: Sequence[float], *, initial_norm: float,
     Reference:
         Derived here from the norm equation of :func:`equilibrium_half_life`.
     """
-    if not 0 < initial_norm < math.inf:
-        raise ValueError(f"`initial_norm` must be positive, got {initial_norm}.")
+    check("initial_norm", initial_norm, POSITIVE)
     norms: list[float] = []
     norm = float(initial_norm)
     for lr, repeated in groupby(float(lr) for lr in lrs):
@@ -61,7 +60,7 @@ def predicted_norm(family: Family, lrs: Sequence[float], *, initial_norm: float,
     return norms
 
 
-def predicted_rotation(family: Family, norm: float, **settings: Any) -> float:
+def predicted_rotation(family: FamilyName, norm: float, **settings: Any) -> float:
     r"""Angle by which the next step turns a scale-invariant unit of a given norm, in equilibrium or not.
 
     .. math:: \tan\theta=\frac{x\sqrt{1-f^2}}{q+xf},\qquad x=\lVert\Delta\rVert/N,\quad q=\sqrt{1-2\kappa},
@@ -69,7 +68,7 @@ def predicted_rotation(family: Family, norm: float, **settings: Any) -> float:
     where :math:`f=x(S-1)/2` is the part of the update along the weight that the momentum's past leaves in it. At the
     equilibrium norm this is :func:`equilibrium_rotation`.
 
-    Valid as :func:`predicted_norm`.
+    Valid where the norm moves slowly against the optimizer's memory, κS ≪ 1.
 
     Args:
         family: Which optimizer, see :func:`equilibrium_norm`.
@@ -91,8 +90,7 @@ def predicted_rotation(family: Family, norm: float, **settings: Any) -> float:
     Reference:
         Derived here.
     """
-    if not 0 < norm < math.inf:
-        raise ValueError(f"`norm` must be positive, got {norm}.")
+    check("norm", norm, POSITIVE)
     balance = balance_of(family, settings)
     step = math.sqrt(known_number(family, balance.update_sq)) / norm**balance.exponent
     radial = step * balance.memory
@@ -126,20 +124,22 @@ def _drifted(balance: Balance, norm: float) -> float:
 
 
 def _elapsed(excess: float, power: int, balance: Balance) -> float:
-    """E-foldings of N^s in one step: its rate, which goes with the norm to the power a, over the step."""
+    """E-foldings of N^s in one step: its rate, which is proportional to the norm to the power a, over the step."""
     rate = balance.rate()
     if not balance.decay_exponent:
         return rate
     share = balance.decay_exponent / power
 
+    def level(elapsed: float) -> float:
+        return (1 + excess) * math.exp(-elapsed) - math.expm1(-elapsed)
+
     def speed(elapsed: float) -> float:
-        above = (1 + excess) * math.exp(-elapsed) - math.expm1(-elapsed)
-        return float(rate * above**share)
+        return float(rate * level(elapsed) ** share)
 
     # Midpoint rule, in parts that change N^s by a tenth at most.
     elapsed, remaining = 0.0, 1.0
     while remaining > 0 and elapsed < SETTLED:
-        now = (1 + excess) * math.exp(-elapsed) - math.expm1(-elapsed)
+        now = level(elapsed)
         part = min(remaining, 0.1 / (speed(elapsed) * max(1.0, abs(now - 1) / now)))
         elapsed += part * speed(elapsed + part * speed(elapsed) / 2)
         remaining -= part

@@ -2,75 +2,72 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_normreg.functional._balance import Balance
-from lightning_normreg.functional._families import FAMILIES
+from lightning_normreg.functional._families import FAMILIES, Family
 
-_FRACTION: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < 1, "in [0, 1)")
-_POSITIVE: tuple[Callable[[float], bool], str] = (lambda x: 0 < x < math.inf, "positive")
-_NOT_NEGATIVE: tuple[Callable[[float], bool], str] = (lambda x: 0 <= x < math.inf, "at least 0")
-_NUMBERS = {
-    "lr": _POSITIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "gradient_norm": _POSITIVE,
-    "entries": _POSITIVE,
-    "momentum": _FRACTION,
-    "dampening": _FRACTION,
-    "wd_ratio": _POSITIVE,
-    "relative_step": _POSITIVE,
-}
-_TUPLES = {"betas": (2, _FRACTION), "shape": (2, _POSITIVE)}
+_Range = tuple[Callable[[float], bool], str]
+FRACTION: _Range = (lambda x: 0 <= x < 1, "in [0, 1)")
+POSITIVE: _Range = (lambda x: 0 < x < math.inf, "positive")
+NOT_NEGATIVE: _Range = (lambda x: 0 <= x < math.inf, "at least 0")
+_PAIRS = {"betas": FRACTION, "shape": POSITIVE}
+_NUMBERS = dict.fromkeys(("lr", "gradient_norm", "entries", "wd_ratio", "relative_step"), POSITIVE)
+_NUMBERS |= {"weight_decay": NOT_NEGATIVE, "momentum": FRACTION, "dampening": FRACTION}
 _LR_ADJUSTMENTS = (None, "original", "match_rms_adamw")
 
 
-def balance_of(family: str, settings: dict[str, Any]) -> Balance:
+def check(name: str, number: float, allowed: _Range, given: Any = None) -> None:
+    """Raise a ``ValueError`` unless a number is in its range; it shows what was given, where that is another thing."""
+    if not allowed[0](number):
+        raise ValueError(f"`{name}` must be {allowed[1]}, got {number if given is None else given}.")
+
+
+def family_of(name: str) -> Family:
+    """The family of a name; a ``ValueError`` lists the names that there are."""
+    if name not in FAMILIES:
+        raise ValueError(f"`family` must be one of {', '.join(FAMILIES)}, got {name!r}.")
+    return FAMILIES[name]
+
+
+def balance_of(name: str, settings: Mapping[str, Any]) -> Balance:
     """Balance of a family with the caller's settings.
 
     Raises:
         TypeError: For a setting that the family does not have, or one that it needs and did not get.
         ValueError: For one out of its range.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"`family` must be one of {', '.join(FAMILIES)}, got {family!r}.")
-    known = inspect.signature(FAMILIES[family]).parameters
-    for name in settings:
-        if name not in known:
-            raise TypeError(f"`{name}` is not a setting of family {family!r}, which has {', '.join(known)}.")
-    for name, parameter in known.items():
-        if parameter.default is parameter.empty and name not in settings:
-            raise TypeError(f"`{name}` is needed for family {family!r}. Pass it by name.")
-    checked = {name: _checked(name, value) for name, value in settings.items()}
+    family = family_of(name)
+    for key in settings:
+        if key not in family.settings:
+            raise TypeError(f"`{key}` is not a setting of family {name!r}, which has {', '.join(family.settings)}.")
+    for key in family.required:
+        if key not in settings:
+            raise TypeError(f"`{key}` is needed for family {name!r}. Pass it by name.")
+    checked = {key: _checked(key, value) for key, value in settings.items()}
     product = checked["lr"] * checked["weight_decay"]
     if product >= 1:
         raise ValueError(f"`lr` times `weight_decay` must be below 1, got {product:g}. Use a smaller `lr`.")
-    return FAMILIES[family](**checked)
+    return family.balance(checked)
 
 
-def settled(family: str, settings: dict[str, Any]) -> Balance:
-    """Likewise where there has to be an equilibrium."""
-    balance = balance_of(family, settings)
+def settled(name: str, settings: Mapping[str, Any], *, norm: bool = True) -> Balance:
+    """The same where there has to be an equilibrium, by default one of the norm as well."""
+    balance = balance_of(name, settings)
     if settings["weight_decay"] == 0:
         raise ValueError(f"`weight_decay` must be positive, got 0: without it there is no equilibrium. {_GROWTH}")
+    if norm and not FAMILIES[name].settles:
+        raise ValueError(f"`family` {name!r} has no equilibrium norm: its log drifts steadily. {_GROWTH}")
     return balance
 
 
-def equilibrium_power(family: str, balance: Balance) -> int:
-    """Power of the norm that relaxes, where the norm has an equilibrium at all."""
-    if balance.power == 0:
-        raise ValueError(f"`family` {family!r} has no equilibrium norm: its log drifts steadily. {_GROWTH}")
-    return balance.power
-
-
-def known_number(family: str, value: float) -> float:
+def known_number(name: str, value: float) -> float:
     """A result, unless it is nan because a number behind it is missing."""
     if math.isnan(value):
-        known = inspect.signature(FAMILIES[family]).parameters
-        names = " and ".join(f"`{name}`" for name in ("gradient_norm", "entries") if name in known)
-        raise ValueError(f"{names} must be given, or this number of family {family!r} is unknown.")
+        names = " and ".join(f"`{key}`" for key in ("gradient_norm", "entries") if key in FAMILIES[name].settings)
+        raise ValueError(f"{names} must be given, or this number of family {name!r} is unknown.")
     return value
 
 
@@ -89,18 +86,14 @@ _GROWTH = "See `predicted_norm` for how it moves."
 
 def _checked(name: str, value: Any) -> Any:
     if name in _NUMBERS:
-        return _in_range(name, float(value), _NUMBERS[name], value)
-    if name in _TUPLES:
-        length, rule = _TUPLES[name]
-        if len(value) != length:
-            raise ValueError(f"`{name}` must have {length} numbers, got {value!r}.")
-        return tuple(_in_range(name, x, rule, value) for x in value)
+        check(name, float(value), _NUMBERS[name], value)
+        return float(value)
+    if name in _PAIRS:
+        if len(value) != 2:
+            raise ValueError(f"`{name}` must have 2 numbers, got {value!r}.")
+        for number in value:
+            check(name, number, _PAIRS[name], value)
+        return tuple(value)
     if name == "adjust_lr_fn" and value not in _LR_ADJUSTMENTS:
         raise ValueError(f"`{name}` must be one of {_LR_ADJUSTMENTS}, got {value!r}.")
     return tuple(value) if name == "ns_coefficients" else value
-
-
-def _in_range(name: str, number: float, rule: tuple[Callable[[float], bool], str], given: Any) -> float:
-    if not rule[0](number):
-        raise ValueError(f"`{name}` must be {rule[1]}, got {given}.")
-    return number

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from lightning_normreg.functional._families import Family
-from lightning_normreg.functional._settings import equilibrium_power, known_number, settled
+from lightning_normreg.functional._families import FamilyName
+from lightning_normreg.functional._settings import POSITIVE, check, known_number, settled
 
 
 class Projection(NamedTuple):
@@ -21,13 +21,13 @@ class Projection(NamedTuple):
     lr: float
 
 
-def suggest_projection(family: Family, *, radius: float | None = None, **settings: Any) -> Projection:
+def suggest_projection(family: FamilyName, *, radius: float | None = None, **settings: Any) -> Projection:
     r"""Radius, or learning rate, at which projection turns a unit per step as far as decay does at equilibrium.
 
     Without ``radius``: the equilibrium norm at the same learning rate. With it: :math:`\eta(R/N_*)^p`, p = 2 for the
     SGD family and 1 for the others. To first order in κS, see :func:`equilibrium_half_life`.
 
-    Under projection the rotation goes with the learning rate, under slow decay with its square root; so under a
+    Under projection the rotation is proportional to the learning rate, under slow decay to its square root; so under a
     schedule call this for each learning rate with one radius, which takes the root for you.
 
     Args:
@@ -40,7 +40,8 @@ def suggest_projection(family: Family, *, radius: float | None = None, **setting
 
     Raises:
         TypeError: For a setting that the family does not have, or one that it lacks.
-        ValueError: As :func:`equilibrium_norm`, and for LAMB, whose rotation does not depend on the radius.
+        ValueError: For a setting out of its range or one missing where needed, a decay of 0, η·λ of 1 or more, a family
+            without equilibrium norm, and for LAMB, whose rotation does not depend on the radius.
 
     Examples:
         >>> suggestion = suggest_projection("adam_decoupled", lr=1e-3, weight_decay=0.1, entries=400)
@@ -54,7 +55,6 @@ def suggest_projection(family: Family, *, radius: float | None = None, **setting
         rotation itself.
     """
     balance = settled(family, settings)
-    equilibrium_power(family, balance)
     if balance.exponent == 0:
         raise ValueError(
             f"`family` {family!r} turns by its learning rate at any radius. Keep `lr`, project as you like."
@@ -69,7 +69,7 @@ def suggest_projection(family: Family, *, radius: float | None = None, **setting
 
 
 def suggest_decay(
-    family: Family, *, radius: float, lr: float, decayed_lr: float | None = None, **settings: Any
+    family: FamilyName, *, radius: float, lr: float, decayed_lr: float | None = None, **settings: Any
 ) -> float:
     r"""Weight decay whose equilibrium turns a unit per step as far as projection to a radius does.
 
@@ -88,19 +88,19 @@ def suggest_decay(
 
     Raises:
         TypeError: For a setting that the family does not have, or one that it lacks.
-        ValueError: As :func:`suggest_projection`, and where no decay with η·λ below 1 leads to that norm.
+        ValueError: For a setting out of its range or one missing where needed, a family without equilibrium norm, LAMB,
+            and where no decay with η·λ below 1 leads to that norm.
 
     Examples:
         >>> round(suggest_decay("adam_decoupled", radius=1.0, lr=0.000707, decayed_lr=1e-3, entries=400), 4)
         0.0999
 
     Reference:
-        Derived here, see :func:`suggest_projection`.
+        Derived here from :func:`equilibrium_norm`.
     """
-    for name, value in (("radius", radius), ("lr", lr), ("decayed_lr", lr if decayed_lr is None else decayed_lr)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"`{name}` must be positive, got {value}.")
     rate = lr if decayed_lr is None else decayed_lr
+    for name, value in (("radius", radius), ("lr", lr), ("decayed_lr", rate)):
+        check(name, value, POSITIVE)
     weak = _WEAKEST / rate
     exponent = settled(family, settings | {"lr": rate, "weight_decay": weak}).exponent
     suggest_projection(family, lr=rate, weight_decay=weak, **settings)  # refuses what has no such recipe

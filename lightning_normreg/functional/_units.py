@@ -24,14 +24,9 @@ def check_unit(unit: object) -> None:
 def split_units(weight: Tensor, unit: Unit, dim: int, groups: int) -> View:
     """View ``weight`` so that its units run along whole dimensions.
 
-    Args:
-        weight: Any floating-point or complex tensor; complex entries are seen as pairs of real ones.
-        unit: ``"neuron"``, ``"layer"``, or how many neighbouring neurons form a unit.
-        dim: Dimension of the neurons, 0 for all but transposed convolutions.
-        groups: Groups of a transposed convolution, whose neurons are spread over dimension 0 as well.
-
-    Returns:
-        A view (never a copy, so it can be written through) and the dimensions of it that number the units.
+    The neurons run along dimension ``dim``, 0 for all but transposed convolutions, whose neurons are spread over
+    dimension 0 as well, in ``groups``. Complex entries are seen as pairs of real ones. Returned are a view, never a
+    copy, so that it can be written through, and the dimensions of it that number the units.
     """
     check_unit(unit)
     if not (weight.is_floating_point() or weight.is_complex()):

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import Group, update_rule
-from lightning_normreg._weights import Watched
+from lightning_normreg._weights import Watched, listed
 from lightning_normreg.functional import equilibrium_rotation
 from lightning_normreg.functional._rotation import check_angle
-from lightning_normreg.steps._equilibria import Formulas
+from lightning_normreg.steps._formulas import Formulas
 from lightning_normreg.steps._tracker import Stepping, as_column
 
 Angle = float | Literal["lr", "equilibrium"]
@@ -117,8 +117,8 @@ class Angles:
             if group.get("weight_decay"):
                 said.setdefault(self._about_decay(optimizer, group), []).append(watched.name)
         for words, names in said.items():
-            listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            (rank_zero_info if "without effect" in words else rank_zero_warn)(f"Weight decay of {listed}: {words}")
+            say = rank_zero_info if "without effect" in words else rank_zero_warn
+            say(f"Weight decay of {listed(names)}: {words}")
 
     def _about_decay(self, optimizer: Optimizer, group: Group) -> str:
         rule, name = update_rule(optimizer, group), type(optimizer).__name__

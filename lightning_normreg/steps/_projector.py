@@ -85,8 +85,7 @@ class Projector(Recording):
         """Put targets at their radius for the first time, and let the state of optimizers under way follow.
 
         The state was measured at the old norms: gradients of a scale-invariant weight that is multiplied by c are
-        proportional to 1/c. After every later step the last gradient was measured at the radius, and so will be the
-        next.
+        multiplied by 1/c. After every later step the last gradient was measured at the radius, and so will be the next.
         """
         if not targets:
             return

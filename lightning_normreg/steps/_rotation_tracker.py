@@ -15,7 +15,7 @@ from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, UpdateRule, scale_exponent, update_rule, why_no_rule
 from lightning_normreg._weights import Table, Watched
 from lightning_normreg.functional import effective_lr
-from lightning_normreg.steps._equilibria import GRADIENT_AT_NORM_1, needs_gradient
+from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1, needs_gradient
 from lightning_normreg.steps._health import Health, signs
 from lightning_normreg.steps._record import Look, SeenGradients
 from lightning_normreg.steps._step_hooks import of_mine
@@ -159,7 +159,7 @@ class RotationTracker(Tracker):
         """Mean over units of the gradient's norm times the unit's, each smoothed as a root mean square over steps.
 
         The gradient is that which the optimizer has used, clipped or not. At equilibrium the square of a unit's norm
-        is proportional to this product, so its mean over units is what the mean square norm is proportional to.
+        is proportional to this product, so is the mean square norm to its mean over units.
         """
         new = products.square()
         names = [w.name for w in table.watched]

@@ -27,7 +27,7 @@ from lightning_normreg import (
 from lightning_normreg.cli import SchedulerChain, SchedulerSequence
 from lightning_normreg.cli._schedulers import natural_interval
 from tests.cli.conftest import BATCHES
-from tests.cli.harness import fit, groups, logged
+from tests.cli.harness import TRAINER, fit, groups, logged
 
 BASE = 0.1
 OPTIMIZER = {"class_path": "AdamW", "init_args": {"lr": BASE, "weight_decay": 0.05}}
@@ -308,6 +308,14 @@ def test_print_config_round_trips(subcommand: str, folder: Path, capsys: pytest.
     assert config["decay"]["gamma"] is None
     assert config["lr_scheduler"]["class_path"] == "lightning_normreg.cli.SchedulerSequence"
     assert config["lr_scheduler"]["init_args"]["schedulers"][1]["init_args"]["step_size"] == 3
+    assert config["trainer"]["callbacks"][0]["class_path"] == "lightning_normreg.NormSummary"
+
+
+def test_the_trainer_is_saved_with_the_rest(folder: Path) -> None:
+    """A run can be repeated from its ``config.yaml``, although the help shows the Trainer's arguments in one line."""
+    saved = yaml.safe_load((fit({"optimizer": OPTIMIZER}, "--trainer.max_epochs=1") / "config.yaml").read_text())
+    assert saved["trainer"]["max_epochs"] == 1
+    assert saved["trainer"]["log_every_n_steps"] == TRAINER["log_every_n_steps"]
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -14,8 +14,9 @@ from torch.optim import SGD
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from lightning_normreg import functional as F
+from lightning_normreg._metrics import EQUILIBRIUM_TOLERANCE
 from lightning_normreg.functional._balance import Filter
-from lightning_normreg.functional._families import FAMILIES, Family
+from lightning_normreg.functional._families import FAMILIES, Family, FamilyName
 from lightning_normreg.functional._orthogonal import update_correlation, update_power
 from tests import random_walk
 from tests.random_walk import ADAFACTOR, CASES, FILLING, Walk, at_equilibrium
@@ -52,7 +53,7 @@ def power_and_cosine(response: Tensor) -> tuple[float, float]:
     ],
 )
 def test_sgd_from_the_response_of_the_real_optimizer(
-    family: Family, settings: dict[str, Any], options: dict[str, Any], product: float
+    family: FamilyName, settings: dict[str, Any], options: dict[str, Any], product: float
 ) -> None:
     """Norm and rotation under SGD, at any ηλ, are those of what torch's optimizer makes of white gradients."""
     lr, g = 0.2, 3.0
@@ -90,7 +91,7 @@ def test_decoupled_decay_from_its_response(nesterov: bool, product: float) -> No
         w.mul_(1 - product).sub_(update, alpha=lr)
 
     power, cosine = power_and_cosine(impulse_response(step, int(40 / product) + 400))
-    family: Family = "nadam_decoupled" if nesterov else "adam_decoupled"
+    family: FamilyName = "nadam_decoupled" if nesterov else "adam_decoupled"
     recipe: dict[str, Any] = {"lr": lr, "weight_decay": product / lr, "betas": (beta, 0.999), "entries": entries}
     assert F.equilibrium_norm(family, **recipe) == pytest.approx(math.sqrt(entries * power), rel=1e-9)
     assert math.cos(F.equilibrium_rotation(family, **recipe)) == pytest.approx(cosine, abs=1e-9)
@@ -100,7 +101,7 @@ def test_decoupled_decay_from_its_response(nesterov: bool, product: float) -> No
 @pytest.mark.parametrize(
     "family, beta, gain", [("adam_l2", 0.9, 0.1), ("rmsprop_l2", 0.0, 1.0), ("rmsprop_l2", 0.8, 1.0)]
 )
-def test_normalized_decay_from_its_response(family: Family, beta: float, gain: float, decay: float) -> None:
+def test_normalized_decay_from_its_response(family: FamilyName, beta: float, gain: float, decay: float) -> None:
     """With L2 the root of the second moment, which divides gradient and decay, follows from the norm that it makes."""
     lr, g, entries = 0.01, 2.0, 100
     momentum = {"betas": (beta, 0.999)} if family == "adam_l2" else {"momentum": beta}
@@ -222,7 +223,7 @@ def test_norm_equation_ends_at_the_equilibrium(name: str) -> None:
     half_life = F.equilibrium_half_life(case.family, **recipe) if "large" not in name else 5.0
     for start in (0.2, 3.0):
         norms = F.predicted_norm(case.family, [lr] * int(30 * half_life), initial_norm=start * settled, **rest)
-        # 30 half-lives leave 2^-30 of the way, some of which, where κ goes with the norm, start slowly.
+        # 30 half-lives leave 2^-30 of the way, some of which, where κ is proportional to the norm, start slowly.
         assert norms[-1] == pytest.approx(settled, rel=1e-5)
         assert all(b > a if start < 1 else b < a for a, b in itertools.pairwise(norms[:50]))
 
@@ -276,7 +277,7 @@ def test_schedule_of_the_real_optimizer() -> None:
         measured.append(float((walk.norms() ** 2).mean().sqrt()))
         turned.append(math.acos(min(1.0, float(cosine.mean()))))
     # 16 rows of 400 entries: each norm scatters by 3.5 % of itself at most, their mean by a quarter of that, and three
-    # times that is 2.7 %. The rotation goes with its square.
+    # times that is 2.7 %. The rotation is proportional to its square.
     assert max(abs(m / p - 1) for m, p in zip(measured, predicted, strict=True)) < 0.027
     late = recipe | {"lr": lrs[1200]}
     assert predicted[1199] > 1.3 * F.equilibrium_norm(case.family, **late)
@@ -365,11 +366,23 @@ def test_where_there_is_no_equilibrium() -> None:
 
 def test_families_are_those_of_the_type() -> None:
     """Every name in the type has its function, and the defaults of that are torch's."""
-    assert list(FAMILIES) == list(get_args(Family))
+    assert list(FAMILIES) == list(get_args(FamilyName))
     for name in ("muon", "adam_l2", "adam_decoupled", "nadam_decoupled"):
         theirs = inspect.signature(
             CASES[{"muon": "Muon 16 × 64", "adam_l2": "Adam + L2"}.get(name, "AdamW")].make
         ).parameters
-        for key, parameter in inspect.signature(FAMILIES[name]).parameters.items():
-            if key in theirs and key not in ("lr", "weight_decay"):
-                assert parameter.default == theirs[key].default, (name, key)
+        for key, default in FAMILIES[name].defaults.items():
+            if key in theirs:
+                assert default == theirs[key].default, (name, key)
+        assert theirs.keys() & {*FAMILIES[name].required} == {"lr", "weight_decay"}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_family_lists_what_its_equation_takes(family: Family) -> None:
+    """Names and order of the settings, and who drifts; the tolerance that pictures show is that of most families."""
+    parameters = inspect.signature(family.equation).parameters.values()
+    wanted = [p.name for p in parameters if p.default is p.empty]  # one that `partial` has bound has a default
+    assert list(family.settings) == wanted
+    unit = {"shape": (4, 4)} if "shape" in family.required else {}
+    assert family.settles == (family.balance({"lr": 0.1, "weight_decay": 0.1, **unit}).power > 0)
+    assert family.tolerance == (0.35 if family.name == "muon" else EQUILIBRIUM_TOLERANCE)

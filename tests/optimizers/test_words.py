@@ -22,7 +22,11 @@ from lightning_normreg.steps._rotation_tracker import RotationTracker
         ("LBFGS", {}, "LBFGS: it takes steps of the size that its closure and its past steps suggest"),
         ("SparseAdam", {}, "SparseAdam: it moves only the entries that have a gradient"),
         ("Rprop", {}, "Rprop: it uses its learning rate only to start the sizes of its steps"),
-        ("Adafactor", {}, r"Adafactor: its step grows with the weight \(p = 0\).* It goes with lr/‖w‖ where .* eps\."),
+        (
+            "Adafactor",
+            {},
+            r"Adafactor: its step grows with the weight \(p = 0\).* It is proportional to lr/‖w‖ where .* eps\.",
+        ),
     ],
 )
 def test_why_a_curve_is_missing(name: str, options: dict[str, Any], said: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning_normreg._reports import (
     Checkpoint,
     as_parameters,
@@ -13,13 +11,10 @@ from lightning_normreg._reports import (
     saved_groups,
 )
 from lightning_normreg._symmetries import load_verdict
-from lightning_normreg._weights import Verdict
+from lightning_normreg._weights import Verdict, listed
 from lightning_normreg.cli._errors import ArgumentRefused, blamed_on, refusals_of
-from lightning_normreg.cli._examples import epilog
-from lightning_normreg.cli._namespace import DEFAULT
-from lightning_normreg.cli._normreg_cli import parser_class
-from lightning_normreg.cli.inspect._model import inspect_model
-from lightning_normreg.cli.inspect._report import NAME, Report, add_output_arguments, show
+from lightning_normreg.cli._parser import Parser, add_optional, parser_of
+from lightning_normreg.cli.inspect._report import Report, add_output_arguments, show
 
 
 def inspect(args: list[str]) -> None:
@@ -31,6 +26,8 @@ def inspect(args: list[str]) -> None:
     words = ["--ckpt_path", *args] if args and not args[0].startswith("-") else list(args)
     keys = {word.split("=")[0].split(".")[0] for word in words}
     if keys & {"--model", "--config", "-c"} and not keys & {"-h", "--help"}:
+        from lightning_normreg.cli.inspect._model import inspect_model  # noqa: PLC0415, which imports Lightning
+
         inspect_model(words)
         return
     parser = _parser()
@@ -72,8 +69,7 @@ def _about_weights(checkpoint: Checkpoint, verdict: Verdict, given: bool) -> lis
         said.append(f"Which units are scale-invariant is from {source}.")
         unknown = [name for name in checkpoint.tensors if name not in verdict]
         if unknown:
-            names = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
-            said.append(f"It says nothing of {names}, whose rows are taken for units.")
+            said.append(f"It says nothing of {listed(unknown)}, whose rows are taken for units.")
     else:
         said.append(
             "Which weights are scale-invariant is not known, so rows are taken for units (for a transposed convolution "
@@ -91,32 +87,20 @@ def _about_weights(checkpoint: Checkpoint, verdict: Verdict, given: bool) -> lis
     return said
 
 
-def _parser() -> Any:
-    parser = parser_class(DEFAULT)(
-        prog=NAME,
-        description="Norms and effective learning rates of a checkpoint, a model, or a model from a checkpoint.",
-        epilog=epilog("inspect"),
+def _parser() -> Parser:
+    parser = parser_of(
+        "inspect", "Norms and effective learning rates of a checkpoint, a model, or a model from a checkpoint."
     )
     alone = parser.add_argument_group("checkpoint", "No code in it is run, and no model is needed.")
-    alone.add_argument(
-        "--ckpt_path",
-        type=str | None,
-        default=None,
-        metavar="FILE",
-        help="The checkpoint, or a state dict by torch.save; also as the first word.",
-    )
-    alone.add_argument(
-        "--optimizer",
-        type=str | None,
-        default=None,
-        metavar="NAME",
-        help="Class of its optimizer, such as AdamW or lion_pytorch.Lion, or several with commas between them. "
-        "Without it only torch's own are recognized, by their settings.",
-    )
+    checkpoint_help = "The checkpoint, or a state dict by torch.save; also as the first word."
+    add_optional(alone, "ckpt_path", str, "FILE", checkpoint_help)
+    optimizer_help = "Class of its optimizer, such as AdamW or lion_pytorch.Lion, or several with commas between them. "
+    optimizer_help += "Without it only torch's own are recognized, by their settings."
+    add_optional(alone, "optimizer", str, "NAME", optimizer_help)
     add_output_arguments(parser)
     model = parser.add_argument_group(
         "model", "All arguments of fit, to ask the model itself on its first batch. Nothing is trained or written."
     )
     for key, help_text in (("config", "YAML of fit."), ("model", "Class path."), ("data", "Class path.")):
-        model.add_argument(f"--{key}", type=str | None, default=None, metavar=key.upper(), help=help_text)
+        add_optional(model, key, str, key.upper(), help_text)
     return parser

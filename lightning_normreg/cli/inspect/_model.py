@@ -8,22 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_normreg._optimizers import find_rule
 from lightning_normreg._param_groups import load_by_name
-from lightning_normreg._reports import (
-    Checkpoint,
-    SavedGroup,
-    inspect_parameters,
-    read_checkpoint,
-    sentences,
-    summary_rows,
-    summary_table,
-)
+from lightning_normreg._reports import Checkpoint, SavedGroup, inspect_parameters, read_checkpoint, summary_table
+from lightning_normreg._weights import Verdict
 from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
+from lightning_normreg.callbacks._holding import held_norms
 from lightning_normreg.callbacks._norm_projection import NormProjection
-from lightning_normreg.callbacks._probing import Verdict
+from lightning_normreg.callbacks._norm_summary import summary_of
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
 from lightning_normreg.cli._namespace import namespace_of
 from lightning_normreg.cli._normreg_cli import NormRegCLI
-from lightning_normreg.cli.inspect._report import NAME, Report, add_output_arguments, show
+from lightning_normreg.cli._subcommands import PROGRAM
+from lightning_normreg.cli.inspect._report import Report, add_output_arguments, show
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -72,20 +67,17 @@ class _Inspection(Commands):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Let errors name the command as it was called."""
         super().setup_parser(*args, **kwargs)
-        self._subcommand_parsers["fit"].prog = self.parser.prog = NAME
+        self._subcommand_parsers["fit"].prog = self.parser.prog = f"{PROGRAM} inspect"
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Those of ``fit``, and of the output."""
         super().add_core_arguments_to_parser(parser)
         add_output_arguments(parser)
 
-    def _parse_ckpt_path(self) -> None:
-        self._read_checkpoint()  # before Lightning does
-        super()._parse_ckpt_path()
-
-    def _read_checkpoint(self) -> None:
-        path = self.config["fit"].get("ckpt_path")
-        if path and self._checkpoint is None:
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse, and read the checkpoint before Lightning does."""
+        super().parse_arguments(parser, args)
+        if path := self.config["fit"].get("ckpt_path"):
             with refusals_of("ckpt_path"):
                 self._checkpoint = read_checkpoint(path)
 
@@ -99,7 +91,6 @@ class _Inspection(Commands):
 
     def _run_subcommand(self, subcommand: str) -> None:
         options = self._settings("config_init")
-        self._read_checkpoint()  # Lightning before 2.6 does not ask for it
         with refusals_of("invariance"):
             look = _Look(options["invariance"], self._checkpoint)
         trainer: Any = self.trainer
@@ -145,28 +136,16 @@ class _Look(StepCallback):
             ) from error
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        held: dict[str, tuple[float, float]] = {}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, NormProjection):
-                held |= callback.held()
-        named, optimizers = run_of(trainer).named, optimizers_of(trainer)
-        summary = summary_rows(named, optimizers, verdict, held)
-        steps = float(trainer.num_training_batches) / trainer.accumulate_grad_batches
-        meaning = " ".join(sentences(summary, verdict, steps, trainer.gradient_clip_val))
-        rows, blanks = inspect_parameters(named, _owners(trainer), verdict, held)
-        more = {
-            row.parameter: {
-                "role": row.role,
-                "evidence": row.evidence or None,
-                "eps_share": row.eps_share,
-                "radius": row.radius,
-            }
-            for row in summary
-        }
+        summary, meaning = summary_of(trainer, verdict)
+        rows, blanks = inspect_parameters(run_of(trainer).named, _owners(trainer), verdict, held_norms(trainer))
+        more: dict[str, dict[str, Any]] = {}
+        for r in summary:
+            evidence = r.evidence or None
+            more[r.parameter] = {"role": r.role, "evidence": evidence, "eps_share": r.eps_share, "radius": r.radius}
         title = "The next step"
         if self._checkpoint is not None:
             title += f" of a checkpoint: {self._checkpoint.about}"
-        self.report = Report(rows, [meaning, *blanks], verdict, title, [summary_table(summary)], more)
+        self.report = Report(rows, [" ".join(meaning), *blanks], verdict, title, [summary_table(summary)], more)
         raise _Seen
 
 
@@ -177,12 +156,8 @@ def _owners(trainer: Trainer) -> dict[str, SavedGroup]:
     for number, optimizer in enumerate(optimizers):
         for index, group in enumerate(optimizer.param_groups):
             rule = find_rule(optimizer, group)
-            label = str(group.get("name", index))
-            saved = SavedGroup(
-                f"{number}:{label}" if len(optimizers) > 1 else label,
-                group,
-                () if rule is None else (rule,),
-                type(optimizer).__name__,
-            )
+            start = f"{number}:" if len(optimizers) > 1 else ""
+            label = f"{start}{group.get('name', index)}"
+            saved = SavedGroup(label, group, () if rule is None else (rule,), type(optimizer).__name__)
             owners |= {names[p]: saved for p in group["params"] if p in names}
     return owners

@@ -10,17 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from lightning_normreg._reports import InspectedParameter, inspection_table
 from lightning_normreg._symmetries import save_verdict
 from lightning_normreg._weights import Verdict
+from lightning_normreg.cli._console import console
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
-from lightning_normreg.cli._examples import PROGRAM
-
-NAME = f"{PROGRAM} inspect"
-WIDTH = 160
-"""Columns where the output is no terminal."""
+from lightning_normreg.cli._parser import add_optional
 
 
 @dataclass(frozen=True)
@@ -49,16 +46,10 @@ def add_output_arguments(parser: Any) -> None:
     group = parser.add_argument_group("output", "A table, unless something else is said.")
     group.add_argument("--json", action="store_true", help="JSON with all digits; null is what is not known.")
     group.add_argument("--csv", action="store_true", help="CSV; what is said beside it goes to stderr.")
-    group.add_argument(
-        "--save",
-        type=str | None,
-        default=None,
-        metavar="FILE",
-        help="Write which units are scale-invariant; callbacks take the file as invariance=.",
+    add_optional(
+        group, "save", str, "FILE", "Write which units are scale-invariant; callbacks take the file as invariance=."
     )
-    group.add_argument(
-        "--invariance", type=str | None, default=None, metavar="FILE", help="Such a file, in place of asking the model."
-    )
+    add_optional(group, "invariance", str, "FILE", "Such a file, in place of asking the model.")
 
 
 def show(report: Report, options: Any) -> None:
@@ -85,10 +76,9 @@ def show(report: Report, options: Any) -> None:
         writer.writerows(row | {"shape": "x".join(map(str, row["shape"]))} for row in rows)
         sys.stderr.write("\n".join([*report.notes, ""]))
     else:
-        plain = Console()
-        console = plain if plain.is_terminal else Console(width=WIDTH)
+        page = console()
         for part in (*report.before, inspection_table(report.rows, report.title), *report.notes):
-            console.print(part, highlight=False, markup=False)
+            page.print(part, highlight=False, markup=False)
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:

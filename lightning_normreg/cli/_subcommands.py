@@ -1,10 +1,14 @@
-"""What the subcommands do, in a line each, and commands to start from."""
+"""The subcommands: what each does, in a line, and commands to start from."""
 
 from __future__ import annotations
 
 import textwrap
 
 PROGRAM = "lightning-normreg"
+
+COMMANDS = {"demo": "_demo", "inspect": "inspect", "plot": "_plot", "convert": "_convert"}
+"""Those that are not LightningCLI's, and the file of each: a function of that name takes the arguments. None of them is
+imported to show the list."""
 
 SUMMARIES = {
     "fit": "Train any LightningModule, with curves of what weight decay does to it.",
