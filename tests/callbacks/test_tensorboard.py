@@ -47,10 +47,10 @@ def test_histograms_are_of_the_norms_before_the_step(interval: Any, tmp_path: Pa
     trainer(monitor, logger=logger, log_every_n_steps=2, max_epochs=2).fit(net, loader())
     found = accumulated(logger.log_dir)
     names = ["conv1.weight", "head.weight", "up.weight"]
-    assert sorted(found.Tags()["histograms"]) == [f"p-unit_norms/{name}" for name in names]
+    assert sorted(found.Tags()["histograms"]) == [f"p-weights/unit_norms/{name}" for name in names]
     steps = {"step": [0, 1, 3, 5, 7, 9, 11], "epoch": [5, 11]}[interval]
     for name in names:
-        events = found.Histograms(f"p-unit_norms/{name}")
+        events = found.Histograms(f"p-weights/unit_norms/{name}")
         assert [event.step for event in events] == steps
         for event in events:
             (step,) = [step for step in net.steps if step.batch == event.step]
