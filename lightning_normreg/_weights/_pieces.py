@@ -51,13 +51,12 @@ class Piece:
     def now(self) -> tuple[View, Tensor]:
         """View and rows of the parameter as it stands."""
         if type(self.parameter) is Parameter:  # what it holds is not looked for anew in each step
-            return self.look("now", self.parameter.data_ptr(), self.parameter)
-        held = local(self.parameter)
-        return self.look("now", held.data_ptr(), held)
+            return self.look("now", self.parameter)
+        return self.look("now", local(self.parameter))
 
-    def look(self, which: str, address: int, tensor: Tensor) -> tuple[View, Tensor]:
+    def look(self, which: str, tensor: Tensor) -> tuple[View, Tensor]:
         """View and rows of a tensor that is shaped like what is held of the parameter; kept while it stays in place."""
-        seen = self._seen.get(which)
+        address, seen = tensor.data_ptr(), self._seen.get(which)
         if seen is None or seen[0] != address:
             view, kept = self.see(tensor.detach())
             rows = unit_rows(view, kept)

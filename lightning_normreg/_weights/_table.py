@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -14,15 +16,15 @@ from torch.nn.parameter import Parameter
 from lightning_normreg._weights._pieces import Piece, gradient_of, groups_of, lies_whole, pieces_of
 from lightning_normreg._weights._watched import Watched
 from lightning_normreg.functional._device import accumulator, number_type
-from lightning_normreg.functional._norms import mended_norms, plain_norms, rescaled_norms
-from lightning_normreg.functional._projection import Limits, factors
+from lightning_normreg.functional._norms import Operation, Results, mended_norms, norm_operations, rescaled_norms
+from lightning_normreg.functional._projection import Limits, factors, scale_
 from lightning_normreg.functional._rotation import Mixture, mix_
 from lightning_normreg.functional._units import over_units
 from lightning_normreg.functional._updates import (
     Lengths,
     exact_sums,
     lengths_of,
-    row_products,
+    product_operations,
     row_sums,
     totals,
     with_radial,
@@ -30,6 +32,21 @@ from lightning_normreg.functional._updates import (
 
 Read = Callable[[Parameter], Tensor]
 """From a parameter to what this process holds of it, of its gradient, or of what it was before a step."""
+
+
+@dataclass
+class _Plan:
+    """Operations on tensors that lie at some addresses, and where their results go."""
+
+    addresses: list[int]
+    results: Results
+    operations: list[Operation] = field(default_factory=list)
+
+    def run(self) -> Tensor:
+        """Do them all."""
+        for operation in self.operations:
+            operation()
+        return self.results.sums()
 
 
 class Norms(NamedTuple):
@@ -67,7 +84,8 @@ class Table:
         self._place(found)
         ends = list(accumulate((len(piece.units) for piece in self._pieces), initial=0))
         self._rows = [slice(*pair) for pair in pairwise(ends)]
-        self._raw = torch.empty(3, ends[-1], dtype=self.dtype, device=self.device)
+        self._count = ends[-1]
+        self._plans: dict[str, _Plan] = {}
         self._types = {accumulator(piece.parameter.dtype) for piece in self._pieces}
         self._narrowest = min(self._types, key=lambda dtype: torch.finfo(dtype).bits)
 
@@ -79,7 +97,9 @@ class Table:
         adds = torch.cat([torch.full_like(p.units, p.counts) for _, p in found]).bool()
         owners = torch.cat([torch.full_like(p.units, number if p.is_own and p.counts else none) for number, p in found])
         layer = torch.arange(none).repeat_interleave(torch.tensor(self.sizes))
-        self._is_plain = len(places) == count and bool((places == torch.arange(count)).all() & adds.all())
+        rows = [sum(len(p.units) for number, p in found if number == place) for place in range(none)]
+        # Rows of a weight come in the order of its units; there are as many only if each row is a unit by itself.
+        self._is_plain = rows == self.sizes and all(piece.counts for _, piece in found)
         self._places, self._owners = places.to(self.device), owners.to(self.device)
         self._adds = torch.where(adds, places, count).to(self.device)
         self.layer = layer.to(self.device)
@@ -118,24 +138,51 @@ class Table:
 
     def squares(self, read: Read | None = None) -> Tensor:
         """Sums over the squares of the entries, or of those that ``read`` gives, as far as this process has them."""
-        rows = [piece.now()[1] if read is None else piece.like(read(piece.parameter)) for piece in self._pieces]
-        raw = self._raw[0]
-        for values, at in zip(rows, self._rows, strict=True):
-            plain_norms(values, raw[at])
-        found = mended_norms(
-            raw, self._narrowest, lambda odd: self._detour(odd, lambda i, at: rescaled_norms(rows[i][at]))
-        )
-        return self._added(found.square().unsqueeze(0))
+        rows = self._now() if read is None else [p.like(read(p.parameter)) for p in self._pieces]
+        plan = self._planned("norms" if read is None else "norms of others", rows)
+        if not plan.operations:
+            places = (plan.results.at(0, at) for at in self._rows)
+            plan.operations = [op for r, out in zip(rows, places, strict=True) for op in norm_operations(r, out)]
+
+        def rescaled(number: int, at: Tensor | slice) -> Tensor:
+            return rescaled_norms(rows[number][at])
+
+        norms = mended_norms(plan.run()[0], self._narrowest, lambda odd: self._detour(odd, rescaled))
+        return self._added(norms.square().unsqueeze(0))
 
     def compare(self, before: Read) -> Tensor:
         """Sums over the entries before and their updates since, as far as this process has them."""
-        pairs = [(piece.look("before", *_held(before, piece))[1], piece.now()[1]) for piece in self._pieces]
-        return self._compared(pairs, update=True)
+        return self._compared("update", self._before(before), self._now())
 
     def gradients(self, read: Read = gradient_of) -> Tensor:
         """Sums over entries and gradients, as far as this process has them: gradients as seen from the units."""
-        pairs = [(piece.now()[1], piece.like(read(piece.parameter))) for piece in self._pieces]
-        return self._compared(pairs, update=False)
+        return self._compared("gradients", self._now(), [p.like(read(p.parameter)) for p in self._pieces])
+
+    def _compared(self, what: str, starts: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
+        plan, update = self._planned(what, [*starts, *ends]), what == "update"
+        if not plan.operations:
+            places = (plan.results.at(slice(None), at) for at in self._rows)
+            each = zip(starts, ends, places, strict=True)
+            plan.operations = [op for a, b, out in each for op in product_operations(a, b, out, update=update)]
+
+        def exact(number: int, at: Tensor | slice) -> Tensor:
+            return exact_sums(starts[number][at], ends[number][at], update=update)
+
+        sums = row_sums(plan.run(), self._narrowest, lambda odd: self._detour(odd, exact))
+        return self._added(with_radial(sums))
+
+    def _now(self) -> list[Tensor]:
+        return [piece.now()[1] for piece in self._pieces]
+
+    def _before(self, before: Read) -> list[Tensor]:
+        return [piece.look("before", before(piece.parameter))[1] for piece in self._pieces]
+
+    def _planned(self, what: str, rows: Sequence[Tensor]) -> _Plan:
+        """The operations for rows that lie where they lay before, or a new plan for others."""
+        addresses = [r.data_ptr() for r in rows]
+        if what not in self._plans or self._plans[what].addresses != addresses:
+            self._plans[what] = _Plan(addresses, Results.of(rows[0], 3, self._count))
+        return self._plans[what]
 
     def norms_of(self, sums: Tensor) -> Norms:
         """Norms from the shared sums, the squares of which come first."""
@@ -147,17 +194,6 @@ class Table:
         """What units have done, from the shared sums."""
         return lengths_of(*totals(sums[:, : sum(self.sizes)]))
 
-    def _compared(self, pairs: Sequence[tuple[Tensor, Tensor]], *, update: bool) -> Tensor:
-        for (start, end), at in zip(pairs, self._rows, strict=True):
-            row_products(start, end, self._raw[:, at], update=update)
-
-        def exact(number: int, at: Tensor) -> Tensor:
-            start, end = pairs[number]
-            return exact_sums(start[at], end[at], update=update)
-
-        sums = row_sums(self._raw, self._narrowest, lambda odd: self._detour(odd, exact))
-        return self._added(with_radial(sums))
-
     def _added(self, rows: Tensor) -> Tensor:
         """Sums over the rows of each unit, and over those of each tensor."""
         count, tensors = sum(self.sizes), len(self.sizes)
@@ -165,16 +201,15 @@ class Table:
         wholes = rows.new_zeros(len(rows), tensors + 1).index_add_(1, self._owners, rows)[:, :-1]
         return torch.cat([units, wholes], dim=1)
 
-    def _detour(self, odd: Tensor, way: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def _detour(self, odd: Tensor, way: Callable[[int, Tensor | slice], Tensor]) -> Tensor:
         """What ``way`` gives for the marked rows of each piece, one piece after the other."""
-        return torch.cat(
-            [
-                way(number, rows).to(self.device)
-                for number, at in enumerate(self._rows)
-                if len(rows := odd[at].nonzero().flatten())
-            ],
-            dim=-1,
-        )
+        found = []
+        for number, at in enumerate(self._rows):
+            rows = odd[at].nonzero().flatten()
+            if len(rows):
+                everything = len(rows) == at.stop - at.start  # without a copy of them
+                found.append(way(number, slice(None) if everything else rows).to(self.device))
+        return torch.cat(found, dim=-1)
 
     def project(self, radius: float | Tensor) -> Tensor:
         """Put every unit at a radius; the norms before, which of units of other processes may be 0."""
@@ -185,10 +220,21 @@ class Table:
     def scale(self, values: Tensor, read: Read | None = None) -> None:
         """Multiply each unit, or what ``read`` gives in the place of its tensors, by its value."""
         rows = values if self._is_plain else torch.cat([values, values.new_ones(1)])[self._places]
-        typed = {dtype: rows.to(dtype) for dtype in self._types}
-        for piece, at in zip(self._pieces, self._rows, strict=True):
-            view, kept = piece.now()[0] if read is None else piece.see(read(piece.parameter).detach())
-            view.mul_(over_units(typed[accumulator(piece.parameter.dtype)][at], view, kept))
+        if read is not None:
+            for piece, at in zip(self._pieces, self._rows, strict=True):
+                scale_(*piece.see(read(piece.parameter).detach()), rows[at])
+            return
+        plan = self._planned("scale", self._now())
+        if not plan.operations:
+            plan.results = Results.of(plan.results.narrow, self._count)
+            for piece, at in zip(self._pieces, self._rows, strict=True):
+                (view, kept), _ = piece.now()
+                place = plan.results.narrow if accumulator(view.dtype) == self._narrowest else plan.results.wide
+                plan.operations.append(partial(view.mul_, over_units(place[at], view, kept)))
+        plan.results.narrow.copy_(rows)
+        if len(self._types) > 1:
+            plan.results.wide.copy_(rows)
+        plan.run()
 
     def mix(self, mix: Mixture, before: Read) -> None:
         """Make each unit the mixture of what it was before and of its update."""
@@ -198,7 +244,7 @@ class Table:
             for piece, at in zip(self._pieces, self._rows, strict=True):
                 if accumulator(piece.parameter.dtype) == dtype:
                     (view, kept), _ = piece.now()
-                    (start, _), _ = piece.look("before", *_held(before, piece))
+                    (start, _), _ = piece.look("before", before(piece.parameter))
                     mix_(view, start, kept, Mixture(*(values[at] for values in rows)))
 
     def root_mean_squares(self, column: Tensor) -> Tensor:
@@ -241,11 +287,6 @@ def share(parts: Sequence[tuple[Table, Tensor]], *, everywhere: bool = True) -> 
             for (sums, at), whole in zip(mine, wholes, strict=True):
                 sums[:, at] = whole.view(len(sums), len(at))
     return [sums for _, sums in parts]
-
-
-def _held(before: Read, piece: Piece) -> tuple[int, Tensor]:
-    tensor = before(piece.parameter)
-    return tensor.data_ptr(), tensor
 
 
 def norms_of(watched: Sequence[Watched]) -> list[Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,19 +19,45 @@ and by 6e-4 for 16 million; in chunks, whose norms are added in float64, by 1.3e
 the same speed."""
 
 
-def row_norms(rows: Tensor, out: Tensor | None = None) -> Tensor:
+Operation = Callable[[], object]
+"""A tensor operation whose arguments are in place, so that it can be done again and again at no cost but its own."""
+
+
+class Results(NamedTuple):
+    """Where numbers of rows are written, each in the type in which it comes; they start at 0, and the sum has all."""
+
+    narrow: Tensor
+    wide: Tensor
+
+    @classmethod
+    def of(cls, like: Tensor, *shape: int) -> Results:
+        """Zeros on the device of a tensor."""
+        kept, numbers = accumulator(like.dtype), number_type(like)
+        return cls(like.new_zeros(shape, dtype=kept), like.new_zeros(shape, dtype=numbers))
+
+    def at(self, *index: int | slice) -> Results:
+        """A part of them."""
+        return Results(self.narrow[index], self.wide[index])
+
+    def sums(self) -> Tensor:
+        """What was written."""
+        return self.wide + self.narrow
+
+
+def row_norms(rows: Tensor) -> Tensor:
     """L2 norm of each row, shape ``(rows,)``, for entries of any size that the type can hold.
 
     In float64, so that squares of these norms neither overflow nor underflow; in float32 where the device has no other.
     There, entries beyond 1e±18 count as infinite or zero.
     """
-    found = rows.new_empty(len(rows), dtype=number_type(rows)) if out is None else out
-    plain_norms(rows, found)
-    return mended_norms(found, rows.dtype, lambda odd: rescaled_norms(rows[odd]))
+    found = Results.of(rows, len(rows))
+    for operation in norm_operations(rows, found):
+        operation()
+    return mended_norms(found.sums(), rows.dtype, lambda odd: rescaled_norms(rows[odd]))
 
 
 def mended_norms(norms: Tensor, dtype: torch.dtype, detour: Callable[[Tensor], Tensor]) -> Tensor:
-    """What :func:`plain_norms` gives, with those replaced whose squares do not fit into the type of the weight.
+    """What :func:`norm_operations` give, with those replaced whose squares do not fit into the type of the weight.
 
     Args:
         norms: One for each row.
@@ -54,30 +82,27 @@ def squares_fit(norms: Tensor, dtype: torch.dtype) -> Tensor:
     return fit
 
 
-def plain_norms(rows: Tensor, out: Tensor) -> None:
-    """L2 norm along the last dimension, as long as squares of entries fit into the type."""
-    way, kept = way_of(rows), accumulator(rows.dtype)
-    entries = rows.shape[-1]
+def norm_operations(rows: Tensor, out: Results) -> list[Operation]:
+    """What gives the L2 norm along the last dimension, as long as squares of entries fit into the type."""
+    norm, way, kept, entries = torch.linalg.vector_norm, way_of(rows), accumulator(rows.dtype), rows.shape[-1]
     if way == "host" and rows.stride(-1) != 1 and entries > 1:
         # Across memory vector_norm adds one by one, slowly and 16 eps off after 256 entries; sum adds pair by pair.
-        out.copy_(rows.to(kept).square().sum(dim=-1).sqrt())
-        return
+        return [lambda: out.wide.copy_(rows.to(kept).square().sum(dim=-1).sqrt())]
+    if way == "wide" and kept == torch.float32:
+        return [partial(norm, rows, dim=-1, dtype=out.wide.dtype, out=out.wide)]
     chunk = CHUNKS[kept]
-    if (way == "wide" and kept != torch.float64) or entries <= 64:
-        torch.linalg.vector_norm(rows, dim=-1, dtype=out.dtype, out=out)
-        return
-    longest = min(chunk, entries // 2)
-    size = next((size for size in range(longest, chunk // 4 - 1, -1) if entries % size == 0), longest)
+    if entries <= chunk:
+        return [partial(norm, rows, dim=-1, dtype=kept, out=out.narrow)]
+    size = next((size for size in range(chunk, chunk // 4 - 1, -1) if entries % size == 0), chunk)
     whole = entries - entries % size
-    parts = rows[..., :whole].reshape(*rows.shape[:-1], whole // size, size)
-    norms = torch.linalg.vector_norm(parts, dim=-1, dtype=kept)
+    cut = rows.unfold(-1, size, size)
+    parts = rows.new_empty(*rows.shape[:-1], -(-entries // size), dtype=kept)
+    found = [partial(norm, cut, dim=-1, dtype=kept, out=parts[..., : whole // size])]
     if whole < entries:
-        rest = torch.linalg.vector_norm(rows[..., whole:], dim=-1, dtype=kept)
-        norms = torch.cat([norms, rest.unsqueeze(-1)], dim=-1)
-    if norms.dtype == out.dtype and norms.shape[-1] > chunk:
-        plain_norms(norms, out)
-    else:
-        torch.linalg.vector_norm(norms, dim=-1, dtype=out.dtype, out=out)
+        found.append(partial(norm, rows[..., whole:], dim=-1, dtype=kept, out=parts[..., -1]))
+    if parts.shape[-1] > chunk and kept == out.wide.dtype:
+        return [*found, *norm_operations(parts, out)]
+    return [*found, partial(norm, parts, dim=-1, dtype=out.wide.dtype, out=out.wide)]
 
 
 def rescaled_norms(rows: Tensor) -> Tensor:
@@ -86,9 +111,11 @@ def rescaled_norms(rows: Tensor) -> Tensor:
     if rows.shape[1] == 0:
         return rows.new_zeros(len(rows))
     largest = rows.abs().amax(dim=1)
-    norms = torch.empty_like(largest)
-    plain_norms(rows / torch.where(largest > 0, largest, 1.0).unsqueeze(1), norms)
-    return torch.where(largest.isfinite(), largest * norms, largest)
+    scaled = rows / torch.where(largest > 0, largest, 1.0).unsqueeze(1)
+    found = Results.of(scaled, len(rows))
+    for operation in norm_operations(scaled, found):
+        operation()
+    return torch.where(largest.isfinite(), largest * found.sums(), largest)
 
 
 def root_mean_square(values: Tensor) -> Tensor:

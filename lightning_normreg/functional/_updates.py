@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_normreg.functional._device import BLOCK, accumulator, number_type, scratch, way_of
-from lightning_normreg.functional._norms import plain_norms, row_norms, squares_fit
+from lightning_normreg.functional._norms import Operation, Results, norm_operations, row_norms, squares_fit
 from lightning_normreg.functional._units import Unit, paired_rows
 
 _ROUNDING = 0.5
@@ -84,9 +85,11 @@ class Lengths:
 
 def measure_rows(start: Tensor, end: Tensor, *, update: bool = True) -> Lengths:
     """Compare rows, each a unit, with what has become of them, or with other vectors at them (``update=False``)."""
-    raw = torch.empty(3, len(start), dtype=number_type(start), device=start.device)
-    row_products(start, end, raw, update=update)
-    return lengths_of(*row_sums(raw, start.dtype, lambda odd: exact_sums(start[odd], end[odd], update=update)))
+    found = Results.of(start, 3, len(start))
+    for operation in product_operations(start, end, found, update=update):
+        operation()
+    sums = row_sums(found.sums(), start.dtype, lambda odd: exact_sums(start[odd], end[odd], update=update))
+    return lengths_of(*sums)
 
 
 def lengths_of(squares: Tensor, products: Tensor, tangents: Tensor, ahead: Tensor) -> Lengths:
@@ -96,47 +99,54 @@ def lengths_of(squares: Tensor, products: Tensor, tangents: Tensor, ahead: Tenso
     return Lengths(norm, products / length, tangents.clamp_min(0).sqrt(), ahead / length)
 
 
-def row_products(start: Tensor, end: Tensor, out: Tensor, *, update: bool = True) -> None:
-    """For each row a of ``start`` and d its norm, the norm of d, and the product of both, into ``out``, ``(3, rows)``.
+def product_operations(start: Tensor, end: Tensor, out: Results, *, update: bool = True) -> list[Operation]:
+    """What gives the norm of each row a of ``start``, the norm of d, and the product of both, into ``(3, rows)``.
 
     d is the row of ``end`` less a, which is exact for close numbers, or with ``update=False`` that row itself. Some
     entries at a time, with temporaries in memory that is kept.
     """
-    wide = number_type(start) if way_of(start) != "host" else accumulator(start.dtype)
-    for a, b, place in _tiles(start, end, out):
-        both = scratch("rows", a, 2 * a.numel(), wide).view(2, *a.shape)
-        first, second = both[0], both[1]
-        first.copy_(a)
-        if update:
-            torch.sub(b, first, out=second)
-        else:
-            second.copy_(b)
-        plain_norms(both, place[:2])
-        products = first.mul_(second)
-        if wide == place.dtype:
-            torch.sum(products, dim=1, out=place[2])
-        else:
-            place[2].copy_(products.sum(dim=1))
+    rows, entries = start.shape
+    block = BLOCK[way_of(start)]
+    if entries > block:
+        cuts = list(zip(torch.split(start, block, 1), torch.split(end, block, 1), strict=True))
+        parts = Results.of(start, len(cuts), 3, rows)
+        found = [
+            operation
+            for number, (a, b) in enumerate(cuts)
+            for row in range(rows)
+            for operation in _tile(
+                a[row : row + 1], b[row : row + 1], parts.at(number, ..., slice(row, row + 1)), update
+            )
+        ]
+        return [*found, partial(_join, parts, out)]
+    step = max(1, block // max(1, entries))
+    tiles = ((slice(top, top + step)) for top in range(0, rows, step))
+    return [op for at in tiles for op in _tile(start[at], end[at], out.at(slice(None), at), update)]
 
 
-def _tiles(start: Tensor, end: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Blocks of the rows, and the place of their results; the parts of rows longer than a block are put together."""
-    block, entries = BLOCK[way_of(start)], max(1, start.shape[1])
-    if entries <= block:
-        rows = block // entries
-        yield from zip(torch.split(start, rows), torch.split(end, rows), torch.split(out, rows, 1), strict=True)
-        return
-    parts = []
-    for a, b in zip(torch.split(start, block, 1), torch.split(end, block, 1), strict=True):
-        parts.append(torch.empty_like(out))
-        for row in range(len(a)):
-            yield a[row : row + 1], b[row : row + 1], parts[-1][:, row : row + 1]
-    torch.linalg.vector_norm(torch.stack([part[:2] for part in parts]), dim=0, out=out[:2])
-    torch.sum(torch.stack([part[2] for part in parts]), dim=0, out=out[2])
+def _tile(a: Tensor, b: Tensor, out: Results, update: bool) -> list[Operation]:
+    kept = accumulator(a.dtype) if way_of(a) == "host" else number_type(a)
+    both = scratch("rows", a, 2 * a.numel(), kept).view(2, *a.shape)
+    first, second = both[0], both[1]
+    place = out.narrow if out.narrow.dtype == kept else out.wide
+    return [
+        partial(first.copy_, a),
+        partial(torch.sub, b, first, out=second) if update else partial(second.copy_, b),
+        *norm_operations(both, out.at(slice(2))),
+        partial(first.mul_, second),
+        partial(torch.sum, first, dim=1, out=place[2]),
+    ]
+
+
+def _join(parts: Results, out: Results) -> None:
+    """Rows that were done piece by piece."""
+    found = parts.sums()
+    torch.linalg.vector_norm(found[:, :2], dim=0, out=out.wide[:2])
+    torch.sum(found[:, 2], dim=0, out=out.wide[2])
 
 
 def row_sums(raw: Tensor, dtype: torch.dtype, detour: Callable[[Tensor], Tensor]) -> Tensor:
-    r"""The sums that add over the parts of a unit, from what :func:`row_products` gives.
+    r"""The sums that add over the parts of a unit, from what :func:`product_operations` give.
 
     :math:`\sum a^2`, :math:`\sum ad`, the square of what d has across a, and :math:`\sum a(a+d)`. What is across is a
     difference, :math:`\sum d^2-(\sum ad)^2/\sum a^2`. In float32 it keeps its digits where d is no more along a than
@@ -172,22 +182,24 @@ def exact_sums(start: Tensor, end: Tensor, *, update: bool = True) -> Tensor:
     if start.dtype == torch.float64:
         return _sums_of_float64(start, end, update)
     found = torch.empty(4, len(start), dtype=torch.float64, device=start.device)
-    rows = max(1, BLOCK[way_of(start)] // max(1, start.shape[1]))
+    rows = max(1, BLOCK[way_of(start)] // 2 // max(1, start.shape[1]))
     for a, b, place in zip(torch.split(start, rows), torch.split(end, rows), torch.split(found, rows, 1), strict=True):
         first, second, product = scratch("exact", a, 3 * a.numel(), torch.float64).view(3, *a.shape)
         first.copy_(a)
         second.copy_(b)
         if update:
             second.sub_(first)
-        squares, along = (torch.mul(first, x, out=product).sum(dim=1) for x in (first, second))
+        squares, lengths = (torch.linalg.vector_norm(x, dim=1).square() for x in (first, second))
+        along = torch.mul(first, second, out=product).sum(dim=1)
         length = torch.where(squares > 0, squares, 1.0)
-        # Where the update has taken most of the unit away, even float64 has to take what is along it off first.
-        second.addcmul_(first, (along / length).unsqueeze(1), value=-1)
-        more, across = (torch.mul(x, second, out=product).sum(dim=1) for x in (first, second))
-        along = along + more
-        found_here = squares, along, across - more.square() / length, squares + along
-        for row, values in zip(place, found_here, strict=True):
-            row.copy_(values)
+        across = lengths - along.square() / length
+        if bool((lengths > 0.01 * (squares + along).square() / length).any()):
+            # Where little is left of the unit, even float64 has to take what is along it off first.
+            second.addcmul_(first, (along / length).unsqueeze(1), value=-1)
+            more = torch.mul(first, second, out=product).sum(dim=1)
+            along = along + more
+            across = torch.linalg.vector_norm(second, dim=1).square() - more.square() / length
+        place.copy_(torch.stack([squares, along, across, squares + along]))
     return found
 
 

@@ -104,10 +104,9 @@ class Tracker(Recording, ABC):
         """Read the measured values back, one transfer per optimizer, and forget them. Empty if nothing was updated."""
         row: Row = {}
         for pending in self._pending.values():
-            device = pending.signs.device
-            flags = [] if pending.skipped is None else [pending.skipped.to(pending.signs).reshape(1)]
-            parts = [m.values.to(pending.signs) for m in pending.measured]
-            numbers = torch.cat([*parts, pending.signs.flatten(), *flags]).to(device).tolist()
+            flags = [] if pending.skipped is None else [pending.skipped.reshape(1)]
+            parts = [*(m.values for m in pending.measured), pending.signs.flatten(), *flags]
+            numbers = torch.cat([part.to(pending.signs.device, self.dtype) for part in parts]).tolist()
             if flags and numbers.pop():
                 continue
             place = 0

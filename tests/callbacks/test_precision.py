@@ -11,6 +11,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_normreg import CorrectedDecay, EffectiveLRMonitor, NormProjection, WeightNormMonitor
+from lightning_normreg.functional._device import as_on
 from lightning_normreg.steps._step_hooks import StepDispatcher
 from tests.callbacks.test_logged_values import WEIGHTS, expected, units
 from tests.harness import Net, RecordingLogger, loader, trainer
@@ -88,7 +89,7 @@ class Accelerator(TorchDispatchMode):
         name = func.__name__.partition(".")[0]
         assert name not in self.READS, f"{func} waits for the device"
         inputs = [a for a in args if isinstance(a, torch.Tensor)]
-        if name in self.SUMS:
+        if name in self.SUMS and (kwargs or {}).get("dtype") != torch.float32:
             assert all(t.dtype not in (torch.bfloat16, torch.float16) for t in inputs), f"{func} adds up in {inputs}"
         result = func(*args, **(kwargs or {}))
         outputs = [t for t in (*inputs, result) if isinstance(t, torch.Tensor)]
@@ -139,8 +140,6 @@ def test_hooks_could_run_on_any_accelerator(
                 return plain(self, *args)
 
         monkeypatch.setattr(owner, hook, checked)
-    for module in ("_norms", "_updates"):
-        monkeypatch.setattr(f"lightning_normreg.functional.{module}.host_reads_are_free", lambda tensor: False)
     monkeypatch.setattr("lightning_normreg.steps._observer.InvarianceWatchdog.is_due", lambda self, step: True)
     if not given:
         monkeypatch.setattr("lightning_normreg.callbacks._base.probe", lambda *args: {})
@@ -155,7 +154,8 @@ def test_hooks_could_run_on_any_accelerator(
     torch.manual_seed(0)
     net = WithMuon(optimizer, False) if muon else Net(lambda groups: optimizer(groups, weight_decay=0.1), False)
     run = trainer(*monitors, projection, *corrected, **options)
-    run.fit(net, loader(dtype=dtype))
+    with as_on("narrow"):
+        run.fit(net, loader(dtype=dtype))
     assert [entered.count(hook) for _, hook in wrapped] == [6, 6, 6]
     assert "weights/rotation/head.weight" in run.callback_metrics
     assert run.callback_metrics["weights/rotation/head.weight"].dtype == torch.float32
