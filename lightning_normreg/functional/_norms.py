@@ -88,11 +88,12 @@ def norm_operations(rows: Tensor, out: Results) -> list[Operation]:
     if way == "host" and rows.stride(-1) != 1 and entries > 1:
         # Across memory vector_norm adds one by one, slowly and 16 eps off after 256 entries; sum adds pair by pair.
         return [lambda: out.wide.copy_(rows.to(kept).square().sum(dim=-1).sqrt())]
-    if way == "wide" and kept == torch.float32:
+    if way == "wide" and out.narrow.dtype != torch.float64:
         return [partial(norm, rows, dim=-1, dtype=out.wide.dtype, out=out.wide)]
     chunk = CHUNKS[kept]
     if entries <= chunk:
-        return [partial(norm, rows, dim=-1, dtype=kept, out=out.narrow)]
+        place = out.narrow if out.narrow.dtype == kept else out.wide
+        return [partial(norm, rows, dim=-1, dtype=kept, out=place)]
     size = next((size for size in range(chunk, chunk // 4 - 1, -1) if entries % size == 0), chunk)
     whole = entries - entries % size
     cut = rows.unfold(-1, size, size)

@@ -115,7 +115,7 @@ def product_operations(start: Tensor, end: Tensor, out: Results, *, update: bool
             for number, (a, b) in enumerate(cuts)
             for row in range(rows)
             for operation in _tile(
-                a[row : row + 1], b[row : row + 1], parts.at(number, ..., slice(row, row + 1)), update
+                a[row : row + 1], b[row : row + 1], parts.at(number, slice(3), slice(row, row + 1)), update
             )
         ]
         return [*found, partial(_join, parts, out)]
@@ -189,8 +189,9 @@ def exact_sums(start: Tensor, end: Tensor, *, update: bool = True) -> Tensor:
         second.copy_(b)
         if update:
             second.sub_(first)
-        squares, lengths = (torch.linalg.vector_norm(x, dim=1).square() for x in (first, second))
-        along = torch.mul(first, second, out=product).sum(dim=1)
+        # All three by the same sums: of a unit that has become zero nothing is left then.
+        pairs = (first, first), (first, second), (second, second)
+        squares, along, lengths = (torch.mul(x, y, out=product).sum(dim=1) for x, y in pairs)
         length = torch.where(squares > 0, squares, 1.0)
         across = lengths - along.square() / length
         if bool((lengths > 0.01 * (squares + along).square() / length).any()):
@@ -198,7 +199,7 @@ def exact_sums(start: Tensor, end: Tensor, *, update: bool = True) -> Tensor:
             second.addcmul_(first, (along / length).unsqueeze(1), value=-1)
             more = torch.mul(first, second, out=product).sum(dim=1)
             along = along + more
-            across = torch.linalg.vector_norm(second, dim=1).square() - more.square() / length
+            across = torch.mul(second, second, out=product).sum(dim=1) - more.square() / length
         place.copy_(torch.stack([squares, along, across, squares + along]))
     return found
 
