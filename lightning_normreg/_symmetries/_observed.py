@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_normreg._symmetries._classify import Table
 from lightning_normreg._symmetries._euler import euler_entries, pooled_statistic
 from lightning_normreg._symmetries._reasons import explain
-from lightning_normreg._symmetries._slices import Axis, axes, slice_squares, slice_sums, unit_of_slice, unit_sums
+from lightning_normreg._symmetries._slices import Axis, Table, axes, unit_table
 from lightning_normreg._symmetries._thresholds import ObserverThresholds
 from lightning_normreg._weights import Kind, Later, ParameterRole, ScaleInvariance, Shard, SumOverShards
 from lightning_normreg.functional._norms import accumulator
@@ -27,31 +26,23 @@ FEWEST_STEPS = 4
 
 @dataclass(frozen=True)
 class Observed:
-    """Sums of ``E = w·g`` of one parameter in one step, or in several stacked in front; on its device.
+    """Sums of ``E = w·g`` of one parameter in one step, or in several stacked in front; on its device."""
 
-    Attributes:
-        tables: For neurons and columns ``Σ E`` and ``Σ E²`` per slice, each of shape ``(slices,)`` or
-            ``(steps, slices)``.
-        gradient: Norm of the gradient.
-    """
-
-    tables: dict[Axis, Table]
-    gradient: Tensor
+    tables: dict[Axis, Table]  # along neurons and columns
+    gradient: Tensor  # its norm
 
     @staticmethod
     def of(weight: Tensor, gradient: Tensor, looked_at: Sequence[Axis]) -> Observed:
         """Sum over the slices of some axes, in float32 at least."""
         entries = euler_entries(weight, gradient, accumulator(weight.dtype))
-        tables = {axis: Table(slice_sums(entries, axis), slice_squares(entries, axis)) for axis in looked_at}
+        tables = {axis: Table.of(entries, axis) for axis in looked_at}
         return Observed(tables, torch.linalg.vector_norm(gradient.detach(), dtype=entries.dtype))
 
     @staticmethod
     def stack(steps: Sequence[Observed]) -> Observed:
         """Put several steps into one."""
-        tables = {}
-        for axis in steps[0].tables if steps else ():
-            pairs = [step.tables[axis] for step in steps]
-            tables[axis] = Table(torch.stack([t.sums for t in pairs]), torch.stack([t.squares for t in pairs]))
+        axes_seen = steps[0].tables if steps else ()
+        tables = {axis: Table.stack([step.tables[axis] for step in steps]) for axis in axes_seen}
         return Observed(tables, torch.stack([step.gradient for step in steps]) if steps else torch.zeros(0))
 
     def spread(self, shard: Shard) -> Observed:
@@ -110,16 +101,7 @@ def observed_verdict(weight: Observed, biases: Mapping[str, Observed], limits: O
 
 def unit_statistic(verdict: ScaleInvariance, weight: Observed, bias: Observed | None) -> Tensor:
     """T of the units of a verdict, shape ``()``, on the device."""
-    axis = verdict_axis(verdict, weight)
-    table = weight.tables[axis] if bias is None else _sum(weight.tables[axis], bias.tables[Axis(0)])
-    units = unit_of_slice(verdict, table.sums.shape[1]).to(table.sums.device)
-    pooled = [torch.stack([unit_sums(row, units) for row in values]) for values in table]
-    return pooled_statistic(*pooled)
-
-
-def verdict_axis(verdict: ScaleInvariance, weight: Observed) -> Axis:
-    """Axis along which the units of a verdict are; any will do for a whole layer."""
-    return next(iter(weight.tables)) if verdict.dim is None else Axis(verdict.dim, verdict.groups)
+    return pooled_statistic(*unit_table(verdict, weight.tables, None if bias is None else bias.tables))
 
 
 def _alone(weight: Observed, threshold: float) -> ScaleInvariance | None:
@@ -133,7 +115,7 @@ def _alone(weight: Observed, threshold: float) -> ScaleInvariance | None:
 def _with_bias(weight: Observed, biases: Mapping[str, Observed], threshold: float) -> ScaleInvariance | None:
     axis, table = next(iter(weight.tables.items()))
     for name, bias in biases.items():
-        found = _blocks(_sum(table, bias.tables[Axis(0)]), axis, threshold)
+        found = _blocks(table.plus(bias.tables[Axis(0)]), axis, threshold)
         if found is not None:
             return replace(found, needs_bias=name)
     return None
@@ -161,10 +143,6 @@ def _columns(weight: Observed, threshold: float) -> ScaleInvariance | None:
             kind: Kind = "column" if axis.dim == 1 else "dim"
             return ScaleInvariance(kind, dim=axis.dim, groups=axis.groups, block_size=1, z=statistic**0.5)
     return None
-
-
-def _sum(weight: Table, bias: Table) -> Table:
-    return Table(weight.sums + bias.sums, weight.squares + bias.squares)
 
 
 def _is_live(bias: Observed, weight: Observed, limit: float) -> bool:
