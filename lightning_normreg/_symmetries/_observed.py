@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lightning_normreg._symmetries._euler import euler_entries, pooled_statistic
 from lightning_normreg._symmetries._reasons import explain
+from lightning_normreg._symmetries._shape import equal_units
 from lightning_normreg._symmetries._slices import Axis, Table, axes, unit_table
 from lightning_normreg._symmetries._thresholds import ObserverThresholds
-from lightning_normreg._weights import Kind, Later, ParameterRole, ScaleInvariance, Shard, SumOverShards
+from lightning_normreg._weights import Later, ParameterRole, ScaleInvariance, Shard, SumOverShards
 from lightning_normreg.functional._norms import accumulator
 
 FEWEST_STEPS = 4
@@ -83,19 +84,22 @@ def observed_verdict(weight: Observed, biases: Mapping[str, Observed], limits: O
         limits: How small is zero.
     """
     useful = weight.gradient.isfinite() & (weight.gradient > 0)
-    if int(useful.sum()) < FEWEST_STEPS:
-        return _unseen(int(useful.sum()))
+    steps = int(useful.sum())
+    if steps < FEWEST_STEPS:
+        reason = f"A gradient reached it in {steps} of the observed steps, too few to say anything."
+        return ScaleInvariance("none", evidence="observer", reason=reason)
     biases = {name: bias for name, bias in biases.items() if len(bias.gradient)}
     if any(bias.gradient.shape != useful.shape for bias in biases.values()):
-        return _unpaired(biases)
+        reason = f"It was not seen in the same steps as {', '.join(biases)}, which may belong to it."
+        return ScaleInvariance("none", evidence="observer", reason=reason)
     biases = {name: bias.where(useful) for name, bias in biases.items()}
     weight = weight.where(useful)
-    live = {name: bias for name, bias in biases.items() if _is_live(bias, weight, limits.live)}
+    live = {name: bias for name, bias in biases.items() if (bias.gradient > limits.live * weight.gradient).any()}
     found = _alone(weight, limits.statistic) if not live else _with_bias(weight, live, limits.statistic)
     if found is None:
         return _not_invariant(weight, limits.statistic, live)
     found = explain(found)
-    seen = f"Seen from the gradients of {len(weight.gradient)} training steps only: weaker evidence than a probe's."
+    seen = f"Seen from the gradients of {steps} training steps only: weaker evidence than a probe's."
     return replace(found, evidence="observer", reason=f"{found.reason} {seen}")
 
 
@@ -128,11 +132,7 @@ def _blocks(table: Table, axis: Axis, threshold: float) -> ScaleInvariance | Non
         pooled = [values.reshape(len(values), -1, size).sum(2) for values in table]
         statistic = float(pooled_statistic(*pooled))
         if statistic < threshold:
-            z = statistic**0.5
-            if size == slices > 1:
-                return ScaleInvariance("layer", z=z)
-            kind: Kind = "neuron" if size == 1 else "block"
-            return ScaleInvariance(kind, dim=axis.dim, groups=axis.groups, block_size=size, z=z)
+            return replace(equal_units(size, slices, axis, is_neuron_axis=True), z=statistic**0.5)
     return None
 
 
@@ -140,23 +140,8 @@ def _columns(weight: Observed, threshold: float) -> ScaleInvariance | None:
     for axis, table in list(weight.tables.items())[1:]:
         statistic = float(pooled_statistic(*table))
         if statistic < threshold:
-            kind: Kind = "column" if axis.dim == 1 else "dim"
-            return ScaleInvariance(kind, dim=axis.dim, groups=axis.groups, block_size=1, z=statistic**0.5)
+            return replace(equal_units(1, table.sums.shape[1], axis, is_neuron_axis=False), z=statistic**0.5)
     return None
-
-
-def _is_live(bias: Observed, weight: Observed, limit: float) -> bool:
-    return bool((bias.gradient > limit * weight.gradient).any())
-
-
-def _unseen(steps: int) -> ScaleInvariance:
-    reason = f"A gradient reached it in {steps} of the observed steps, too few to say anything."
-    return ScaleInvariance("none", evidence="observer", reason=reason)
-
-
-def _unpaired(biases: Mapping[str, Observed]) -> ScaleInvariance:
-    reason = f"It was not seen in the same steps as {', '.join(biases)}, which may belong to it."
-    return ScaleInvariance("none", evidence="observer", reason=reason)
 
 
 def _not_invariant(weight: Observed, threshold: float, live: Mapping[str, Observed]) -> ScaleInvariance:
