@@ -23,31 +23,21 @@ COLUMNS = 500
 
 @dataclass(frozen=True)
 class HeatMap:
-    """One picture of layers × steps.
-
-    Attributes:
-        title: What it shows.
-        curve: The curve of a row.
-        relative: Whether it is divided by its first positive value.
-    """
+    """One picture of layers × steps."""
 
     title: str
-    curve: Curve
-    relative: bool = False
+    curve: Curve  # one row of each layer
+    relative: bool = False  # divided by its first positive value
 
     @property
     def label(self) -> str:
         """Symbol and unit."""
-        return (
-            f"{axis_label(self.curve).partition(' [')[0]} over its first [1]"
-            if self.relative
-            else axis_label(self.curve)
-        )
+        label = axis_label(self.curve)
+        return f"{label.partition(' [')[0]} over its first [1]" if self.relative else label
 
     def table(self, run: LoggedRun) -> pd.DataFrame:
         """Positive values, a row for each step."""
-        lines = run.lines(self.curve, run.layers(self.curve))
-        found: pd.DataFrame = optional_import("pandas").DataFrame(lines).sort_index()
+        found: pd.DataFrame = optional_import("pandas").DataFrame(run.lines(self.curve)).sort_index()
         found = found[found > 0]
         if self.relative and len(found):
             found = found / found.bfill().iloc[0]

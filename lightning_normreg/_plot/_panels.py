@@ -25,23 +25,14 @@ BAND = f"±{EQUILIBRIUM_TOLERANCE:.0%}"
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of all layers.
-
-    Attributes:
-        title: What it shows.
-        curve: One line of each layer.
-        target: What the lines are expected to come to.
-        tolerance: Relative width of the band around the target.
-        constant: A target that is a number.
-        of_summary: Whether it shows the summary alone, because that is of another quantity.
-    """
+    """One picture of all layers."""
 
     title: str
-    curve: Curve
-    target: Curve | None = None
-    tolerance: float = 0.0
-    constant: float | None = None
-    of_summary: bool = False
+    curve: Curve  # one line of each layer
+    target: Curve | None = None  # what the lines are expected to come to
+    tolerance: float = 0.0  # relative width of the band around the target
+    constant: float | None = None  # a target that is a number
+    of_summary: bool = False  # shows the summary alone, because that is of another quantity
 
     @property
     def label(self) -> str:
@@ -80,7 +71,7 @@ def draw(axes: Any, panel: Panel, run: LoggedRun, depth: Depth) -> None:
     if panel.of_summary or (panel.curve is not _metrics.EFFECTIVE_LR and run.is_partial(panel.curve)):
         shown += _draw_summary(axes, run.summary(panel.curve))
     if not panel.of_summary:
-        lines = run.lines(panel.curve, run.layers(panel.curve))
+        lines = run.lines(panel.curve)
         _draw_lines(axes, lines, set(run.layers(_metrics.EFFECTIVE_LR_NOT_INVARIANT)), depth)
         shown += lines.values()
     shown += _draw_target(axes, panel, run, depth)
@@ -123,7 +114,7 @@ def _draw_target(axes: Any, panel: Panel, run: LoggedRun, depth: Depth) -> list[
         axes.axhline(panel.constant, color=PREDICTED, linestyle="--", linewidth=1, zorder=4)
         axes.axhspan(low, high, color=PREDICTED, alpha=0.2, linewidth=0, zorder=3, label=f"prediction {BAND}")
         return [optional_import("pandas").Series([low, high])]
-    lines = {} if panel.target is None else run.lines(panel.target, run.layers(panel.target))
+    lines = {} if panel.target is None else run.lines(panel.target)
     if not lines or panel.target is None:
         return []
     name = f"at equilibrium, {panel.target.symbol}"
@@ -136,15 +127,14 @@ def _draw_target(axes: Any, panel: Panel, run: LoggedRun, depth: Depth) -> list[
         return list(lines.values()) if depth.is_listed else []
     table = optional_import("pandas").DataFrame(lines)
     rounded = table.map(lambda value: float(f"{value:.4g}")).T.drop_duplicates().index
-    distinct = [table[layer].dropna() for layer in rounded]
-    if len(distinct) <= MANY_TARGETS:
-        bands = [(values, values) for values in distinct]
-    else:
-        bands = [(table.min(axis=1), table.max(axis=1))]
+    middles = [table[layer].dropna() for layer in rounded]
+    bands = [(values, values) for values in middles]
+    if len(middles) > MANY_TARGETS:
+        middles, bands = [table.median(axis=1)], [(table.min(axis=1), table.max(axis=1))]
     for low, high in bands:
         bounds = low * (1 - panel.tolerance), high * (1 + panel.tolerance)
         axes.fill_between(low.index, *bounds, color=PREDICTED, alpha=0.2, linewidth=0, zorder=3, label=f"{name} {BAND}")
-    for values in distinct if len(distinct) <= MANY_TARGETS else [table.median(axis=1)]:
+    for values in middles:
         axes.plot(values.index, values, color=PREDICTED, linestyle="--", linewidth=1, zorder=4)
     return [part * (1 + sign * panel.tolerance) for pair in bands for part, sign in zip(pair, (-1, 1), strict=True)]
 

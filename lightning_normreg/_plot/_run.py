@@ -23,25 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """One run.
+    """One run."""
 
-    Attributes:
-        name: What stands above it.
-        table: A row for each step, a column for each tag without prefix, in the order of the layers.
-    """
-
-    name: str
-    table: pd.DataFrame
+    name: str  # what stands above it
+    table: pd.DataFrame  # a row for each step, a column for each tag without prefix, in the order of the layers
 
     def layers(self, curve: Curve) -> list[str]:
         """Layers that have a curve, by depth."""
         tags = (str(column).partition("/") for column in self.table.columns)
         return [layer for key, _, layer in tags if key == curve.key]
 
-    def lines(self, curve: Curve, layers: Iterable[str]) -> dict[str, pd.Series[float]]:
-        """The finite values of these layers, each over its steps."""
-        found = {layer: _finite(self.table[_metrics.tag(curve, layer, "")]) for layer in layers}
-        return {layer: values for layer, values in found.items() if len(values)}
+    def lines(self, curve: Curve) -> dict[str, pd.Series[float]]:
+        """The finite values of each layer over its steps."""
+        found = {layer: self.table[_metrics.tag(curve, layer, "")] for layer in self.layers(curve)}
+        finite = {layer: values[values.abs() < float("inf")] for layer, values in found.items()}
+        return {layer: values for layer, values in finite.items() if len(values)}
 
     def summary(self, curve: Curve) -> pd.DataFrame | None:
         """Minimum, median and maximum over layers where they were logged."""
@@ -104,11 +100,8 @@ def runs_of(source: Source | Mapping[str, Source]) -> list[LoggedRun]:
 
 def all_layers(runs: Iterable[LoggedRun]) -> list[str]:
     """Every layer that has a curve, by depth."""
-    found: dict[str, None] = {}
-    for run in runs:
-        split = [str(column).partition("/") for column in run.table.columns]
-        found |= dict.fromkeys(layer for key, _, layer in split if key != _metrics.SUMMARY_GROUP)
-    return list(found)
+    split = [str(column).partition("/") for run in runs for column in run.table.columns]
+    return list(dict.fromkeys(layer for key, _, layer in split if key != _metrics.SUMMARY_GROUP))
 
 
 def choose(runs: list[LoggedRun], globs: Sequence[str] | None) -> list[LoggedRun]:
@@ -118,7 +111,3 @@ def choose(runs: list[LoggedRun], globs: Sequence[str] | None) -> list[LoggedRun
     check_globs("layers", globs)
     names: dict[str, list[str]] = {name: [] for name in all_layers(runs)}
     return [run.chosen({layer for glob in globs for layer in match(glob, names, "layers")}) for run in runs]
-
-
-def _finite(values: pd.Series[float]) -> pd.Series[float]:
-    return values[values.abs() < float("inf")]

@@ -37,23 +37,24 @@ def read_runs(path: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
         found = _named(str(path), _read_file(place))
     else:
         found = _named(str(path), _read_folder(place))
-        if not found:
-            beneath = sorted({Path(folder) for folder, _, _ in os.walk(place)} - {place}, key=_natural)
-            found = {
-                name: table for folder in beneath for name, table in _named(str(folder), _read_folder(folder)).items()
-            }
-    if not found:
-        logs = place.is_file() or any(_is_log(file) for _, _, files in os.walk(place) for file in files)
-        raise ValueError(_no_curves(str(path)) if logs else _no_logs(str(path)))
-    return found
+        beneath = {Path(folder) for folder, _, _ in os.walk(place)} - {place} if not found else ()
+        for folder in sorted(beneath, key=_natural):
+            found |= _named(str(folder), _read_folder(folder))
+    if found:
+        return found
+    if place.is_file() or any(_EVENTS in file or file == TABLE for _, _, files in os.walk(place) for file in files):
+        raise ValueError(
+            f"{str(path)!r} has logs, but no curves of this package. "
+            "Train with Trainer(callbacks=[WeightNormMonitor(), EffectiveLRMonitor()]), or by lightning-normreg fit."
+        )
+    raise ValueError(
+        f"{str(path)!r} has no logs: neither an event file of TensorBoard nor a {TABLE}, also beneath it. "
+        "Use the folder that a TensorBoardLogger or CSVLogger wrote, such as lightning_logs/version_0."
+    )
 
 
 def by_step(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The columns of a table that are curves of ours, a row a step, apart for each prefix.
-
-    Args:
-        frame: With a column ``step``; of several values at one step the last one counts.
-    """
+    """The columns of a table that are curves of ours, a row for each ``step``, whose last value counts, by prefix."""
     found: dict[str, dict[str, str]] = {}
     for column in frame.columns:
         parts = _metrics.split_tag(str(column))
@@ -122,21 +123,3 @@ def _named(path: str, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame
 def _natural(name: object) -> list[tuple[int, str]]:
     """Sort key by which layers.2 comes before layers.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(name))]
-
-
-def _is_log(file: str) -> bool:
-    return _EVENTS in file or file == TABLE
-
-
-def _no_logs(path: str) -> str:
-    return (
-        f"{path!r} has no logs: neither an event file of TensorBoard nor a {TABLE}, also beneath it. "
-        "Use the folder that a TensorBoardLogger or CSVLogger wrote, such as lightning_logs/version_0."
-    )
-
-
-def _no_curves(path: str) -> str:
-    return (
-        f"{path!r} has logs, but no curves of this package. "
-        "Train with Trainer(callbacks=[WeightNormMonitor(), EffectiveLRMonitor()]), or by lightning-normreg fit."
-    )

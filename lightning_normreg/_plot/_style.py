@@ -15,11 +15,7 @@ LAYER_TICKS = 9
 
 
 class Depth:
-    """Colours of layers, from dark for the first to light for the last.
-
-    Args:
-        layers: All layers of the page, by depth.
-    """
+    """Colours of all layers of a page, from dark for the first to light for the last."""
 
     def __init__(self, layers: Sequence[str]) -> None:
         self.layers = list(layers)
@@ -110,15 +106,7 @@ def step_axis(axes: Any) -> None:
 
 
 def log_axis(axes: Any, low: float, high: float) -> None:
-    """Logarithmic where there is anything positive, with ticks at plain numbers, some for any range.
-
-    Args:
-        axes: The axes.
-        low: Smallest positive value.
-        high: Largest value.
-    """
-    if not 0 < low <= high:
-        return
+    """Logarithmic from one positive value to another, with ticks at plain numbers, some for any range."""
     axes.set_yscale("log")
     margin = max((high / low) ** 0.05, 1.02)
     axes.set_ylim(low / margin, high * margin)
@@ -129,9 +117,9 @@ def log_axis(axes: Any, low: float, high: float) -> None:
 def one_scale(row: Sequence[Any]) -> None:
     """Give logarithmic axes the same range."""
     logarithmic = [axes for axes in row if axes.get_yscale() == "log"]
-    limits = [axes.get_ylim() for axes in logarithmic]
+    limits = [limit for axes in logarithmic for limit in axes.get_ylim()]
     for axes in logarithmic:
-        low, high = min(low for low, _ in limits), max(high for _, high in limits)
+        low, high = min(limits), max(limits)
         axes.set_ylim(low, high)
         set_log_ticks(axes.yaxis, low, high)
 
@@ -140,11 +128,7 @@ def set_log_ticks(axis: Any, low: float, high: float) -> None:
     """Ticks of a logarithmic axis."""
     ticker = optional_import("matplotlib.ticker")
     span = high / low
-    if span < 4:
-        axis.set_major_locator(ticker.MaxNLocator(5))
-    else:
-        axis.set_major_locator(
-            ticker.LogLocator(subs=(1, 2, 3, 5) if span < 20 else (1, 2, 5) if span < 300 else (1,), numticks=9)
-        )
+    digits = (1, 2, 3, 5) if span < 20 else (1, 2, 5) if span < 300 else (1,)
+    axis.set_major_locator(ticker.MaxNLocator(5) if span < 4 else ticker.LogLocator(subs=digits, numticks=9))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.4g}"))
     axis.set_minor_locator(ticker.NullLocator())

@@ -10,11 +10,7 @@ from lightning_normreg._weights import ParameterRole
 
 
 def bias_candidates(roles: Mapping[str, ParameterRole], shapes: Mapping[str, torch.Size]) -> dict[str, list[str]]:
-    """For each weight the vectors of the same module with one entry per neuron, likeliest first.
-
-    Args:
-        roles: Name → role, of the trainable parameters.
-        shapes: Name → shape, of the same.
+    """For each trainable weight the vectors of the same module with one entry per neuron, likeliest first.
 
     Examples:
         >>> from lightning_normreg import parameter_roles

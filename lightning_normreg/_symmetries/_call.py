@@ -57,12 +57,12 @@ class PrivateCall:
     def run(self, point: Mapping[str, Tensor], then: Callable[[Tensor], T], *, seed: int, shrink: float = 1.0) -> T:
         """Compute the loss at ``point`` and return ``then(loss)``.
 
-        ``then`` runs inside of the same functional call: activation checkpointing recomputes the forward pass during
-        the backward pass, and would otherwise see the copy's parameters.
+        ``then``, for example the backward pass, runs inside of the same functional call: activation checkpointing
+        recomputes the forward pass during the backward pass, and would otherwise see the copy's parameters.
 
         Args:
             point: A tensor for each name of :meth:`own_point`; a tied parameter is given once.
-            then: For example the backward pass.
+            then: What to do with the loss.
             seed: Of all random numbers that the loss draws.
             shrink: Factor on every eps.
 
@@ -71,19 +71,35 @@ class PrivateCall:
         """
         buffers = {name: self._cast(b) for name, b in self.module.named_buffers()}
         constants = [b for b in buffers.values() if b.ndim == 0 and b.is_floating_point()]
+        devices = {t.device for t in point.values() if t.device.type != "cpu"}
         tensors = {f"inner.{name}": t for name, t in {**buffers, **point}.items()}
         call = _Call(self.module, self._scalar_loss, then)
         try:
-            with quiet(self.dtype, _devices(point), seed), ProbeMode(self.dtype, shrink, constants):
+            with quiet(self.dtype, devices, seed), ProbeMode(self.dtype, shrink, constants):
                 result: T = functional_call(call, tensors, (self._cast(self._batch),))
         except ProbeError:
             raise
         except Exception as error:  # whatever the user's code raises, here or in its backward pass
-            raise ProbeError(_call_failed(self._what, error)) from error
+            raise ProbeError(
+                f"{self._what} must be callable on a private copy of the module, but it raised {_shortly(error)}. If "
+                "it needs a Trainer, probe where one is attached, for example in a callback's on_train_batch_start; "
+                "else pass `forward`, a function of (module, batch) that returns the loss."
+            ) from error
         return result
 
     def _scalar_loss(self, module: nn.Module, batch: Any) -> Tensor:
-        return _scalar(self._loss(module, batch), self._what)
+        result = self._loss(module, batch)
+        loss = result.get("loss") if isinstance(result, Mapping) else result
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            return loss.reshape(())
+        if loss is None:
+            got = f"a {type(result).__name__} without 'loss'" if isinstance(result, Mapping) else "None"
+        else:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ProbeError(
+            f"{self._what} must return the loss, a scalar tensor or a mapping with one under 'loss', but it returned "
+            f"{got}. Pass a batch for which it does, or `forward`, a function of (module, batch) that returns the loss."
+        )
 
     def _cast(self, batch: Any) -> Any:
         return apply_to_collection(batch, Tensor, lambda t: _to(t, self.dtype))
@@ -133,18 +149,17 @@ def _rebind_compiled(twin: nn.Module, module: nn.Module) -> None:
 def _copied_already(module: nn.Module) -> dict[int, Any]:
     """What deepcopy shall not copy itself, by id."""
     # Every call replaces all parameters by a point, so these are only ever read: a second set would be a waste.
-    memo: dict[int, Any] = {id(p): _alias(p) for p in module.parameters() if type(p) is nn.Parameter}
+    memo: dict[int, Any] = {}
+    for p in module.parameters():
+        if type(p) is nn.Parameter:
+            alias = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+            vars(alias).update(vars(p))
+            memo[id(p)] = alias
     # Tensors in the middle of a graph, such as the weight that legacy weight_norm leaves behind, refuse to be copied.
     # The next forward pass makes them anew.
     leaves = [leaf for m in module.modules() for leaf in tree_leaves(vars(m))]
     memo.update({id(t): t.detach().clone() for t in leaves if isinstance(t, Tensor) and not t.is_leaf})
     return memo
-
-
-def _alias(parameter: nn.Parameter) -> nn.Parameter:
-    alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-    vars(alias).update(vars(parameter))
-    return alias
 
 
 def check_callable(module: nn.Module, batch: Any, loss: Loss | None) -> None:
@@ -180,28 +195,6 @@ def _training_step(module: nn.Module, batch: Any) -> Any:
     return module.training_step(batch, *index)  # type: ignore[operator]
 
 
-def _scalar(result: Any, what: str) -> Tensor:
-    loss = result.get("loss") if isinstance(result, Mapping) else result
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss.reshape(())
-    if loss is None:
-        got = f"a {type(result).__name__} without 'loss'" if isinstance(result, Mapping) else "None"
-    else:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-    raise ProbeError(
-        f"{what} must return the loss, a scalar tensor or a mapping with one under 'loss', but it returned {got}. "
-        "Pass a batch for which it does, or `forward`, a function of (module, batch) that returns the loss."
-    )
-
-
-def _call_failed(what: str, error: Exception) -> str:
-    return (
-        f"{what} must be callable on a private copy of the module, but it raised {_shortly(error)}. If it needs a "
-        "Trainer, probe where one is attached, for example in a callback's on_train_batch_start; else pass `forward`, "
-        "a function of (module, batch) that returns the loss."
-    )
-
-
 def _shortly(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:200]}".rstrip(": ")
 
@@ -212,7 +205,3 @@ def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     elif not tensor.is_floating_point():
         dtype = tensor.dtype
     return tensor.detach().to(dtype, copy=True)
-
-
-def _devices(point: Mapping[str, Tensor]) -> set[torch.device]:
-    return {t.device for t in point.values() if t.device.type != "cpu"}

@@ -13,9 +13,9 @@ Two backward passes, with c = ρ and with c = 1, give the mean ρ that each unit
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,32 +24,15 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_normreg._symmetries._call import PrivateCall, ProbeError
 from lightning_normreg._symmetries._dispatch import is_eps
-from lightning_normreg._symmetries._euler import euler_sums
-from lightning_normreg._symmetries._slices import Axis, unit_of_slice, unit_sums
+from lightning_normreg._symmetries._euler import EulerSums, euler_sums
+from lightning_normreg._symmetries._slices import unit_table
 from lightning_normreg._weights import ParameterRole, ScaleInvariance
 from lightning_normreg.functional._units import split_units, unit_rows
 
-
-@dataclass(frozen=True)
-class EpsShare:
-    """What the normalizations behind one weight have of eps.
-
-    Attributes:
-        median: Median over the units; None where it could not be read, such as within reentrant checkpointing.
-        worst: The largest.
-        standardized: Whether one of them normalizes the rows of the weight themselves.
-    """
-
-    median: float | None = None
-    worst: float | None = None
-    standardized: bool = False
+T = TypeVar("T")
 
 
-Shares = dict[str, EpsShare]
-
-
-@dataclass(frozen=True)
-class _Reading:
+class _Reading(NamedTuple):
     """What one normalization is about to divide by the root of, in the graph, and its eps."""
 
     variance: Tensor
@@ -66,7 +49,7 @@ class NormReader(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _VARIANCES:
+        if func in _SIGNATURES:
             self._read_norm(func, args, kwargs)
         elif func in _ADDS and len(args) > 1 and isinstance(args[0], Tensor) and is_eps(args[1]):
             variance = args[0].clone() if func in _IN_PLACE else args[0]
@@ -77,96 +60,73 @@ class NormReader(TorchFunctionMode):
         bound = _SIGNATURES[func].bind(*args, **kwargs)
         bound.apply_defaults()
         # Checkpointing counts the tensors that are saved, and these are not there when it recomputes.
-        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            variance = _VARIANCES[func](bound.arguments)
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            variance = _variance(func, bound.arguments)
         if variance is not None:
             eps = bound.arguments["eps"]
             self.readings.append(_Reading(variance, self._narrow_eps if eps is None else eps))
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _batch_variance(a: Mapping[str, Any]) -> Tensor | None:
+def _variance(func: Any, a: Mapping[str, Any]) -> Tensor | None:
+    """What a normalization of torch measures, from its arguments; None where it uses running statistics."""
     x: Tensor = a["input"]
-    return _variance(x, [d for d in range(x.ndim) if d != 1]) if a["training"] else None
+    if func is F.group_norm:
+        return x.reshape(len(x), a["num_groups"], -1).var(2, correction=0)
+    if func in (F.layer_norm, F.rms_norm):
+        dims = list(range(-len(a["normalized_shape"]), 0))
+        return x.square().mean(dims) if func is F.rms_norm else x.var(dims, correction=0)
+    if func is F.batch_norm:
+        return x.var([0, *range(2, x.ndim)], correction=0) if a["training"] else None
+    return x.var(list(range(2, x.ndim)), correction=0) if a["use_input_stats"] else None
 
 
-def _instance_variance(a: Mapping[str, Any]) -> Tensor | None:
-    return _variance(a["input"], list(range(2, a["input"].ndim))) if a["use_input_stats"] else None
-
-
-def _group_variance(a: Mapping[str, Any]) -> Tensor:
-    return _variance(a["input"].reshape(len(a["input"]), a["num_groups"], -1), [2])
-
-
-def _layer_variance(a: Mapping[str, Any]) -> Tensor:
-    return _variance(a["input"], list(range(-len(a["normalized_shape"]), 0)))
-
-
-def _mean_square(a: Mapping[str, Any]) -> Tensor:
-    x: Tensor = a["input"]
-    return x.square().mean(list(range(-len(a["normalized_shape"]), 0)))
-
-
-def _variance(x: Tensor, dims: list[int]) -> Tensor:
-    return x.var(dims, correction=0)
-
-
-_VARIANCES: dict[Any, Any] = {
-    F.batch_norm: _batch_variance,
-    F.instance_norm: _instance_variance,
-    F.group_norm: _group_variance,
-    F.layer_norm: _layer_variance,
-    F.rms_norm: _mean_square,
-}
-_SIGNATURES = {func: inspect.signature(func) for func in _VARIANCES}
+_NORMS = (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, F.rms_norm)
+_SIGNATURES = {func: inspect.signature(func) for func in _NORMS}
 _IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, *_IN_PLACE}
 
 
-def eps_shares(
+def with_eps_shares(
     call: PrivateCall,
     verdicts: Mapping[str, ScaleInvariance],
     roles: Mapping[str, ParameterRole],
     *,
     shrink: float,
     narrow: torch.dtype,
-) -> Shares:
-    """Measure the eps share of every scale-invariant unit at the user's own weights.
+) -> dict[str, ScaleInvariance]:
+    """Add the eps share of every scale-invariant unit at the user's own weights, where it can be read.
 
     Args:
         call: Computes the loss.
         verdicts: Of the trainable parameters; ``needs_bias`` with the same names as the keys.
-        roles: The same.
+        roles: Of the parameters that the verdicts are on.
         shrink: Factor that makes eps negligible.
         narrow: The user's type, whose eps is the default of RMSNorm.
-
-    Returns:
-        Name → what was found. Left out are weights for which nothing could be read.
     """
     invariant = {name: verdict for name, verdict in verdicts.items() if verdict.is_invariant}
+    found = dict(verdicts)
     if not invariant:
-        return {}
+        return found
     wanted = invariant.keys() | {v.needs_bias for v in invariant.values()}
     roles = {name: role for name, role in roles.items() if name in wanted}
     point = {name: t.requires_grad_(name in roles) for name, t in call.own_point().items()}
+
+    def read(then: Callable[[list[_Reading]], T], shrink: float) -> T:
+        with NormReader(torch.finfo(narrow).eps) as reader:
+            # A copy, because what is done with the readings adds an eps as well, and is read in turn.
+            return call.run(point, lambda loss: then(list(reader.readings)), seed=0, shrink=shrink)
+
     try:
-        kept = _read(
-            call, point, lambda readings: [_Reading(r.variance.detach(), r.eps) for r in readings], 1.0, narrow
-        )
-        found = _attribute(call, point, invariant, roles, [_share(r) for r in kept], shrink=shrink, narrow=narrow)
+        own = read(lambda readings: [_Reading(r.variance.detach(), r.eps) for r in readings], 1.0)
+        shares = [r.eps / (r.variance + r.eps) for r in own]
+        complete, met, places = read(lambda readings: _degrees(readings, shares, point, roles), shrink)
     except ProbeError:
-        return {}
+        return found
     for name, verdict in invariant.items():
-        if verdict.kind == "neuron" and _is_standardized(point[name], roles[name], kept):
-            found[name] = replace(found.get(name, EpsShare()), standardized=True)
+        median, worst = _summary(_per_unit(verdict, name, met), _per_unit(verdict, name, places), complete)
+        standardized = verdict.kind == "neuron" and _is_standardized(point[name], roles[name], own)
+        found[name] = replace(verdict, rho_median=median, rho_worst=worst, standardized=standardized)
     return found
-
-
-def _share(reading: _Reading) -> Tensor:
-    return reading.eps / (reading.variance + reading.eps)
 
 
 def _is_standardized(weight: Tensor, role: ParameterRole, readings: Sequence[_Reading]) -> bool:
@@ -184,63 +144,37 @@ def _is_standardized(weight: Tensor, role: ParameterRole, readings: Sequence[_Re
     )
 
 
-def _read(call: PrivateCall, point: Mapping[str, Tensor], then: Any, shrink: float, narrow: torch.dtype) -> Any:
-    with NormReader(torch.finfo(narrow).eps) as reader:
-        # A copy, because what is done with the readings adds an eps as well, and is read in turn.
-        return call.run(point, lambda loss: then(list(reader.readings)), seed=0, shrink=shrink)
-
-
-def _attribute(
-    call: PrivateCall,
-    point: dict[str, Tensor],
-    verdicts: Mapping[str, ScaleInvariance],
-    roles: Mapping[str, ParameterRole],
-    kept: list[Tensor],
-    *,
-    shrink: float,
-    narrow: torch.dtype,
-) -> Shares:
-    def backward(readings: list[_Reading]) -> tuple[bool, dict[str, Tensor], dict[str, Tensor]]:
-        if [r.variance.shape for r in readings] != [share.shape for share in kept]:
-            raise ProbeError("The normalizations differ from one call to the next.")
-        pairs = [(r.variance, share) for r, share in zip(readings, kept, strict=True) if r.variance.requires_grad]
-        ones = [(variance, torch.ones_like(share)) for variance, share in pairs]
-        return len(pairs) == len(kept), _degrees(pairs, point, roles), _degrees(ones, point, roles)
-
-    complete, shares, counts = _read(call, point, backward, shrink, narrow)
-    found: Shares = {}
-    for name, verdict in verdicts.items():
-        met, places = (_per_unit(verdict, name, degrees) for degrees in (shares, counts))
-        share = _summary(met, places, complete)
-        if share is not None:
-            found[name] = EpsShare(*share)
-    return found
-
-
-def _degrees(pairs: list[tuple[Tensor, Tensor]], point: dict[str, Tensor], roles: Mapping[str, ParameterRole]) -> Any:
-    """``w·∂Φ_c/∂w`` summed per slice, for each parameter."""
-    # v/(2·constant v) has the gradient of ½ log v, but no trouble where v is 0.
-    phi = sum((c * torch.where(v > 0, v / (2 * v.detach()), 0.0)).sum() for v, c in pairs)
+def _degrees(
+    readings: list[_Reading], shares: list[Tensor], point: dict[str, Tensor], roles: Mapping[str, ParameterRole]
+) -> tuple[bool, dict[str, EulerSums], dict[str, EulerSums]]:
+    """Whether all variances are in the graph, and ``w·∂Φ_c/∂w`` of each parameter, with c = ρ and with c = 1."""
+    if [r.variance.shape for r in readings] != [share.shape for share in shares]:
+        raise ProbeError("The normalizations differ from one call to the next.")
+    pairs = [(r.variance, share) for r, share in zip(readings, shares, strict=True) if r.variance.requires_grad]
     weights = [point[name] for name in roles]
-    if not isinstance(phi, Tensor):
-        return {name: euler_sums(w, None, roles[name]) for name, w in zip(roles, weights, strict=True)}
-    gradients = torch.autograd.grad(phi, weights, retain_graph=True, allow_unused=True)
-    return {n: euler_sums(w, g, roles[n]) for n, w, g in zip(roles, weights, gradients, strict=True)}
+
+    def degrees(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, EulerSums]:
+        # v/(2·constant v) has the gradient of ½ log v, but no trouble where v is 0.
+        phi = sum((c * torch.where(v > 0, v / (2 * v.detach()), 0.0)).sum() for v, c in pairs)
+        gradients: Sequence[Tensor | None] = [None] * len(weights)
+        if isinstance(phi, Tensor):
+            gradients = torch.autograd.grad(phi, weights, retain_graph=True, allow_unused=True)
+        return {n: euler_sums(w, g, roles[n]) for n, w, g in zip(roles, weights, gradients, strict=True)}
+
+    ones = [(variance, torch.ones_like(share)) for variance, share in pairs]
+    return len(pairs) == len(shares), degrees(pairs), degrees(ones)
 
 
-def _per_unit(verdict: ScaleInvariance, name: str, degrees: Mapping[str, Any]) -> Tensor:
-    found = degrees[name].sums
-    axis = next(iter(found)) if verdict.dim is None else Axis(verdict.dim, verdict.groups)
-    sums = found[axis]
-    if verdict.needs_bias is not None:
-        sums = sums + degrees[verdict.needs_bias].sums[Axis(0)]
-    return unit_sums(sums, unit_of_slice(verdict, len(sums)))
+def _per_unit(verdict: ScaleInvariance, name: str, degrees: Mapping[str, EulerSums]) -> Tensor:
+    bias = degrees[verdict.needs_bias].tables if verdict.needs_bias is not None else None
+    return unit_table(verdict, degrees[name].tables, bias).sums
 
 
-def _summary(met: Tensor, places: Tensor, complete: bool) -> tuple[float, float] | None:
+def _summary(met: Tensor, places: Tensor, complete: bool) -> tuple[float, float] | tuple[None, None]:
+    """Median and largest share; None where they could not be read, such as within reentrant checkpointing."""
     # A unit feeds half a place where eps is added to a standard deviation; less than that is roundoff.
     seen = (places > 0.1) & met.isfinite()
     if not bool(seen.any()):
-        return (0.0, 0.0) if complete else None
+        return (0.0, 0.0) if complete else (None, None)
     share = (met[seen] / places[seen]).clamp(0, 1)
     return float(share.median()), float(share.max())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_normreg._symmetries._call import PrivateCall, ProbeError
-from lightning_normreg._symmetries._slices import Axis, axes, slice_squares, slice_sums
+from lightning_normreg._symmetries._slices import Table, Tables, axes
 from lightning_normreg._weights import ParameterRole
 
 Gradients = tuple[Tensor | None, ...]
@@ -17,30 +17,18 @@ Gradients = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class EulerSums:
-    """Sums of ``E = w·∂L/∂w`` of one parameter in one draw, or of several draws stacked in front.
+    """Sums of ``E = w·∂L/∂w`` of one parameter in one draw, or of several draws stacked in front, on the CPU."""
 
-    Attributes:
-        sums: For each axis ``Σ E`` per slice, float64, shape ``(slices,)`` or ``(draws, slices)``, on the CPU.
-        squares: The same for ``Σ E²``.
-        total: ``Σ E²`` over the tensor, shape ``()`` or ``(draws,)``.
-        is_vector: Whether the parameter has less than two dimensions, and so no units but itself.
-    """
-
-    sums: dict[Axis, Tensor]
-    squares: dict[Axis, Tensor]
-    total: Tensor
-    is_vector: bool
+    tables: Tables  # along each axis
+    total: Tensor  # Σ E² over the tensor, shape () or (draws,)
+    is_vector: bool  # it has less than two dimensions, and so no units but itself
 
     @staticmethod
     def stack(draws: list[EulerSums]) -> EulerSums:
         """Put several draws of the same parameter into one."""
         first = draws[0]
-        return EulerSums(
-            {axis: torch.stack([d.sums[axis] for d in draws]) for axis in first.sums},
-            {axis: torch.stack([d.squares[axis] for d in draws]) for axis in first.squares},
-            torch.stack([d.total for d in draws]),
-            first.is_vector,
-        )
+        tables = {axis: Table.stack([d.tables[axis] for d in draws]) for axis in first.tables}
+        return EulerSums(tables, torch.stack([d.total for d in draws]), first.is_vector)
 
 
 def euler_sums(weight: Tensor, gradient: Tensor | None, role: ParameterRole) -> EulerSums:
@@ -49,10 +37,11 @@ def euler_sums(weight: Tensor, gradient: Tensor | None, role: ParameterRole) -> 
     Accumulates in float64, because E cancels. For complex weights E is Re(w̄·g), by torch's convention of gradients.
 
     Examples:
+        >>> from lightning_normreg._symmetries import Axis
         >>> role = ParameterRole("weight", "", "Linear")
         >>> weight = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
         >>> sums = euler_sums(weight, torch.tensor([[4.0, -3.0], [1.0, 1.0]]), role)
-        >>> sums.sums[Axis(0)]  # the first row's gradient is at a right angle to it
+        >>> sums.tables[Axis(0)].sums  # the first row's gradient is at a right angle to it
         tensor([0., 2.], dtype=torch.float64)
 
     Reference:
@@ -60,13 +49,8 @@ def euler_sums(weight: Tensor, gradient: Tensor | None, role: ParameterRole) -> 
     """
     wide = torch.float64 if weight.device.type != "mps" else torch.float32
     entries = euler_entries(weight, gradient, wide)
-    found = axes(entries.shape, role)
-    return EulerSums(
-        {axis: slice_sums(entries, axis).cpu() for axis in found},
-        {axis: slice_squares(entries, axis).cpu() for axis in found},
-        torch.linalg.vector_norm(entries).square().cpu(),
-        weight.ndim < 2,
-    )
+    tables = {axis: Table(*(v.cpu() for v in Table.of(entries, axis))) for axis in axes(entries.shape, role)}
+    return EulerSums(tables, torch.linalg.vector_norm(entries).square().cpu(), weight.ndim < 2)
 
 
 def euler_entries(weight: Tensor, gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -91,7 +75,13 @@ def euler_draw(
     weights = [point[name] for name in roles]
 
     def backward(loss: Tensor) -> tuple[Tensor, Gradients]:
-        return loss.detach(), _gradients(loss, weights)
+        if not loss.requires_grad:
+            raise ProbeError(
+                "The loss must depend on a trainable parameter, but it has no gradient. Return it undetached."
+            )
+        # Not loss.backward(), which would also leave gradients on whatever the user's code holds outside of the module.
+        # Only reentrant activation checkpointing insists on it.
+        return loss.detach(), torch.autograd.grad(loss, weights, allow_unused=True)
 
     def plain_backward(loss: Tensor) -> tuple[Tensor, Gradients]:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -107,27 +97,13 @@ def euler_draw(
     return float(loss), {name: euler_sums(weight, gradient, roles[name]) for name, weight, gradient in pairs}
 
 
-def _gradients(loss: Tensor, weights: list[Tensor]) -> Gradients:
-    # Not loss.backward(), which would also leave gradients on whatever the user's code holds outside of the module.
-    # Only reentrant activation checkpointing insists on it.
-    if not loss.requires_grad:
-        raise ProbeError("The loss must depend on a trainable parameter, but it has no gradient. Return it undetached.")
-    return torch.autograd.grad(loss, weights, allow_unused=True)
-
-
 def pooled_statistic(sums: Tensor, squares: Tensor) -> Tensor:
     r"""How far a whole set of units is from scale-invariant, from gradients of training.
 
     .. math:: T = \frac{1}{K} \sum_k \frac{\sum_u S_{ku}^2}{\sum_u Q_{ku}}, \quad S = \sum E, \; Q = \sum E^2
 
-    About 1 without invariance, whatever the size of the units. Compare with ``OBSERVER_THRESHOLDS``.
-
-    Args:
-        sums: S, shape ``(batches, units)``; units of several ranks may be concatenated, shards of one added.
-        squares: Q, of the same shape.
-
-    Returns:
-        T ``≥ 0``, shape ``()``; 0 where nothing has a gradient.
+    S and Q have shape ``(batches, units)``. T is about 1 without invariance, whatever the size of the units, and 0
+    where nothing has a gradient.
 
     Examples:
         >>> pooled_statistic(torch.tensor([[3.0, 0.0]]), torch.tensor([[9.0, 9.0]]))

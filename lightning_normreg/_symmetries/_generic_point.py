@@ -38,14 +38,8 @@ def generic_point(
     """Draw every tensor anew, close to where it is but away from all special values.
 
     A vector p becomes ``p + 2·amount·n``, n standard normal. Anything else is brought to the root mean square
-    r = magnitude/√fan_in and becomes ``p + amount·√(p² + r²)·n``; an all-zero tensor is drawn from ``n·r``.
-
-    Args:
-        tensors: Name → tensor of any type, on any device; they are not changed.
-        magnitude: Name → factor on 1/√fan_in.
-        dtype: The probe's type, of the result; complex tensors get the complex type of that width.
-        seed: Of the normal numbers, one stream per device.
-        amount: Relative size of the noise, ``≥ 0``.
+    r = magnitude/√fan_in and becomes ``p + amount·√(p² + r²)·n``; an all-zero tensor is drawn from ``n·r``. The result
+    is in ``dtype``, or the complex type of that width; each device draws from a stream of its own.
     """
     generators: dict[torch.device, torch.Generator] = {}
     point = {}
@@ -57,7 +51,9 @@ def generic_point(
 
 
 def _redraw(tensor: Tensor, magnitude: float, amount: float, generator: torch.Generator) -> Tensor:
-    noise = _normal(tensor, generator)
+    # Single precision is generic enough, and drawing is a good part of the probe's cost.
+    narrow = torch.complex64 if tensor.is_complex() else torch.float32
+    noise = torch.randn(tensor.shape, generator=generator, dtype=narrow, device=tensor.device)
     if tensor.ndim <= 1:
         return tensor.add_(noise, alpha=2 * amount)
     fan_in = max(1, tensor[0].numel())
@@ -67,9 +63,3 @@ def _redraw(tensor: Tensor, magnitude: float, amount: float, generator: torch.Ge
         return noise.to(tensor.dtype).mul_(rms)
     tensor.mul_(rms / actual)
     return tensor.add_(noise * tensor.abs().square_().add_(rms**2).sqrt_(), alpha=amount)
-
-
-def _normal(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    # Single precision is generic enough, and drawing is a good part of the probe's cost.
-    narrow = torch.complex64 if tensor.is_complex() else torch.float32
-    return torch.randn(tensor.shape, generator=generator, dtype=narrow, device=tensor.device)

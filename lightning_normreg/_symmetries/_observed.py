@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_normreg._symmetries._classify import Table
 from lightning_normreg._symmetries._euler import euler_entries, pooled_statistic
 from lightning_normreg._symmetries._reasons import explain
-from lightning_normreg._symmetries._slices import Axis, axes, slice_squares, slice_sums, unit_of_slice, unit_sums
+from lightning_normreg._symmetries._shape import equal_units
+from lightning_normreg._symmetries._slices import Axis, Table, axes, unit_table
 from lightning_normreg._symmetries._thresholds import ObserverThresholds
-from lightning_normreg._weights import Kind, ParameterRole, ScaleInvariance, Shard, summed
+from lightning_normreg._weights import ParameterRole, ScaleInvariance, Shard, summed
 from lightning_normreg.functional._device import accumulator
 
 FEWEST_STEPS = 4
@@ -27,31 +27,23 @@ FEWEST_STEPS = 4
 
 @dataclass(frozen=True)
 class Observed:
-    """Sums of ``E = w·g`` of one parameter in one step, or in several stacked in front; on its device.
+    """Sums of ``E = w·g`` of one parameter in one step, or in several stacked in front; on its device."""
 
-    Attributes:
-        tables: For neurons and columns ``Σ E`` and ``Σ E²`` per slice, each of shape ``(slices,)`` or
-            ``(steps, slices)``.
-        gradient: Norm of the gradient.
-    """
-
-    tables: dict[Axis, Table]
-    gradient: Tensor
+    tables: dict[Axis, Table]  # along neurons and columns
+    gradient: Tensor  # its norm
 
     @staticmethod
     def of(weight: Tensor, gradient: Tensor, looked_at: Sequence[Axis]) -> Observed:
         """Sum over the slices of some axes, in float32 at least."""
         entries = euler_entries(weight, gradient, accumulator(weight.dtype))
-        tables = {axis: Table(slice_sums(entries, axis), slice_squares(entries, axis)) for axis in looked_at}
+        tables = {axis: Table.of(entries, axis) for axis in looked_at}
         return Observed(tables, torch.linalg.vector_norm(gradient.detach(), dtype=entries.dtype))
 
     @staticmethod
     def stack(steps: Sequence[Observed]) -> Observed:
         """Put several steps into one."""
-        tables = {}
-        for axis in steps[0].tables if steps else ():
-            pairs = [step.tables[axis] for step in steps]
-            tables[axis] = Table(torch.stack([t.sums for t in pairs]), torch.stack([t.squares for t in pairs]))
+        axes_seen = steps[0].tables if steps else ()
+        tables = {axis: Table.stack([step.tables[axis] for step in steps]) for axis in axes_seen}
         return Observed(tables, torch.stack([step.gradient for step in steps]) if steps else torch.zeros(0))
 
     def spread(self, shard: Shard) -> Observed:
@@ -100,34 +92,28 @@ def observed_verdict(weight: Observed, biases: Mapping[str, Observed], limits: O
         limits: How small is zero.
     """
     useful = weight.gradient.isfinite() & (weight.gradient > 0)
-    if int(useful.sum()) < FEWEST_STEPS:
-        return _unseen(int(useful.sum()))
+    steps = int(useful.sum())
+    if steps < FEWEST_STEPS:
+        reason = f"A gradient reached it in {steps} of the observed steps, too few to say anything."
+        return ScaleInvariance("none", evidence="observer", reason=reason)
     biases = {name: bias for name, bias in biases.items() if len(bias.gradient)}
     if any(bias.gradient.shape != useful.shape for bias in biases.values()):
-        return _unpaired(biases)
+        reason = f"It was not seen in the same steps as {', '.join(biases)}, which may belong to it."
+        return ScaleInvariance("none", evidence="observer", reason=reason)
     biases = {name: bias.where(useful) for name, bias in biases.items()}
     weight = weight.where(useful)
-    live = {name: bias for name, bias in biases.items() if _is_live(bias, weight, limits.live)}
+    live = {name: bias for name, bias in biases.items() if (bias.gradient > limits.live * weight.gradient).any()}
     found = _alone(weight, limits.statistic) if not live else _with_bias(weight, live, limits.statistic)
     if found is None:
         return _not_invariant(weight, limits.statistic, live)
     found = explain(found)
-    seen = f"Seen from the gradients of {len(weight.gradient)} training steps only: weaker evidence than a probe's."
+    seen = f"Seen from the gradients of {steps} training steps only: weaker evidence than a probe's."
     return replace(found, evidence="observer", reason=f"{found.reason} {seen}")
 
 
 def unit_statistic(verdict: ScaleInvariance, weight: Observed, bias: Observed | None) -> Tensor:
     """T of the units of a verdict, shape ``()``, on the device."""
-    axis = verdict_axis(verdict, weight)
-    table = weight.tables[axis] if bias is None else _sum(weight.tables[axis], bias.tables[Axis(0)])
-    units = unit_of_slice(verdict, table.sums.shape[1]).to(table.sums.device)
-    pooled = [torch.stack([unit_sums(row, units) for row in values]) for values in table]
-    return pooled_statistic(*pooled)
-
-
-def verdict_axis(verdict: ScaleInvariance, weight: Observed) -> Axis:
-    """Axis along which the units of a verdict are; any will do for a whole layer."""
-    return next(iter(weight.tables)) if verdict.dim is None else Axis(verdict.dim, verdict.groups)
+    return pooled_statistic(*unit_table(verdict, weight.tables, None if bias is None else bias.tables))
 
 
 def _alone(weight: Observed, threshold: float) -> ScaleInvariance | None:
@@ -141,7 +127,7 @@ def _alone(weight: Observed, threshold: float) -> ScaleInvariance | None:
 def _with_bias(weight: Observed, biases: Mapping[str, Observed], threshold: float) -> ScaleInvariance | None:
     axis, table = next(iter(weight.tables.items()))
     for name, bias in biases.items():
-        found = _blocks(_sum(table, bias.tables[Axis(0)]), axis, threshold)
+        found = _blocks(table.plus(bias.tables[Axis(0)]), axis, threshold)
         if found is not None:
             return replace(found, needs_bias=name)
     return None
@@ -154,11 +140,7 @@ def _blocks(table: Table, axis: Axis, threshold: float) -> ScaleInvariance | Non
         pooled = [values.reshape(len(values), -1, size).sum(2) for values in table]
         statistic = float(pooled_statistic(*pooled))
         if statistic < threshold:
-            z = statistic**0.5
-            if size == slices > 1:
-                return ScaleInvariance("layer", z=z)
-            kind: Kind = "neuron" if size == 1 else "block"
-            return ScaleInvariance(kind, dim=axis.dim, groups=axis.groups, block_size=size, z=z)
+            return replace(equal_units(size, slices, axis, is_neuron_axis=True), z=statistic**0.5)
     return None
 
 
@@ -166,27 +148,8 @@ def _columns(weight: Observed, threshold: float) -> ScaleInvariance | None:
     for axis, table in list(weight.tables.items())[1:]:
         statistic = float(pooled_statistic(*table))
         if statistic < threshold:
-            kind: Kind = "column" if axis.dim == 1 else "dim"
-            return ScaleInvariance(kind, dim=axis.dim, groups=axis.groups, block_size=1, z=statistic**0.5)
+            return replace(equal_units(1, table.sums.shape[1], axis, is_neuron_axis=False), z=statistic**0.5)
     return None
-
-
-def _sum(weight: Table, bias: Table) -> Table:
-    return Table(weight.sums + bias.sums, weight.squares + bias.squares)
-
-
-def _is_live(bias: Observed, weight: Observed, limit: float) -> bool:
-    return bool((bias.gradient > limit * weight.gradient).any())
-
-
-def _unseen(steps: int) -> ScaleInvariance:
-    reason = f"A gradient reached it in {steps} of the observed steps, too few to say anything."
-    return ScaleInvariance("none", evidence="observer", reason=reason)
-
-
-def _unpaired(biases: Mapping[str, Observed]) -> ScaleInvariance:
-    reason = f"It was not seen in the same steps as {', '.join(biases)}, which may belong to it."
-    return ScaleInvariance("none", evidence="observer", reason=reason)
 
 
 def _not_invariant(weight: Observed, threshold: float, live: Mapping[str, Observed]) -> ScaleInvariance:

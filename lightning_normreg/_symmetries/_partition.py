@@ -30,12 +30,7 @@ class Partition(NamedTuple):
 def finest_partition(sums: Tensor, squares: Tensor, tol: float) -> Partition:
     """Find the finest partition into runs with ``|Σ S| ≤ tol·√Σ Q`` in every draw, leaving out slices that are in none.
 
-    Time n·log n in the number of slices, so that a vocabulary is no problem.
-
-    Args:
-        sums: S, float64, shape ``(draws, slices)``.
-        squares: Q, of the same shape.
-        tol: Threshold, ``0 < tol < 1``.
+    S and Q have shape ``(draws, slices)``. Time n·log n in the number of slices, so that a vocabulary is no problem.
 
     Examples:
         >>> s = torch.tensor([[1.0, -1.0, 2.0, 0.0], [3.0, -3.0, 1.0, 0.0]], dtype=torch.float64)

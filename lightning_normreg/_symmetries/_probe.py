@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from lightning_normreg._symmetries._biases import bias_candidates
 from lightning_normreg._symmetries._call import Loss, PrivateCall, ProbeError, check_callable
-from lightning_normreg._symmetries._certificate import Accepted, certify
-from lightning_normreg._symmetries._classify import Candidate, classify, inert_parameters
-from lightning_normreg._symmetries._eps_share import EpsShare, eps_shares
+from lightning_normreg._symmetries._certificate import certify
+from lightning_normreg._symmetries._classify import classify, inert_parameters
+from lightning_normreg._symmetries._eps_share import with_eps_shares
 from lightning_normreg._symmetries._euler import EulerSums, euler_draw
 from lightning_normreg._symmetries._generic_point import AMOUNT, LADDER, magnitudes
-from lightning_normreg._symmetries._reasons import demoted, explain, frozen, inert
+from lightning_normreg._symmetries._reasons import FROZEN, INERT, demoted, explain
 from lightning_normreg._symmetries._thresholds import THRESHOLDS
-from lightning_normreg._weights import Evidence, ParameterRole, ScaleInvariance, named_roles
+from lightning_normreg._weights import Evidence, ScaleInvariance, named_roles
 
 ProbeType = Literal["auto", "float64", "float32"]
 _TYPES: dict[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
@@ -105,7 +105,8 @@ def _probe(
     module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int
 ) -> dict[str, ScaleInvariance]:
     """All steps, in one type; a bar shows them where that takes longer than a moment."""
-    with tqdm(desc="Scale invariance", total=draws + 2, delay=_MOMENT, leave=False, disable=_is_silent()) as bar:
+    silent = getattr(rank_zero_only, "rank", 0) != 0
+    with tqdm(desc="Scale invariance", total=draws + 2, delay=_MOMENT, leave=False, disable=silent) as bar:
         setup = _Setup(module, batch, forward, dtype, seed=seed, draws=draws)
         drawn = []
         for index in range(draws):
@@ -113,22 +114,16 @@ def _probe(
             bar.update()
         verdicts = _confirmed(setup, _euler_verdicts(setup, drawn))
         bar.update()
-        shares = eps_shares(setup.call, verdicts, setup.roles, shrink=setup.limits.shrink, narrow=setup.narrow)
+        verdicts = with_eps_shares(setup.call, verdicts, setup.roles, shrink=setup.limits.shrink, narrow=setup.narrow)
         bar.update()
     evidence: Evidence = "float64" if dtype == torch.float64 else "float32"
     result = {}
     for raw, (clean, _) in setup.names.items():
-        verdict = replace(verdicts.get(raw) or frozen(), evidence=evidence)
-        share = shares.get(raw, EpsShare())
+        verdict = verdicts.get(raw, FROZEN)
         bias = setup.names[verdict.needs_bias][0] if verdict.needs_bias else None
-        verdict = replace(verdict, rho_median=share.median, rho_worst=share.worst, needs_bias=bias)
-        verdict = replace(verdict, standardized=share.standardized)
+        verdict = replace(verdict, evidence=evidence, needs_bias=bias)
         result[clean] = explain(verdict) if verdict.is_invariant else verdict
     return result
-
-
-def _is_silent() -> bool:
-    return getattr(rank_zero_only, "rank", 0) != 0
 
 
 class _Setup:
@@ -194,7 +189,7 @@ def _euler_verdicts(setup: _Setup, drawn: list[dict[str, EulerSums]]) -> dict[st
     verdicts = {}
     for name, sums in found.items():
         biases = {bias: found[bias] for bias in setup.biases[name] if bias not in dead}
-        verdicts[name] = inert() if name in dead else classify(Candidate(sums, biases), setup.limits)
+        verdicts[name] = INERT if name in dead else classify(sums, biases, setup.limits)
     return verdicts
 
 
@@ -203,17 +198,7 @@ def _confirmed(setup: _Setup, verdicts: dict[str, ScaleInvariance]) -> dict[str,
     invariant = {name: v for name, v in verdicts.items() if v.is_invariant}
     for attempt in range(_ATTEMPTS):
         point, seed = setup.certificate_point(invariant.keys(), attempt)
-        accepted = [
-            Accepted(name, v.needs_bias, v, _slices(point[name], setup.roles[name], v)) for name, v in invariant.items()
-        ]
-        changes = certify(setup.call, point, accepted, setup.limits, seed=seed)
+        changes = certify(setup.call, point, invariant, setup.limits, seed=seed)
         if changes is not None:
             return {name: demoted(v, changes[name]) if name in changes else v for name, v in verdicts.items()}
     raise ProbeError(f"The loss must be finite close to the module's weights, but was not at {_ATTEMPTS} points there.")
-
-
-def _slices(weight: Tensor, role: ParameterRole, verdict: ScaleInvariance) -> int:
-    """How many slices the units are made of; a whole layer is seen along its neurons, as a bias would be."""
-    dim = role.dim if verdict.dim is None else verdict.dim
-    groups = role.groups if verdict.dim is None else verdict.groups
-    return weight.shape[dim] * groups if weight.ndim else 1

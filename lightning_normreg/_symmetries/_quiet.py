@@ -73,17 +73,13 @@ def silence(twin: nn.Module, module: nn.Module) -> None:
     """Make the copy ``twin`` log nowhere, and let it see the Trainer of ``module``, which copying drops."""
     for part in twin.modules():
         if all(hasattr(part, name) for name in ("training_step", "log", "log_dict")):
-            part.log = part.log_dict = _log_nothing  # type: ignore[assignment]
+            part.log = part.log_dict = lambda *_args, **_kwargs: None  # type: ignore[assignment]
     try:
         trainer = getattr(module, "trainer", None)
     except RuntimeError:  # Lightning's way to say that there is none
         return
     if trainer is not None:
         twin.trainer = _ReadOnlyTrainer(trainer)  # type: ignore[assignment]
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    del args, kwargs
 
 
 class _ReadOnlyTrainer:

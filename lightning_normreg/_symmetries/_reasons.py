@@ -6,6 +6,9 @@ from dataclasses import replace
 
 from lightning_normreg._weights import ScaleInvariance
 
+INERT = ScaleInvariance("inert", reason="The loss does not depend on it, as on a bias in front of BatchNorm.")
+FROZEN = ScaleInvariance("none", reason="It is frozen (requires_grad=False), so it was not tested.")
+
 
 def explain(verdict: ScaleInvariance) -> ScaleInvariance:
     """Add the sentence to a verdict with units.
@@ -42,16 +45,6 @@ def _where(verdict: ScaleInvariance) -> str:
         return ""
     shown = [f"{start}:{stop}" for start, stop in verdict.slices[:4]]
     return f" in {', '.join(shown)}{', …' if len(verdict.slices) > 4 else ''}"
-
-
-def inert() -> ScaleInvariance:
-    """Verdict for a parameter that the loss does not depend on."""
-    return ScaleInvariance("inert", reason="The loss does not depend on it, as on a bias in front of BatchNorm.")
-
-
-def frozen() -> ScaleInvariance:
-    """Verdict for a parameter that was not tested."""
-    return ScaleInvariance("none", reason="It is frozen (requires_grad=False), so it was not tested.")
 
 
 def demoted(verdict: ScaleInvariance, change: float) -> ScaleInvariance:

@@ -17,15 +17,9 @@ Ranges = list[tuple[int, int]]
 
 
 def shape_of(partition: Partition, slices: int, axis: Axis, *, is_neuron_axis: bool) -> ScaleInvariance | None:
-    """Name the units of a partition; None where they cover too little.
+    """Name the units of a partition of so many slices along an axis; None where they cover too little.
 
     Slices without a signal go to the unit around or before them.
-
-    Args:
-        partition: Runs of slices that had a signal.
-        slices: All slices along the axis.
-        axis: The axis that was cut.
-        is_neuron_axis: Whether its slices are neurons.
     """
     runs, live = partition
     covered = sum(stop - start for start, stop in runs)
@@ -45,12 +39,17 @@ def _full(runs: Ranges, live: Tensor, slices: int, axis: Axis, is_neuron_axis: b
     lasts = live[[stop - 1 for _, stop in runs]]
     # One slice with a signal cannot tell a unit of one slice from a larger one; the larger one is safe.
     size = slices if len(live) == 1 else _block_size(starts, lasts, slices)
-    if size == slices > 1:
-        return ScaleInvariance("layer")
     if size is not None:
-        return _verdict(_slice_kind(axis, is_neuron_axis), axis, size, None)
+        return equal_units(size, slices, axis, is_neuron_axis=is_neuron_axis)
     cuts = [0, *starts[1:].tolist(), slices]
     return _verdict("block", axis, None, list(pairwise(cuts)))
+
+
+def equal_units(size: int, slices: int, axis: Axis, *, is_neuron_axis: bool) -> ScaleInvariance:
+    """Name units of ``size`` slices each that cover all slices along an axis."""
+    if size == slices > 1:
+        return ScaleInvariance("layer")
+    return _verdict(_slice_kind(axis, is_neuron_axis), axis, size, None)
 
 
 def _block_size(starts: Tensor, lasts: Tensor, slices: int) -> int | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_normreg._weights import ParameterRole, ScaleInvariance
-from lightning_normreg.functional._units import over_units, split_units
+from lightning_normreg.functional._units import split_units
 
 
 class Axis(NamedTuple):
@@ -16,6 +17,57 @@ class Axis(NamedTuple):
 
     dim: int
     groups: int = 1
+
+
+class Table(NamedTuple):
+    """Sums and sums of squares for each slice, shape ``(slices,)``, or ``(draws, slices)`` of several stacked draws."""
+
+    sums: Tensor
+    squares: Tensor
+
+    @staticmethod
+    def of(entries: Tensor, axis: Axis) -> Table:
+        """Sum over the entries of each slice, without a copy of the tensor; real tensors only."""
+        if entries.ndim == 1:
+            return Table(entries, entries.square())
+        view, kept = split_units(entries, "neuron", *axis)
+        others = [d for d in range(view.ndim) if d not in kept]
+        norms: Tensor = torch.linalg.vector_norm(view, dim=others)
+        return Table(view.sum(others).flatten(), norms.square().flatten())
+
+    @staticmethod
+    def stack(draws: Sequence[Table]) -> Table:
+        """Put several draws into one table."""
+        return Table(*(torch.stack(values) for values in zip(*draws, strict=True)))
+
+    def plus(self, other: Table) -> Table:
+        """Add another tensor's sums, slice by slice."""
+        return Table(self.sums + other.sums, self.squares + other.squares)
+
+    def per_unit(self, verdict: ScaleInvariance) -> Table:
+        """Pool the slices of each unit."""
+        units = unit_of_slice(verdict, self.sums.shape[-1])
+        count = int(units.max()) + 1 if len(units) else 0
+        member = torch.nonzero(units >= 0).flatten()
+        units, member = units[member].to(self.sums.device), member.to(self.sums.device)
+
+        def pooled(values: Tensor) -> Tensor:
+            rows = [
+                row.new_zeros(count).index_add_(0, units, row[member])
+                for row in (values if values.ndim > 1 else [values])
+            ]
+            return torch.stack(rows).reshape(*values.shape[:-1], count)
+
+        return Table(*map(pooled, self))
+
+
+Tables = Mapping[Axis, Table]
+
+
+def unit_table(verdict: ScaleInvariance, weight: Tables, bias: Tables | None) -> Table:
+    """Sums of the units of a verdict, together with those of the bias that belongs to it."""
+    table = next(iter(weight.values())) if verdict.dim is None else weight[Axis(verdict.dim, verdict.groups)]
+    return (table if bias is None else table.plus(bias[Axis(0)])).per_unit(verdict)
 
 
 def axes(shape: torch.Size, role: ParameterRole) -> list[Axis]:
@@ -27,33 +79,6 @@ def axes(shape: torch.Size, role: ParameterRole) -> list[Axis]:
         return [Axis(0)]
     others = [d for d in range(len(shape)) if d != role.dim and shape[d] > 1]
     return [Axis(role.dim, role.groups), *(Axis(d) for d in others)]
-
-
-def slice_sums(entries: Tensor, axis: Axis) -> Tensor:
-    """Sum of the entries of each slice along an axis, shape ``(slices,)``; real tensors only."""
-    if entries.ndim == 1:
-        return entries
-    view, kept = split_units(entries, "neuron", *axis)
-    return view.sum([d for d in range(view.ndim) if d not in kept]).flatten()
-
-
-def slice_squares(entries: Tensor, axis: Axis) -> Tensor:
-    """Sum of the squares of the entries of each slice, shape ``(slices,)``, without a copy of the tensor."""
-    if entries.ndim == 1:
-        return entries.square()
-    view, kept = split_units(entries, "neuron", *axis)
-    norms: Tensor = torch.linalg.vector_norm(view, dim=[d for d in range(view.ndim) if d not in kept])
-    return norms.square().flatten()
-
-
-def scale_slices(tensor: Tensor, factors: Tensor, axis: Axis) -> Tensor:
-    """Multiply each slice along an axis by its factor; ``factors`` has shape ``(slices,)``."""
-    if tensor.ndim <= 1:
-        return tensor * factors.reshape(tensor.shape)
-    groups, dim = axis.groups, axis.dim
-    view = tensor.reshape(groups, -1, *tensor.shape[1:]) if groups > 1 else tensor
-    kept = (0, dim + 1) if groups > 1 else (dim,)
-    return (view * over_units(factors, view, kept)).reshape(tensor.shape)
 
 
 def unit_of_slice(verdict: ScaleInvariance, slices: int) -> Tensor:
@@ -71,10 +96,3 @@ def unit_of_slice(verdict: ScaleInvariance, slices: int) -> Tensor:
         units[start:stop] = count + torch.arange(stop - start) // size
         count += (stop - start) // size
     return units
-
-
-def unit_sums(sums: Tensor, units: Tensor) -> Tensor:
-    """Pool sums per slice into sums per unit; ``units`` as from :func:`unit_of_slice`."""
-    member = units >= 0
-    count = int(units.max()) + 1 if len(units) else 0
-    return sums.new_zeros(count).index_add_(0, units[member].to(sums.device), sums[member.to(sums.device)])

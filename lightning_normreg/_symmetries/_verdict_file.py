@@ -57,46 +57,37 @@ def load_verdict(source: str | Path | Mapping[str, Any]) -> dict[str, ScaleInvar
     content = source if isinstance(source, Mapping) else _read(Path(source))
     where = "the mapping" if isinstance(source, Mapping) else f"{str(source)!r}"
     if content.get("format") != FORMAT or not isinstance(content.get("parameters"), Mapping):
-        raise ValueError(
-            f"A verdict must say 'format': {FORMAT!r} and have 'parameters', but {where} does not. {_REMEDY}"
-        )
+        raise _wrong(f"A verdict must say 'format': {FORMAT!r} and have 'parameters', but {where} does not.")
     if content.get("version") != VERSION:
-        raise ValueError(
-            f"A verdict must be of version {VERSION}, but {where} is of {content.get('version')!r}. {_REMEDY}"
-        )
+        raise _wrong(f"A verdict must be of version {VERSION}, but {where} is of {content.get('version')!r}.")
     return {name: _entry(name, entry) for name, entry in content["parameters"].items()}
 
 
-_REMEDY = "Write it with save_verdict(find_scale_invariance(...), path)."
+def _wrong(what: str) -> ValueError:
+    return ValueError(f"{what} Write it with save_verdict(find_scale_invariance(...), path).")
 
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"A verdict must be JSON, but {str(path)!r} is not ({error}). {_REMEDY}") from error
+        raise _wrong(f"A verdict must be JSON, but {str(path)!r} is not ({error}).") from error
     if not isinstance(content, Mapping):
-        raise ValueError(
-            f"A verdict must be a JSON object, but {str(path)!r} holds a {type(content).__name__}. {_REMEDY}"
-        )
+        raise _wrong(f"A verdict must be a JSON object, but {str(path)!r} holds a {type(content).__name__}.")
     return content
 
 
 def _entry(name: str, entry: Any) -> ScaleInvariance:
     if not isinstance(entry, Mapping) or set(entry) != _FIELDS:
         found = set(entry) if isinstance(entry, Mapping) else set()
-        raise ValueError(
+        raise _wrong(
             f"The verdict on {name!r} must have the fields of ScaleInvariance, but {sorted(_FIELDS - found)} are "
-            f"missing and {sorted(found - _FIELDS)} are unknown. {_REMEDY}"
+            f"missing and {sorted(found - _FIELDS)} are unknown."
         )
     for field, known in (("kind", KINDS), ("evidence", EVIDENCE)):
         if entry[field] not in known:
-            raise ValueError(
-                f"The {field} of {name!r} must be one of {', '.join(known)}, got {entry[field]!r}. {_REMEDY}"
-            )
+            raise _wrong(f"The {field} of {name!r} must be one of {', '.join(known)}, got {entry[field]!r}.")
     slices = entry["slices"]
     if slices is not None and not all(len(pair) == 2 and 0 <= pair[0] < pair[1] for pair in slices):
-        raise ValueError(
-            f"The slices of {name!r} must be pairs (start, stop) with start < stop, got {slices!r}. {_REMEDY}"
-        )
+        raise _wrong(f"The slices of {name!r} must be pairs (start, stop) with start < stop, got {slices!r}.")
     return ScaleInvariance(**{**entry, "slices": slices and tuple((int(a), int(b)) for a, b in slices)})

@@ -19,19 +19,15 @@ SHOWN: dict[str, Curve] = {
 }
 
 
-def layers(history: pd.DataFrame) -> list[str]:
-    """Names of the layers in a history, in its order."""
-    start = _metrics.tag(_metrics.UNIT_NORM_RMS, "")
-    return [column.removeprefix(start) for column in history.columns if column.startswith(start)]
-
-
 def first_and_last_table(history: pd.DataFrame) -> Table:
     """Per layer the first and the last value of each curve."""
     table = Table(title="What the run did to each layer, first → last logged step")
     table.add_column("layer")
     for title in SHOWN:
         table.add_column(title, justify="right")
-    for layer in layers(history):
+    start = _metrics.tag(_metrics.UNIT_NORM_RMS, "")
+    for column in history.columns[history.columns.str.startswith(start)]:
+        layer = column.removeprefix(start)
         table.add_row(layer, *(_first_last(history, curve, layer) for curve in SHOWN.values()))
     return table
 
