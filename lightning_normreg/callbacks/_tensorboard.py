@@ -32,15 +32,10 @@ MARGINS: dict[str, Curve] = {
 
 
 def layout(prefix: str = _metrics.PREFIX, logger_prefix: str = "") -> dict[str, dict[str, list[Any]]]:
-    """The layout, as ``SummaryWriter.add_custom_scalars`` takes it.
-
-    TensorBoard reads the tags of lines as regexes, and those of margins as they are.
-
-    Args:
-        prefix: First part of the tags.
-        logger_prefix: What the logger puts in front of every tag.
-    """
-    start = "^" + re.escape(logger_prefix)
+    """The layout, as ``SummaryWriter.add_custom_scalars`` takes it."""
+    start = "^" + re.escape(
+        logger_prefix
+    )  # TensorBoard reads the tags of lines as regexes, those of margins as they are
     lines = {
         title: ["Multiline", [start + re.escape(_metrics.tag(curve, "", prefix)) for curve in curves]]
         for title, curves in CHARTS.items()
