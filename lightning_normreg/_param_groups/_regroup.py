@@ -24,12 +24,8 @@ def load_by_name(
 ) -> list[RemovableHandle]:
     """Let optimizers load a state that was saved with other parameter groups, until the handles are removed.
 
-    A state whose groups are as long as the optimizer's, and have the same names if any, is loaded as it is.
-
-    Args:
-        optimizers: Fresh ones.
-        module: Whose parameters they have.
-        schedulers: Learning-rate schedulers with the states that they are going to load, which are changed in place.
+    A state whose groups are as long as the optimizer's, and have the same names if any, is loaded as it is. Schedulers
+    come with the states that they are going to load, which are changed in place.
     """
     named = [(clean_name(name), p) for name, p in module.named_parameters()]
     hook = _Regroup(named, schedulers)
