@@ -32,11 +32,7 @@ _TYPES: dict[str, type] = {"nesterov": bool, "betas": list[float], "shape": list
 
 
 def convert(args: list[str]) -> None:
-    """Rewrite a recipe with weight decay as one with projection or a schedule, or back.
-
-    Args:
-        args: The recipe and what to make of it.
-    """
+    """Rewrite a recipe with weight decay as one with projection or a schedule, or back."""
     parser = _parser()
     options = parser.parse_args(args)
     try:
@@ -60,11 +56,7 @@ def convert(args: list[str]) -> None:
 
 
 # Arguments that would be left unused.
-_UNUSED = {
-    "projection": ("decayed_lr",),
-    "schedule": ("decayed_lr", "radius"),
-    "decay": (),
-}
+_UNUSED = {"projection": ("decayed_lr",), "schedule": ("decayed_lr", "radius"), "decay": ()}
 
 
 def _given(options: Any) -> Recipe:
@@ -146,14 +138,9 @@ def _table(before: Recipe, after: Recipe) -> Table:
     if before.radius or after.radius:
         table.add_row("radius", _digits(before.radius), _digits(after.radius))
     if after.scales or before.scales:
-        scale = (after.scales or before.scales or [])[-1]
-        table.add_row("norm after the last step, relative", *_ends(before, scale))
+        ends = ["1", _digits(1 / (after.scales or before.scales or [])[-1])]
+        table.add_row("norm after the last step, relative", *(ends if before.form == "decay" else reversed(ends)))
     return table
-
-
-def _ends(before: Recipe, scale: float) -> tuple[str, str]:
-    ends = ("1", _digits(1 / scale))
-    return ends if before.form == "decay" else ends[::-1]
 
 
 def _digits(value: float | None) -> str:
@@ -163,11 +150,11 @@ def _digits(value: float | None) -> str:
 def _words(before: Recipe, after: Recipe, matched: float | None) -> list[str]:
     """Why the two are one recipe, and where that ends."""
     said = ["Holds for scale-invariant weights alone: to others decay and norm mean something else."]
+    decay = before if before.form == "decay" else after
     if "schedule" in (before.form, after.form):
         reason = "The direction of each weight is the same at every step: decay shrinks the weight, and a smaller "
         reason += "weight turns further, which the learning rate can do instead."
-        return [reason, *said, *_of_schedule(before if before.form == "decay" else after)]
-    decay = before if before.form == "decay" else after
+        return [reason, *said, *_of_schedule(decay)]
     settings = decay.arguments() | {"lr": decay.rate(), "weight_decay": decay.weight_decay}
     rotation = equilibrium_rotation(decay.family, **settings)
     noise = f"{100 * FAMILIES[decay.family].tolerance:.0f} %"
@@ -188,8 +175,8 @@ def _words(before: Recipe, after: Recipe, matched: float | None) -> list[str]:
     if "entries" in decay.unit:
         said.append(f"The radius is that of units of {decay.unit['entries']:g} entries: others settle elsewhere.")
     said.append(
-        "Under a schedule the rotation is proportional to lr under projection, and to its square root under slow decay: "
-        "take the root of the schedule's factors."
+        "Under a schedule the rotation is proportional to lr under projection, and to its square root under slow "
+        "decay: take the root of the schedule's factors."
     )
     if matched is not None:
         said.append(
@@ -207,8 +194,9 @@ def _of_schedule(decay: Recipe) -> list[str]:
         said.append("The momentum of each step changes too: --json has it.")
     else:
         said.append(
-            "Learning rates alone leave an error: before each step first moments are proportional to s, second moments to its "
-            "square, and eps is s times as large (--json has s as scales). DecayFreeLR does all of it while training."
+            "Learning rates alone leave an error: before each step first moments are proportional to s, second moments "
+            "to its square, and eps is s times as large (--json has s as scales). DecayFreeLR does all of it while "
+            "training."
         )
     return said
 
@@ -218,19 +206,19 @@ def _config(found: Recipe) -> dict[str, Any] | None:
     if found.optimizer in EXPONENTS or found.optimizer.islower():
         return None
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in found.settings.items() if v is not None}
-    if found.form == "schedule":
-        if "lr" not in found.undo:
-            return None
-        made = {"lr": found.undo["lr"], "weight_decay": found.undo["weight_decay"], **settings}
-        return {
-            "optimizer": {"class_path": found.optimizer, "init_args": made},
-            "lr_scheduler": {"class_path": "DecayFreeLR"},
-        }
-    if isinstance(found.lr, list):
+    is_schedule = found.form == "schedule"
+    lr, weight_decay = found.lr, found.weight_decay
+    if is_schedule:
+        lr, weight_decay = found.undo.get("lr", []), found.undo["weight_decay"]
+    if isinstance(lr, list):
         return None
-    made = {"lr": found.lr, "weight_decay": found.weight_decay, **settings}
+    made = {"lr": lr, "weight_decay": weight_decay, **settings}
     config: dict[str, Any] = {"optimizer": {"class_path": found.optimizer, "init_args": made}}
-    return config | ({"projection": {"radius": found.radius}} if found.radius is not None else {})
+    if is_schedule:
+        config["lr_scheduler"] = {"class_path": "DecayFreeLR"}
+    elif found.radius is not None:
+        config["projection"] = {"radius": found.radius}
+    return config
 
 
 def _parser() -> Parser:

@@ -50,11 +50,7 @@ _TRAINER = {
 
 
 def inspect_model(words: list[str]) -> None:
-    """Inspect what arguments of ``fit`` name.
-
-    Args:
-        words: Those arguments, with those of the output.
-    """
+    """Inspect what arguments of ``fit`` name."""
     base: Any = NormRegCLI.of(namespace_of(None, words))
     type("InspectCLI", (_Inspection, base), {})(args=["fit", *words], save_config_callback=None)
 
