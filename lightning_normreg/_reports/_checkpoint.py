@@ -177,12 +177,9 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, ScaleInvariance] | None:
     callbacks = content.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         if isinstance(state, Mapping) and isinstance(state.get("invariance"), Mapping):
-            try:
-                verdict = load_verdict(state["invariance"])
-            except ValueError:  # another callback's, or of another version
-                continue
-            if verdict:
-                return verdict
+            with suppress(ValueError):  # another callback's, or of another version
+                if verdict := load_verdict(state["invariance"]):
+                    return verdict
     return None
 
 

@@ -36,18 +36,13 @@ def layout(prefix: str = _metrics.PREFIX, logger_prefix: str = "") -> dict[str, 
     start = "^" + re.escape(
         logger_prefix
     )  # TensorBoard reads the tags of lines as regexes, those of margins as they are
-    lines = {
-        title: ["Multiline", [start + re.escape(_metrics.tag(curve, "", prefix)) for curve in curves]]
-        for title, curves in CHARTS.items()
-    }
-    margins = {
-        title: [
-            "Margin",
-            [f"{logger_prefix}{_metrics.summary_tag(curve, s, prefix)}" for s in ("median", "min", "max")],
-        ]
-        for title, curve in MARGINS.items()
-    }
-    return {"normalization": lines | margins}
+    charts: dict[str, list[Any]] = {}
+    for title, curves in CHARTS.items():
+        charts[title] = ["Multiline", [start + re.escape(_metrics.tag(curve, "", prefix)) for curve in curves]]
+    for title, curve in MARGINS.items():
+        tags = [f"{logger_prefix}{_metrics.summary_tag(curve, s, prefix)}" for s in ("median", "min", "max")]
+        charts[title] = ["Margin", tags]
+    return {"normalization": charts}
 
 
 def write_beside(logger: Any, prefix: str, hyperparameters: Mapping[str, str | float]) -> None:

@@ -69,16 +69,12 @@ def _given(options: Any) -> Recipe:
             raise ArgumentRefused(key, f"it must be positive, got {options[key]}.")
     settings = {key: options[key] for key in _SETTINGS if options[key] is not None}
     unit = {key: options[key] for key in OF_THE_UNIT if options[key] is not None}
+    wanted = {"lr": options.decayed_lr, "weight_decay": options.weight_decay} if options.to == "decay" else {}
+    undo = {key: value for key, value in wanted.items() if value is not None}
     recipe = _from_arguments(options) if options.recipe is None else _from_file(options)
     if recipe.form == "projection" and options.to == "decay" and options.weight_decay is not None:
         raise ArgumentRefused("weight_decay", "that is what is looked for. Leave it out, or give --decayed_lr.")
-    return replace(recipe, settings=recipe.settings | settings, unit=recipe.unit | unit)
-
-
-def _wanted(options: Any) -> dict[str, float]:
-    """What the recipe is to have when it has decay again."""
-    wanted = {"lr": options.decayed_lr, "weight_decay": options.weight_decay}
-    return {key: value for key, value in wanted.items() if value is not None}
+    return replace(recipe, settings=recipe.settings | settings, unit=recipe.unit | unit, undo=recipe.undo | undo)
 
 
 def _from_file(options: Any) -> Recipe:
@@ -89,7 +85,7 @@ def _from_file(options: Any) -> Recipe:
         read = read_recipe(options.recipe, options.steps, options.steps_per_epoch)
         if read.form == "decay" and options.to == "schedule" and not isinstance(read.lr, list):
             raise ValueError("a schedule has a rate for each step. Say by --steps how many.")
-    return replace(read, undo=read.undo | _wanted(options)) if options.to == "decay" else read
+    return read
 
 
 def _from_arguments(options: Any) -> Recipe:
@@ -101,12 +97,12 @@ def _from_arguments(options: Any) -> Recipe:
     if options.to != "decay":
         return Recipe("decay", options.optimizer, lr, options.weight_decay)
     if options.radius is not None:
-        return Recipe("projection", options.optimizer, lr, radius=options.radius, undo=_wanted(options))
+        return Recipe("projection", options.optimizer, lr, radius=options.radius)
     if options.steps is None or options.weight_decay is None:
         raise ArgumentRefused(
             "to", "decay is made of a projection, with --radius, or of a schedule, with --steps and --weight_decay."
         )
-    return Recipe("schedule", options.optimizer, lr, undo=_wanted(options))
+    return Recipe("schedule", options.optimizer, lr)
 
 
 def _matched(recipe: Recipe, found: Recipe, norm: float | None) -> float | None:

@@ -91,17 +91,10 @@ def converted(recipe: Recipe, to: Form, radius: float | None = None) -> Recipe:
         decay = suggest_decay(recipe.family, radius=recipe.radius, lr=lr, decayed_lr=decayed, **recipe.arguments())
         return replace(recipe, form=to, lr=decayed, weight_decay=decay, radius=None, undo={})
     decay = recipe.undo.get("weight_decay", 0.0)
-    found_back = with_decay(recipe.family, recipe.rates(), decay, **_momentum(recipe))
-    momenta = {"momentum": found_back.momenta[0]} if recipe.family == "sgd_decoupled" and found_back.momenta else {}
-    return replace(
-        recipe,
-        form=to,
-        lr=found_back.lrs,
-        weight_decay=decay,
-        settings=recipe.settings | momenta,
-        scales=found_back.scales,
-        undo={},
-    )
+    back = with_decay(recipe.family, recipe.rates(), decay, **_momentum(recipe))
+    momenta = {"momentum": back.momenta[0]} if recipe.family == "sgd_decoupled" and back.momenta else {}
+    settings = recipe.settings | momenta
+    return replace(recipe, form=to, lr=back.lrs, weight_decay=decay, settings=settings, scales=back.scales, undo={})
 
 
 _OTHERS = {"decay": "projection or a schedule", "projection": "decay", "schedule": "decay"}
