@@ -60,7 +60,12 @@ class DecayFreeLR(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer, schedule: LRScheduler | None = None, *, project: bool = False) -> None:
-        _check_schedule(schedule, optimizer)
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise TypeError(
+                "`schedule` must not need a metric, got ReduceLROnPlateau. Use one that goes with the steps."
+            )
+        if schedule is not None and schedule.optimizer is not optimizer:
+            raise ValueError("`schedule` must be made for the same `optimizer`, got one of another.")
         groups = optimizer.param_groups
         self.schedule = schedule
         self.project = project
@@ -157,13 +162,6 @@ class DecayFreeLR(LRScheduler):
     def _converted(self, i: int) -> float:
         exponent = EXPONENTS[self._rules[i].family]
         return self._rates[i] / (self.scales[i] ** (exponent - 1) * self._shrunk(i).scale)
-
-
-def _check_schedule(schedule: LRScheduler | None, optimizer: Optimizer) -> None:
-    if isinstance(schedule, ReduceLROnPlateau):
-        raise TypeError("`schedule` must not need a metric, got ReduceLROnPlateau. Use one that goes with the steps.")
-    if schedule is not None and schedule.optimizer is not optimizer:
-        raise ValueError("`schedule` must be made for the same `optimizer`, got one of another.")
 
 
 def _convertible(optimizer: Optimizer, group: Group) -> UpdateRule:

@@ -119,8 +119,7 @@ def _multiply_group(group: Group, rule: UpdateRule, factor: float, rate: float) 
     decay = {"coupled": -2.0, "decoupled": -rate, "none": 0.0}[rule.decay]
     degrees: dict[str, Any] = {"weight_decay": decay if rule.decay_degree is None else rule.decay_degree}
     degrees |= dict.fromkeys((rule.lr_key, *GROUP_RATES), rate)
-    degrees |= rule.group_degrees
-    for key, degree in degrees.items():
+    for key, degree in {**degrees, **rule.group_degrees}.items():
         if key in group:
             group[key] = _scaled(group[key], factor, degree, group)
 

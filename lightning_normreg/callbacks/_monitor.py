@@ -159,7 +159,12 @@ class Monitor(WeightCallback):
             return
         self._logged_once = True
         self._complete(trainer, row)
-        values = self._layer_values(row) | self._summary_values(row)
+        values = {
+            _metrics.tag(curve, name, self.prefix): value
+            for name, layer in row.items()
+            if name in self._shown
+            for curve, value in layer.items()
+        } | self._summary_values(row)
         if self.logging_interval == "step":
             self._log(trainer, values)
             return
@@ -176,14 +181,6 @@ class Monitor(WeightCallback):
             self._step = batches_that_stepped(trainer) - 1  # where `self.log` puts what it has over an epoch
             self._log(trainer, {tag: total / count for tag, (total, count) in self._sums.items()})
             self._sums.clear()
-
-    def _layer_values(self, row: Row) -> dict[str, float]:
-        return {
-            _metrics.tag(curve, name, self.prefix): value
-            for name, layer in row.items()
-            if name in self._shown
-            for curve, value in layer.items()
-        }
 
     def _summary_values(self, row: Row) -> dict[str, float]:
         """Minimum, median and maximum over layers; of effective rates only the ratios, see the word's definition."""

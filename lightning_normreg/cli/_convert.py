@@ -126,10 +126,9 @@ def _table(before: Recipe, after: Recipe) -> Table:
     for name in ("setting", before.form, after.form):
         table.add_column(name, justify="left" if name == "setting" else "right", overflow="fold")
     rows = len(before.rates())
-    if rows == 1:
-        table.add_row("lr", _digits(before.rates()[0]), _digits(after.rates()[0]))
-    for step in dict.fromkeys([0, rows // 4, rows // 2, 3 * rows // 4, rows - 1]) if rows > 1 else ():
-        table.add_row(f"lr, step {step}", _digits(before.rates()[step]), _digits(after.rates()[step]))
+    for step in dict.fromkeys([0, rows // 4, rows // 2, 3 * rows // 4, rows - 1]):
+        label = f"lr, step {step}" if rows > 1 else "lr"
+        table.add_row(label, _digits(before.rates()[step]), _digits(after.rates()[step]))
     table.add_row("weight_decay", _digits(before.weight_decay), _digits(after.weight_decay))
     if before.radius or after.radius:
         table.add_row("radius", _digits(before.radius), _digits(after.radius))
