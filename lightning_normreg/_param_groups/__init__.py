@@ -3,6 +3,8 @@
 from lightning_normreg._param_groups._decay_free import DecayFreeLR as DecayFreeLR
 from lightning_normreg._param_groups._decay_groups import (
     DecayGroupsMixin as DecayGroupsMixin,
+)
+from lightning_normreg._param_groups._decay_groups import (
     decay_groups as decay_groups,
 )
 from lightning_normreg._param_groups._regroup import load_by_name as load_by_name

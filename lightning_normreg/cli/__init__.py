@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_normreg.cli._normreg_cli import NormRegCLI as NormRegCLI
     from lightning_normreg.cli._schedulers import (
         SchedulerChain as SchedulerChain,
+    )
+    from lightning_normreg.cli._schedulers import (
         SchedulerSequence as SchedulerSequence,
     )
 

@@ -31,12 +31,14 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_normreg import _metrics
-from lightning_normreg._weights import UnitArgument, Verdict, Watched, named_roles, watch as _watch
+from lightning_normreg._weights import UnitArgument, Verdict, Watched, named_roles
+from lightning_normreg._weights import watch as _watch
 from lightning_normreg.steps._projector import Projector as Projector
 from lightning_normreg.steps._rotation_tracker import RotationTracker as RotationTracker
 from lightning_normreg.steps._rotator import Rotator as Rotator
 from lightning_normreg.steps._step_hooks import StepDispatcher as StepDispatcher
-from lightning_normreg.steps._tracker import NormTracker as NormTracker, Row
+from lightning_normreg.steps._tracker import NormTracker as NormTracker
+from lightning_normreg.steps._tracker import Row
 
 
 def watch(

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lion_pytorch import Lion
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.plugins.precision import MixedPrecision

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_normreg import _metrics, functional as F
+from lightning_normreg import _metrics
+from lightning_normreg import functional as F
 from lightning_normreg.functional import _norms, _updates
 from lightning_normreg.functional._norms import accumulator, root_mean_square, row_norms
 from tests import reference

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, ReduceLROnPlateau, StepLR
 
-from lightning_normreg import DecayFreeLR, functional as F
+from lightning_normreg import DecayFreeLR
+from lightning_normreg import functional as F
 from tests.functional.test_recipes import DECAY, EXACT, STEPS, exact_muon, largest_angle, set_gradient, start
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {

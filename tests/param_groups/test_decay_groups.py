@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning_utilities.core import rank_zero
 from torch import nn
 from torch.nn.utils import parametrizations

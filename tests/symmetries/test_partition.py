@@ -6,7 +6,8 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_normreg._symmetries._partition import FLOOR, finest_partition
 
