@@ -21,9 +21,9 @@ State = dict[str, Any]
 def scale_exponent(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
     """Exponent p̂ = 1 − d log‖Δ‖ / d log‖w‖ of the step that an optimizer has just taken.
 
-    The derivative is taken with gradients, present and past, that are proportional to 1/‖w‖, and with the lengths of past steps as
-    they were. It differs from the rule's integer p where an absolute constant counts: with Adam's eps it is
-    p̂ = 1 + ⟨eps / (√v̂ + eps)⟩, weighted by the squared update, so 2 where eps outweighs the gradients.
+    The derivative is taken with gradients, present and past, that are proportional to 1/‖w‖, and with the lengths of
+    past steps as they were. It differs from the rule's integer p where an absolute constant counts: with Adam's eps it
+    is p̂ = 1 + ⟨eps / (√v̂ + eps)⟩, weighted by the squared update, so 2 where eps outweighs the gradients.
 
     To be called after the step, before gradients are cleared. The 0-dimensional tensor is on the parameter's device and
     not waited for. It is None where the exponent is not known: without a rule, without state, where processes have

@@ -60,14 +60,19 @@ class DecayFreeLR(LRScheduler):
     """
 
     def __init__(self, optimizer: Optimizer, schedule: LRScheduler | None = None, *, project: bool = False) -> None:
-        _check_schedule(schedule, optimizer)
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise TypeError(
+                "`schedule` must not need a metric, got ReduceLROnPlateau. Use one that goes with the steps."
+            )
+        if schedule is not None and schedule.optimizer is not optimizer:
+            raise ValueError("`schedule` must be made for the same `optimizer`, got one of another.")
         groups = optimizer.param_groups
         self.schedule = schedule
         self.project = project
         self._rules = [_convertible(optimizer, group) for group in groups]
         self._decays = [float(group["weight_decay"]) for group in groups]
         self._rates = [float(group["lr"]) for group in groups]
-        self._constants = [{key: group[key] for key in rule.group_degrees} for rule, group in self._rules_and(groups)]
+        self._constants = [{key: g[key] for key in r.group_degrees} for r, g in zip(self._rules, groups, strict=True)]
         self._radii = [_radius(group) if project and group["weight_decay"] else 0.0 for group in groups]
         self._growths = [1.0] * len(groups)
         self._buffers: list[float | None] = [None] * len(groups)
@@ -100,9 +105,6 @@ class DecayFreeLR(LRScheduler):
             self.schedule.load_state_dict(inner)
         self.__dict__.update(state)
 
-    def _rules_and(self, groups: list[Group]) -> list[tuple[UpdateRule, Group]]:
-        return list(zip(self._rules, groups, strict=True))
-
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Count the step; put weights back to their radius."""
         self._steps_to_follow += 1
@@ -120,11 +122,12 @@ class DecayFreeLR(LRScheduler):
                 'the last time. In Lightning return it with {"interval": "step", "frequency": 1}.'
             )
         if self._steps_to_follow:
-            for i, (rule, group) in enumerate(self._rules_and(self.optimizer.param_groups)):
-                self._follow_group(i, rule, group)
+            for i in range(len(self.scales)):
+                self._follow_group(i)
         self._steps_to_follow = 0
 
-    def _follow_group(self, i: int, rule: UpdateRule, group: Group) -> None:
+    def _follow_group(self, i: int) -> None:
+        rule, group = self._rules[i], self.optimizer.param_groups[i]
         before, after = self.scales[i], self._shrunk(i)
         self.scales[i] = after.scale * self._growths[i]
         self._buffers[i] = None if after.buffer is None else after.buffer * self._growths[i]
@@ -158,15 +161,7 @@ class DecayFreeLR(LRScheduler):
 
     def _converted(self, i: int) -> float:
         exponent = EXPONENTS[self._rules[i].family]
-        shrunk = self._shrunk(i).scale
-        return self._rates[i] / (self.scales[i] ** (exponent - 1) * shrunk)
-
-
-def _check_schedule(schedule: LRScheduler | None, optimizer: Optimizer) -> None:
-    if isinstance(schedule, ReduceLROnPlateau):
-        raise TypeError("`schedule` must not need a metric, got ReduceLROnPlateau. Use one that goes with the steps.")
-    if schedule is not None and schedule.optimizer is not optimizer:
-        raise ValueError("`schedule` must be made for the same `optimizer`, got one of another.")
+        return self._rates[i] / (self.scales[i] ** (exponent - 1) * self._shrunk(i).scale)
 
 
 def _convertible(optimizer: Optimizer, group: Group) -> UpdateRule:

@@ -24,12 +24,8 @@ def load_by_name(
 ) -> list[RemovableHandle]:
     """Let optimizers load a state that was saved with other parameter groups, until the handles are removed.
 
-    A state whose groups are as long as the optimizer's, and have the same names if any, is loaded as it is.
-
-    Args:
-        optimizers: Fresh ones.
-        module: Whose parameters they have.
-        schedulers: Learning-rate schedulers with the states that they are going to load, which are changed in place.
+    A state whose groups are as long as the optimizer's, and have the same names if any, is loaded as it is. Schedulers
+    come with the states that they are going to load, which are changed in place.
     """
     named = [(clean_name(name), p) for name, p in module.named_parameters()]
     hook = _Regroup(named, schedulers)
@@ -59,14 +55,21 @@ class _Regroup:
     def _in_order(self, optimizer: Optimizer, state: State) -> list[str]:
         """Names of the parameters in the one group of a state without names, as ``module.parameters()`` has them."""
         groups = state["param_groups"]
-        count = len(groups[0]["params"])
+        numbers = groups[0]["params"]
         everything = [name for name, _ in self._named]
         trained = [name for name, p in self._named if p.requires_grad]
-        if len(groups) == 1:
-            for names in (everything, trained):
-                if len(names) == count and self._fits(state, dict(zip(groups[0]["params"], names, strict=True))):
-                    return names
-        raise ValueError(_no_names(optimizer, state))
+        for names in (everything, trained) if len(groups) == 1 else ():
+            if len(names) == len(numbers) and self._fits(state, dict(zip(numbers, names, strict=True))):
+                return names
+        own = [len(g["params"]) for g in optimizer.param_groups]
+        raise ValueError(
+            f"The checkpoint's {type(optimizer).__name__} has parameter groups of "
+            f"{[len(g['params']) for g in groups]} parameters and this run's of {own}; they can be mapped by name "
+            "where the checkpoint has names (those of decay_groups, or parameters that the optimizer was given as "
+            "module.named_parameters()) or one group with all parameters of the module, which it has not. Configure "
+            "the groups of the run that wrote it, or load the weights alone, for example by "
+            "load_from_checkpoint(path), and start the optimizer afresh."
+        )
 
     def _fits(self, state: State, names: Mapping[int, str]) -> bool:
         """Whether entries of the state have shapes that go with the parameters."""
@@ -120,18 +123,6 @@ def _source(optimizer: Optimizer, old: list[State], candidates: list[int], names
             "Configure groups that divide those of the checkpoint, or load the weights alone."
         )
     return candidates[0] if candidates else 0
-
-
-def _no_names(optimizer: Optimizer, state: State) -> str:
-    lengths = [len(g["params"]) for g in state["param_groups"]]
-    own = [len(g["params"]) for g in optimizer.param_groups]
-    return (
-        f"The checkpoint's {type(optimizer).__name__} has parameter groups of {lengths} parameters and this run's of "
-        f"{own}; they can be mapped by name where the checkpoint has names (those of decay_groups, or parameters that "
-        "the optimizer was given as module.named_parameters()) or one group with all parameters of the module, which "
-        "it has not. Configure the groups of the run that wrote it, or load the weights alone, for example by "
-        "load_from_checkpoint(path), and start the optimizer afresh."
-    )
 
 
 def _say(optimizer: Optimizer, saved: list[list[str]], wanted: list[list[str]]) -> None:

@@ -21,10 +21,10 @@ def rescale_(
 ) -> dict[str, Any]:
     """Multiply a scale-invariant weight by c while it trains, without a change to where its direction goes.
 
-    Gradients of the weight are multiplied by 1/c from then on. Its gradient and its optimizer's state are multiplied by the power
-    of c by which they go, the learning rate by c^p, weight decay by c^−2 (coupled) or c^−p (decoupled), and eps and
-    other absolute constants by theirs. As these belong to a parameter group, the weight gets one of its own, split off
-    from that which it was in, unless it is alone there.
+    Gradients of the weight are multiplied by 1/c from then on. Its gradient and its optimizer's state are multiplied
+    by the power of c by which they go, the learning rate by c^p, weight decay by c^−2 (coupled) or c^−p (decoupled),
+    and eps and other absolute constants by theirs. As these belong to a parameter group, the weight gets one of its
+    own, split off from that which it was in, unless it is alone there.
 
     Directions then agree to rounding; Muon and SOAP round to lower precision inside. One eps that stands in two places,
     as in AdamP and LAMB, follows where it counts more. What is outside of the optimizer does not follow: clipping by
@@ -79,15 +79,11 @@ def rescale_(
 def _rule(optimizer: Optimizer, group: Group, parameter: Tensor) -> UpdateRule:
     name, found, state = type(optimizer).__name__, find_rule(optimizer, group), optimizer.state.get(parameter)
     rule = found.rescaled_as if isinstance(found, NoRule) else found
-    if rule is None:
-        why = f": it {found.why}" if isinstance(found, NoRule) else ""
+    if rule is None or rule.state_degrees is None:
+        missing = "steps are" if rule is None else "state is"
+        why = f": it {found.why}" if rule is None and isinstance(found, NoRule) else ""
         raise ValueError(
-            f"`optimizer` must be one whose steps are known, got {name}{why}. Describe your own by "
-            f"register_update_rule({name}, exponent=…, decay=…, state_degrees=…)."
-        )
-    if rule.state_degrees is None:
-        raise ValueError(
-            f"`optimizer` must be one whose state is known, got {name}. Describe your own by "
+            f"`optimizer` must be one whose {missing} known, got {name}{why}. Describe your own by "
             f"register_update_rule({name}, exponent=…, decay=…, state_degrees=…)."
         )
     if isinstance(found, NoRule) and sum(len(g["params"]) for g in optimizer.param_groups) > 1:
@@ -123,8 +119,7 @@ def _multiply_group(group: Group, rule: UpdateRule, factor: float, rate: float) 
     decay = {"coupled": -2.0, "decoupled": -rate, "none": 0.0}[rule.decay]
     degrees: dict[str, Any] = {"weight_decay": decay if rule.decay_degree is None else rule.decay_degree}
     degrees |= dict.fromkeys((rule.lr_key, *GROUP_RATES), rate)
-    degrees |= rule.group_degrees
-    for key, degree in degrees.items():
+    for key, degree in {**degrees, **rule.group_degrees}.items():
         if key in group:
             group[key] = _scaled(group[key], factor, degree, group)
 

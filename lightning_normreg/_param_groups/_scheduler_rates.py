@@ -44,17 +44,7 @@ def flatten(schedulers: Iterable[Scheduler]) -> list[Scheduler]:
 
 
 def check_schedulers(optimizer: Optimizer, schedulers: Sequence[Scheduler], rates: bool) -> None:
-    """Refuse schedulers that cannot follow.
-
-    Args:
-        optimizer: The optimizer that they must be of.
-        schedulers: All of its schedulers.
-        rates: Whether the learning rate of one group is about to change.
-
-    Raises:
-        TypeError: For a scheduler that is not torch's own.
-        ValueError: For one of another optimizer, one with a bound that all groups share, or if one is missing.
-    """
+    """Refuse schedulers that cannot follow a new group, or (``rates``) a change to the learning rate of one group."""
     if not schedulers and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         raise ValueError(
             f"`schedulers` must name the learning-rate schedulers of this {type(optimizer).__name__}, got none. They "

@@ -18,10 +18,9 @@ _ORIGIN = "split_from"
 def split_off(optimizer: Optimizer, parameter: Tensor, schedulers: Sequence[Scheduler]) -> int:
     """Index of the group that a parameter has for itself; it is split off unless it is alone in its group."""
     groups = optimizer.param_groups
-    places = [
+    ((index, position),) = (
         (g, position) for g, group in enumerate(groups) for position, p in enumerate(group["params"]) if p is parameter
-    ]
-    ((index, position),) = places
+    )
     if len(groups[index]["params"]) == 1:
         return index
     _split(optimizer, index, position, schedulers)

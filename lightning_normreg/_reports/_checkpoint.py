@@ -70,7 +70,10 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        damaged = _damaged_entry(path)
+        damaged = None
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # looks at the checksums, which torch writes and does not read
     except Exception as error:  # whatever a damaged file leads to
         raise CheckpointError(_why(path, error)) from error
     if damaged is not None:
@@ -81,14 +84,6 @@ def _load(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, no checkpoint and no state dict.")
     return content
-
-
-def _damaged_entry(path: Path) -> str | None:
-    """Look at the checksums of a file's entries, which torch writes and does not read."""
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
 
 
 def _why(path: Path, error: Exception) -> str:
@@ -177,12 +172,9 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, ScaleInvariance] | None:
     callbacks = content.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         if isinstance(state, Mapping) and isinstance(state.get("invariance"), Mapping):
-            try:
-                verdict = load_verdict(state["invariance"])
-            except ValueError:  # another callback's, or of another version
-                continue
-            if verdict:
-                return verdict
+            with suppress(ValueError):  # another callback's, or of another version
+                if verdict := load_verdict(state["invariance"]):
+                    return verdict
     return None
 
 

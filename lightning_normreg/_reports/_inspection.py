@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,13 +137,11 @@ def _equilibrium(
         try:
             found[key] = formula(rates)
         except ValueError as error:
+            why = f"no equilibrium is predicted. {error}"
             if "gradient_norm" in str(error):
-                quantity = key.replace("_", " ")
-                blanks.append(
-                    f"the {quantity} of {group.optimizer} depends on the size of gradients, which is not known here."
-                )
-            else:
-                blanks.append(f"no equilibrium is predicted. {error}")
+                what = f"the {key.replace('_', ' ')} of {group.optimizer}"
+                why = f"{what} depends on the size of gradients, which is not known here."
+            blanks.append(why)
     return found
 
 
@@ -154,7 +152,7 @@ def _number(value: Any) -> float | None:
 def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:
     """The rows as a table for the terminal."""
     table = Table(title=title, caption=_CAPTION)
-    columns = {
+    columns: dict[str, Callable[[InspectedParameter], str]] = {
         "parameter": lambda r: r.parameter,
         "shape": lambda r: "×".join(map(str, r.shape)),
         "‖w‖": lambda r: f"{r.norm:.4g}",
@@ -167,7 +165,9 @@ def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:
         "group": lambda r: r.group or "",
         "lr": lambda r: _cell(r.lr),
         "decay": lambda r: _cell(r.weight_decay),
-        "lr/n^p": _effective,
+        "lr/n^p": lambda r: (
+            _cell(r.effective_lr) if r.effective_lr_not_invariant is None else f"({r.effective_lr_not_invariant:.4g})"
+        ),
     }
     if len({(row.optimizer, row.group) for row in rows if row.group is not None}) < 2:
         del columns["group"]
@@ -186,9 +186,3 @@ _CAPTION = (
 
 def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
-
-
-def _effective(row: InspectedParameter) -> str:
-    if row.effective_lr_not_invariant is not None:
-        return f"({row.effective_lr_not_invariant:.4g})"
-    return _cell(row.effective_lr)

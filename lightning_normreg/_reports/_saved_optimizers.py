@@ -57,9 +57,6 @@ def saved_groups(states: Sequence[Mapping[str, Any]], given: Sequence[str] = ())
     """The groups of all optimizers of a checkpoint, and what is assumed of them, in sentences.
 
     The user may have named their classes: one for all, or one for each.
-
-    Raises:
-        CheckpointError: If the number of classes is another, one is unknown, or a state cannot be of its class.
     """
     if len(given) not in (0, 1, len(states)):
         raise CheckpointError(f"the checkpoint has {len(states)} optimizers, got {len(given)} classes. Name one each.")
@@ -71,7 +68,6 @@ def saved_groups(states: Sequence[Mapping[str, Any]], given: Sequence[str] = ())
         said.append(_words(label, name, candidates, state))
         for index, group in enumerate(state["param_groups"]):
             own = str(group.get("name", index))
-            rules = tuple(rule for c in candidates for rule in named_rules(c, group))
             params = tuple(group["params"])
             named = params and all(isinstance(p, str) for p in params)  # sharded runs number nothing
             names = params if named else group.get("param_names")
@@ -79,7 +75,7 @@ def saved_groups(states: Sequence[Mapping[str, Any]], given: Sequence[str] = ())
                 SavedGroup(
                     label=f"{number}:{own}" if len(states) > 1 else own,
                     settings={key: value for key, value in group.items() if key not in ("params", "param_names")},
-                    rules=rules,
+                    rules=tuple(rule for c in candidates for rule in named_rules(c, group)),
                     optimizer=" or ".join(candidates),
                     params=params,
                     names=tuple(names) if names is not None and len(names) == len(params) else None,
@@ -121,8 +117,8 @@ def _checked(name: str, state: Mapping[str, Any], label: str) -> str:
         other = _entries(state) - set(known[1].split())
         coupled = name.endswith("AdamW") and group.get("decoupled_weight_decay") is False
         if missing or other or coupled:
-            why = f"its groups have no {', '.join(sorted(missing))}" if missing else "its decay is not decoupled"
-            why = f"it keeps {', '.join(sorted(other))}" if other and not missing else why
+            why = f"it keeps {', '.join(sorted(other))}" if other else "its decay is not decoupled"
+            why = f"its groups have no {', '.join(sorted(missing))}" if missing else why
             raise CheckpointError(f"{label} cannot be {name}: {why}. Name another class, or leave it out.")
     return name
 

@@ -10,6 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_normreg._compat import is_named
+from lightning_normreg.callbacks._base import callbacks_of
 from lightning_normreg.steps._projector import Projector
 
 if TYPE_CHECKING:
@@ -20,12 +21,8 @@ _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 def find_averaging(trainer: Trainer, callback: object, wanted: bool) -> list[Any]:
-    """Lightning's averaging callbacks of a Trainer; without ``wanted`` it is said what they do to norms.
-
-    Raises:
-        ValueError: If they are wanted and there is none, or one comes after ``callback``.
-    """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    """Lightning's averaging callbacks of a Trainer; without ``wanted`` it is said what they do to norms."""
+    callbacks = callbacks_of(trainer)
     found = [c for c in callbacks if is_named(c, *_AVERAGING)]
     names, mine = ", ".join(type(c).__name__ for c in found), type(callback).__name__
     if not wanted:
@@ -53,11 +50,6 @@ class AveragedWeights:
     """The targets of a projection in the averaged copy that a callback keeps of the module.
 
     The average itself goes on as it was: it is projected only for as long as somebody looks at it.
-
-    Args:
-        averaging: WeightAveraging, or a callback derived from it.
-        module: The module that is trained.
-        projector: Of the module's weights.
     """
 
     def __init__(self, averaging: Any, module: nn.Module, projector: Projector) -> None:

@@ -69,17 +69,18 @@ def run_of(trainer: Trainer) -> Run:
 
 
 def optimizers_of(trainer: Trainer) -> list[Optimizer]:
-    """The torch optimizers behind a Trainer's optimizers.
-
-    Raises:
-        TypeError: If one is no torch optimizer and wraps none.
-    """
+    """The torch optimizers behind a Trainer's optimizers."""
     return [torch_optimizer(optimizer) for optimizer in trainer.optimizers]
 
 
 def batches_that_stepped(trainer: Trainer) -> int:
     """The x-axis of ``LearningRateMonitor`` and ``self.log``: one step for all optimizers of a batch."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """A Trainer's callbacks; an attribute that its class does not declare."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def log_interval(trainer: Trainer) -> int:
@@ -213,14 +214,13 @@ class StepCallback(CallbackBase):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hooks off."""
-        _end(trainer)
+        self._end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off: after an exception there is no teardown."""
-        _end(trainer)
+        self._end(trainer)
 
-
-def _end(trainer: Trainer) -> None:
-    run = _RUNS.pop(trainer, None)
-    if run is not None:
-        run.dispatcher.remove()
+    def _end(self, trainer: Trainer) -> None:
+        run = _RUNS.pop(trainer, None)
+        if run is not None:
+            run.dispatcher.remove()

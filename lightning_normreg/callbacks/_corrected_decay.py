@@ -86,16 +86,7 @@ class CorrectedDecay(StepCallback):
             f"CorrectedDecay: the decay of {len(targets)} scale-invariant weights is proportional to lr/lr_max."
         )
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the optimizers as they were."""
-        self._restore()
-        super().teardown(trainer, pl_module, stage)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Also after a step that raised."""
-        self._restore()
-        super().on_exception(trainer, pl_module, exception)
-
-    def _restore(self) -> None:
+    def _end(self, trainer: Trainer) -> None:
         if self._corrector is not None:
             self._corrector.restore()
+        super()._end(trainer)

@@ -151,10 +151,11 @@ class EffectiveLRMonitor(Monitor):
         super()._begin(trainer, pl_module, verdict)
         tracker = self._rotations()
         tracker.explain_rules(optimizers_of(trainer))
-        if self._interval(trainer):
-            size = sum(tracker.allocate(optimizer) for optimizer in optimizers_of(trainer))
-            rank_zero_info(f"EffectiveLRMonitor keeps a copy of the watched weights: {size / 1e6:.3g} MB.")
-        if self.equilibrium and self._interval(trainer):
+        if not self._interval(trainer):
+            return
+        size = sum(tracker.allocate(optimizer) for optimizer in optimizers_of(trainer))
+        rank_zero_info(f"EffectiveLRMonitor keeps a copy of the watched weights: {size / 1e6:.3g} MB.")
+        if self.equilibrium:
             self._equilibria = Equilibria(tracker.watched, run_of(trainer).claims.__contains__)
             run_of(trainer).dispatcher.subscribe(self._equilibria)
             if "equilibria" in self._restored:
@@ -179,10 +180,7 @@ class EffectiveLRMonitor(Monitor):
     def equilibrium_status(self) -> list[str]:
         """Which layers are at equilibrium and since when, which are not, and for which the run is too short."""
         words = {} if self._equilibria is None else self._equilibria.words()
-        found = []
-        for said, names in words.items():
-            found.append(f"{listed(names)}: {said}.")
-        return found
+        return [f"{listed(names)}: {said}." for said, names in words.items()]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which layers have come to equilibrium."""

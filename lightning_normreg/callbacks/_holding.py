@@ -11,10 +11,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import is_named
 from lightning_normreg._symmetries import ProbeError
-from lightning_normreg._weights import UnitArgument, Verdict, Watched, check_selection, reshard, strong, watch
+from lightning_normreg._weights import UnitArgument, Verdict, Watched, reshard, strong
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
-from lightning_normreg.callbacks._base import StepCallback, batches_that_stepped, log_interval, optimizers_of, run_of
+from lightning_normreg.callbacks._base import batches_that_stepped, callbacks_of, log_interval, optimizers_of, run_of
 from lightning_normreg.callbacks._probing import few_samples
+from lightning_normreg.callbacks._selecting import WeightCallback
 from lightning_normreg.steps._batch_norms import keep_batch_norms
 from lightning_normreg.steps._projector import Projector, Radius, check_radius_argument
 from lightning_normreg.steps._targets import OnNotInvariant, check_eps_shares, choose_targets
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class NormHolder(StepCallback):
+class NormHolder(WeightCallback):
     """Holds the units of some weights at a radius, in the optimizer's step hooks; the subclass says by what.
 
     The arguments are those of :class:`lightning_normreg.NormProjection`, which has this constructor.
@@ -41,15 +42,11 @@ class NormHolder(StepCallback):
         on_not_invariant: OnNotInvariant = "raise",
         project_averaged: bool = False,
     ) -> None:
-        super().__init__(invariance)
+        super().__init__(unit, include, exclude, invariance)
         check_radius_argument(radius)
-        check_selection(unit, include, exclude)
         if on_not_invariant not in ("raise", "skip", "allow"):
             raise ValueError(f"`on_not_invariant` must be 'raise', 'skip' or 'allow', got {on_not_invariant!r}.")
         self.radius = radius
-        self.unit = unit
-        self.include = include
-        self.exclude = exclude
         self.on_not_invariant = on_not_invariant
         self.project_averaged = project_averaged
         self._reset()
@@ -66,23 +63,17 @@ class NormHolder(StepCallback):
         self._averaging: list[Any] = []
         self._averaged: list[AveragedWeights] = []
 
-    @property
-    def state_key(self) -> str:
-        """Key of the callback's state; two projections of different weights have different ones."""
-        return self._generate_state_key(include=self.include, exclude=self.exclude, unit=self.unit)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)
-        named = watch(run_of(trainer).named, self.include, self.exclude, self.unit)
+        named = self._selected(trainer)
         if self.include is not None:
             _refuse_idle(trainer, named)
         self._averaging = find_averaging(trainer, self, self.project_averaged)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         verdict = strong(verdict)
-        watched = watch(run_of(trainer).named, self.include, self.exclude, self.unit, verdict or None)
-        named, callback = self.include is not None, type(self).__name__
+        watched, named, callback = self._selected(trainer, verdict), self.include is not None, type(self).__name__
         targets = choose_targets(watched, verdict, named=named, otherwise=self.on_not_invariant, callback=callback)
         check_eps_shares(targets, verdict, self.radius)
         self._projector = self._make_projector(targets)
@@ -189,8 +180,7 @@ class NormHolder(StepCallback):
 
 def held_norms(trainer: Trainer) -> dict[str, tuple[float, float]]:
     """What :meth:`NormHolder.held` says, of all callbacks of a Trainer."""
-    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
-    holders = [callback for callback in callbacks if isinstance(callback, NormHolder)]
+    holders = [callback for callback in callbacks_of(trainer) if isinstance(callback, NormHolder)]
     return {name: norms for holder in holders for name, norms in holder.held().items()}
 
 
@@ -217,7 +207,7 @@ def _say_rounding(targets: list[Watched]) -> None:
 
 def _refuse_idle(trainer: Trainer, targets: list[Watched]) -> None:
     """Refuse weights that nothing updates, unless a finetuning callback may thaw them."""
-    thaws = any(is_named(callback, "BaseFinetuning") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    thaws = any(is_named(callback, "BaseFinetuning") for callback in callbacks_of(trainer))
     optimized = {t.name for t in Projector(targets, "auto").optimized(optimizers_of(trainer))}
     idle = [t.name for t in targets if t.name not in optimized or not t.parameter.requires_grad]
     if idle and not thaws:

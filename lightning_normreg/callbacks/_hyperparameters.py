@@ -7,7 +7,6 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_normreg._compat import is_named
 from lightning_normreg._optimizers import update_rule
 
 SETTINGS = ("lr", "weight_decay", "momentum", "betas", "nesterov")
@@ -39,12 +38,6 @@ def hyperparameters(optimizers: Sequence[Optimizer], radii: Iterable[object]) ->
     for radius in radii:
         found["normreg/radius"] = str(radius)
     return found
-
-
-def log_hyperparameters(logger: Any, found: dict[str, str | float]) -> None:
-    """Add them to what a logger has, where it is known to merge."""
-    if is_named(logger, *MERGING):
-        logger.log_hyperparams(found)
 
 
 def _add(found: dict[str, str | float], key: str, optimizer: Optimizer, values: list[Any]) -> None:

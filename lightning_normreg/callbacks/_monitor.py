@@ -11,18 +11,14 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg import _metrics
+from lightning_normreg._compat import is_named
 from lightning_normreg._metrics import Curve
 from lightning_normreg._plot import History
-from lightning_normreg._weights import UnitArgument, Verdict, Watched, check_selection, watch
-from lightning_normreg.callbacks._base import (
-    StepCallback,
-    batches_that_stepped,
-    log_interval,
-    optimizers_of,
-    run_of,
-)
-from lightning_normreg.callbacks._hyperparameters import hyperparameters, log_hyperparameters
+from lightning_normreg._weights import UnitArgument, Verdict, Watched
+from lightning_normreg.callbacks._base import batches_that_stepped, callbacks_of, log_interval, optimizers_of, run_of
+from lightning_normreg.callbacks._hyperparameters import MERGING, hyperparameters
 from lightning_normreg.callbacks._norm_projection import NormProjection
+from lightning_normreg.callbacks._selecting import WeightCallback
 from lightning_normreg.callbacks._tensorboard import write_beside
 from lightning_normreg.steps._tracker import Row, Tracker
 
@@ -35,26 +31,29 @@ PerLayer = bool | Literal["auto"]
 MANY_LAYERS, SHOWN_LAYERS = 32, 8
 
 
-class Monitor(StepCallback):
-    """A callback that measures updates and logs them; the subclass says which curves."""
+class Monitor(WeightCallback):
+    """A callback that measures updates and logs them; the subclass says which curves.
+
+    The arguments are those of :class:`lightning_normreg.WeightNormMonitor`, which has this constructor.
+    """
 
     waits_for_observer = True
     summaries: tuple[Curve, ...] = ()
 
     def __init__(
         self,
+        every_n_steps: int | None = None,
         *,
-        every_n_steps: int | None,
-        include: Sequence[str] | None,
-        exclude: Sequence[str],
-        unit: UnitArgument,
-        per_layer: PerLayer,
-        logging_interval: Literal["step", "epoch"],
-        prefix: str,
-        invariance: str | Mapping[str, Any] | None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        unit: UnitArgument = "auto",
+        invariance: str | Mapping[str, Any] | None = None,
+        histograms: bool = False,
+        per_layer: PerLayer = "auto",
+        logging_interval: Literal["step", "epoch"] = "step",
+        prefix: str = _metrics.PREFIX,
     ) -> None:
-        super().__init__(invariance)
-        check_selection(unit, include, exclude)
+        super().__init__(unit, include, exclude, invariance)
         if every_n_steps is not None and not (isinstance(every_n_steps, int) and every_n_steps > 0):
             raise ValueError(f"`every_n_steps` must be a positive integer or None, got {every_n_steps!r}. "
                              "Use None for the Trainer's `log_every_n_steps`.")  # fmt: skip
@@ -62,14 +61,12 @@ class Monitor(StepCallback):
             raise ValueError(f"`per_layer` must be True, False or 'auto', got {per_layer!r}.")
         if logging_interval not in ("step", "epoch"):
             raise ValueError(f"`logging_interval` must be 'step' or 'epoch', got {logging_interval!r}.")
-        self.every_n_steps = every_n_steps
-        self.include = include
-        self.exclude = exclude
-        self.unit = unit
-        self.per_layer = per_layer
         if not isinstance(prefix, str) or prefix != prefix.strip("/"):
             raise ValueError(f"`prefix` must be the first part of tags, without a slash around it, got {prefix!r}. "
                              "Use for example 'generator', or '' for none.")  # fmt: skip
+        self.every_n_steps = every_n_steps
+        self.histograms = histograms
+        self.per_layer = per_layer
         self.logging_interval = logging_interval
         self.prefix = prefix
         self._reset()
@@ -81,11 +78,6 @@ class Monitor(StepCallback):
         self._first: dict[str, float] = {}
         self._logged_once = False
         self._step = 0
-
-    @property
-    def state_key(self) -> str:
-        """Key of the callback's state; two monitors that watch different weights have different ones."""
-        return self._generate_state_key(include=self.include, exclude=self.exclude, unit=self.unit)
 
     @abstractmethod
     def _make_tracker(self, watched: list[Watched]) -> Tracker:
@@ -110,7 +102,7 @@ class Monitor(StepCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)
-        self._choose_layers(watch(run_of(trainer).named, self.include, self.exclude, self.unit))
+        self._choose_layers(self._selected(trainer))
         if not trainer.loggers:
             rank_zero_warn(
                 f"The Trainer has no logger, so the curves of {type(self).__name__} go to `trainer.callback_metrics` "
@@ -118,8 +110,7 @@ class Monitor(StepCallback):
             )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        watched = watch(run_of(trainer).named, self.include, self.exclude, self.unit, verdict or None)
-        self._tracker = self._make_tracker(watched)
+        self._tracker = self._make_tracker(self._selected(trainer, verdict))
         run_of(trainer).dispatcher.subscribe(self._tracker)
 
     def _choose_layers(self, watched: list[Watched]) -> None:
@@ -140,12 +131,12 @@ class Monitor(StepCallback):
         super().on_train_start(trainer, pl_module)
         if not run_of(trainer).layout_written and trainer.is_global_zero:
             run_of(trainer).layout_written = True
-            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            radii = [callback.radius for callback in callbacks if isinstance(callback, NormProjection)]
+            radii = [callback.radius for callback in callbacks_of(trainer) if isinstance(callback, NormProjection)]
             found = hyperparameters(optimizers_of(trainer), radii)
             for logger in trainer.loggers:
                 write_beside(logger, self.prefix, found)
-                log_hyperparameters(logger, found)
+                if is_named(logger, *MERGING):
+                    logger.log_hyperparams(found)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Decide whether the updates of this batch are measured."""
@@ -168,7 +159,12 @@ class Monitor(StepCallback):
             return
         self._logged_once = True
         self._complete(trainer, row)
-        values = self._layer_values(row) | self._summary_values(row)
+        values = {
+            _metrics.tag(curve, name, self.prefix): value
+            for name, layer in row.items()
+            if name in self._shown
+            for curve, value in layer.items()
+        } | self._summary_values(row)
         if self.logging_interval == "step":
             self._log(trainer, values)
             return
@@ -186,14 +182,6 @@ class Monitor(StepCallback):
             self._log(trainer, {tag: total / count for tag, (total, count) in self._sums.items()})
             self._sums.clear()
 
-    def _layer_values(self, row: Row) -> dict[str, float]:
-        shown = {name: values for name, values in row.items() if name in self._shown}
-        return {
-            _metrics.tag(curve, name, self.prefix): value
-            for name, values in shown.items()
-            for curve, value in values.items()
-        }
-
     def _summary_values(self, row: Row) -> dict[str, float]:
         """Minimum, median and maximum over layers; of effective rates only the ratios, see the word's definition."""
         found: dict[str, float] = {}
@@ -202,10 +190,9 @@ class Monitor(StepCallback):
             if curve is _metrics.EFFECTIVE_LR:
                 values = {name: v / first for name, v in values.items() if (first := self._reference(name, v)) > 0}
             if values:
-                numbers = list(values.values())
-                for statistic, value in zip(
-                    _metrics.STATISTICS, (min(numbers), median(numbers), max(numbers)), strict=True
-                ):
+                numbers = [*values.values()]
+                shown = (min(numbers), median(numbers), max(numbers))
+                for statistic, value in zip(_metrics.STATISTICS, shown, strict=True):
                     found[_metrics.summary_tag(curve, statistic, self.prefix)] = value
         return found
 
@@ -226,11 +213,8 @@ class Monitor(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that the checkpoint loads with ``weights_only=True``."""
-        return super().state_dict() | {
-            "logged_once": self._logged_once,
-            "first": dict(self._first),
-            "sums": dict(self._sums),
-        }
+        own = {"logged_once": self._logged_once, "first": dict(self._first), "sums": dict(self._sums)}
+        return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""

@@ -75,13 +75,13 @@ class NormSummary(StepCallback):
 
     def _show(self, trainer: Trainer) -> None:
         console = Console()
+        said = " ".join(self._sentences)
         console.print(summary_table(self._rows))
-        console.print(" ".join(self._sentences))
-        text = markdown_summary(self._rows) + "\n\n" + " ".join(self._sentences)
+        console.print(said)
         for logger in trainer.loggers:
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if callable(add_text):
-                add_text("norm_summary", text)
+                add_text("norm_summary", f"{markdown_summary(self._rows)}\n\n{said}")
 
 
 def summary_of(trainer: Trainer, verdict: Verdict) -> tuple[list[SummaryRow], list[str]]:

@@ -32,11 +32,7 @@ LARGEST = 500_000_000
 
 
 def probe(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Verdict:
-    """Ask the module's own ``training_step`` on a few samples; every rank takes what rank 0 finds.
-
-    Returns:
-        The verdict, empty where the module cannot be probed, which is then said with the reason and the remedy.
-    """
+    """Ask the module's own ``training_step`` on a few samples; every rank takes what rank 0 finds, empty if nothing."""
     started = time.perf_counter()
     try:
         verdict = _on_few_samples(pl_module, batch)

@@ -32,27 +32,17 @@ MARGINS: dict[str, Curve] = {
 
 
 def layout(prefix: str = _metrics.PREFIX, logger_prefix: str = "") -> dict[str, dict[str, list[Any]]]:
-    """The layout, as ``SummaryWriter.add_custom_scalars`` takes it.
-
-    TensorBoard reads the tags of lines as regexes, and those of margins as they are.
-
-    Args:
-        prefix: First part of the tags.
-        logger_prefix: What the logger puts in front of every tag.
-    """
-    start = "^" + re.escape(logger_prefix)
-    lines = {
-        title: ["Multiline", [start + re.escape(_metrics.tag(curve, "", prefix)) for curve in curves]]
-        for title, curves in CHARTS.items()
-    }
-    margins = {
-        title: [
-            "Margin",
-            [f"{logger_prefix}{_metrics.summary_tag(curve, s, prefix)}" for s in ("median", "min", "max")],
-        ]
-        for title, curve in MARGINS.items()
-    }
-    return {"normalization": lines | margins}
+    """The layout, as ``SummaryWriter.add_custom_scalars`` takes it."""
+    start = "^" + re.escape(
+        logger_prefix
+    )  # TensorBoard reads the tags of lines as regexes, those of margins as they are
+    charts: dict[str, list[Any]] = {}
+    for title, curves in CHARTS.items():
+        charts[title] = ["Multiline", [start + re.escape(_metrics.tag(curve, "", prefix)) for curve in curves]]
+    for title, curve in MARGINS.items():
+        tags = [f"{logger_prefix}{_metrics.summary_tag(curve, s, prefix)}" for s in ("median", "min", "max")]
+        charts[title] = ["Margin", tags]
+    return {"normalization": charts}
 
 
 def write_beside(logger: Any, prefix: str, hyperparameters: Mapping[str, str | float]) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_normreg import _metrics
-from lightning_normreg._weights import UnitArgument, Watched
-from lightning_normreg.callbacks._monitor import Monitor, PerLayer
+from lightning_normreg._weights import Watched
+from lightning_normreg.callbacks._monitor import Monitor
 from lightning_normreg.callbacks._tensorboard import takes_histograms, write_histograms
 from lightning_normreg.steps._tracker import NormTracker, Row, Tracker
 
@@ -65,31 +64,6 @@ class WeightNormMonitor(Monitor):
     """
 
     summaries = (_metrics.UNIT_NORM_RMS,)
-
-    def __init__(
-        self,
-        every_n_steps: int | None = None,
-        *,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        unit: UnitArgument = "auto",
-        invariance: str | Mapping[str, Any] | None = None,
-        histograms: bool = False,
-        per_layer: PerLayer = "auto",
-        logging_interval: Literal["step", "epoch"] = "step",
-        prefix: str = _metrics.PREFIX,
-    ) -> None:
-        super().__init__(
-            every_n_steps=every_n_steps,
-            include=include,
-            exclude=exclude,
-            unit=unit,
-            invariance=invariance,
-            per_layer=per_layer,
-            logging_interval=logging_interval,
-            prefix=prefix,
-        )
-        self.histograms = histograms
 
     def _reset(self) -> None:
         super()._reset()

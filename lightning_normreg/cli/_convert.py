@@ -32,11 +32,7 @@ _TYPES: dict[str, type] = {"nesterov": bool, "betas": list[float], "shape": list
 
 
 def convert(args: list[str]) -> None:
-    """Rewrite a recipe with weight decay as one with projection or a schedule, or back.
-
-    Args:
-        args: The recipe and what to make of it.
-    """
+    """Rewrite a recipe with weight decay as one with projection or a schedule, or back."""
     parser = _parser()
     options = parser.parse_args(args)
     try:
@@ -60,11 +56,7 @@ def convert(args: list[str]) -> None:
 
 
 # Arguments that would be left unused.
-_UNUSED = {
-    "projection": ("decayed_lr",),
-    "schedule": ("decayed_lr", "radius"),
-    "decay": (),
-}
+_UNUSED = {"projection": ("decayed_lr",), "schedule": ("decayed_lr", "radius"), "decay": ()}
 
 
 def _given(options: Any) -> Recipe:
@@ -77,16 +69,12 @@ def _given(options: Any) -> Recipe:
             raise ArgumentRefused(key, f"it must be positive, got {options[key]}.")
     settings = {key: options[key] for key in _SETTINGS if options[key] is not None}
     unit = {key: options[key] for key in OF_THE_UNIT if options[key] is not None}
+    wanted = {"lr": options.decayed_lr, "weight_decay": options.weight_decay} if options.to == "decay" else {}
+    undo = {key: value for key, value in wanted.items() if value is not None}
     recipe = _from_arguments(options) if options.recipe is None else _from_file(options)
     if recipe.form == "projection" and options.to == "decay" and options.weight_decay is not None:
         raise ArgumentRefused("weight_decay", "that is what is looked for. Leave it out, or give --decayed_lr.")
-    return replace(recipe, settings=recipe.settings | settings, unit=recipe.unit | unit)
-
-
-def _wanted(options: Any) -> dict[str, float]:
-    """What the recipe is to have when it has decay again."""
-    wanted = {"lr": options.decayed_lr, "weight_decay": options.weight_decay}
-    return {key: value for key, value in wanted.items() if value is not None}
+    return replace(recipe, settings=recipe.settings | settings, unit=recipe.unit | unit, undo=recipe.undo | undo)
 
 
 def _from_file(options: Any) -> Recipe:
@@ -97,7 +85,7 @@ def _from_file(options: Any) -> Recipe:
         read = read_recipe(options.recipe, options.steps, options.steps_per_epoch)
         if read.form == "decay" and options.to == "schedule" and not isinstance(read.lr, list):
             raise ValueError("a schedule has a rate for each step. Say by --steps how many.")
-    return replace(read, undo=read.undo | _wanted(options)) if options.to == "decay" else read
+    return read
 
 
 def _from_arguments(options: Any) -> Recipe:
@@ -109,12 +97,12 @@ def _from_arguments(options: Any) -> Recipe:
     if options.to != "decay":
         return Recipe("decay", options.optimizer, lr, options.weight_decay)
     if options.radius is not None:
-        return Recipe("projection", options.optimizer, lr, radius=options.radius, undo=_wanted(options))
+        return Recipe("projection", options.optimizer, lr, radius=options.radius)
     if options.steps is None or options.weight_decay is None:
         raise ArgumentRefused(
             "to", "decay is made of a projection, with --radius, or of a schedule, with --steps and --weight_decay."
         )
-    return Recipe("schedule", options.optimizer, lr, undo=_wanted(options))
+    return Recipe("schedule", options.optimizer, lr)
 
 
 def _matched(recipe: Recipe, found: Recipe, norm: float | None) -> float | None:
@@ -138,22 +126,16 @@ def _table(before: Recipe, after: Recipe) -> Table:
     for name in ("setting", before.form, after.form):
         table.add_column(name, justify="left" if name == "setting" else "right", overflow="fold")
     rows = len(before.rates())
-    if rows == 1:
-        table.add_row("lr", _digits(before.rates()[0]), _digits(after.rates()[0]))
-    for step in dict.fromkeys([0, rows // 4, rows // 2, 3 * rows // 4, rows - 1]) if rows > 1 else ():
-        table.add_row(f"lr, step {step}", _digits(before.rates()[step]), _digits(after.rates()[step]))
+    for step in dict.fromkeys([0, rows // 4, rows // 2, 3 * rows // 4, rows - 1]):
+        label = f"lr, step {step}" if rows > 1 else "lr"
+        table.add_row(label, _digits(before.rates()[step]), _digits(after.rates()[step]))
     table.add_row("weight_decay", _digits(before.weight_decay), _digits(after.weight_decay))
     if before.radius or after.radius:
         table.add_row("radius", _digits(before.radius), _digits(after.radius))
     if after.scales or before.scales:
-        scale = (after.scales or before.scales or [])[-1]
-        table.add_row("norm after the last step, relative", *_ends(before, scale))
+        ends = ["1", _digits(1 / (after.scales or before.scales or [])[-1])]
+        table.add_row("norm after the last step, relative", *(ends if before.form == "decay" else reversed(ends)))
     return table
-
-
-def _ends(before: Recipe, scale: float) -> tuple[str, str]:
-    ends = ("1", _digits(1 / scale))
-    return ends if before.form == "decay" else ends[::-1]
 
 
 def _digits(value: float | None) -> str:
@@ -163,11 +145,11 @@ def _digits(value: float | None) -> str:
 def _words(before: Recipe, after: Recipe, matched: float | None) -> list[str]:
     """Why the two are one recipe, and where that ends."""
     said = ["Holds for scale-invariant weights alone: to others decay and norm mean something else."]
+    decay = before if before.form == "decay" else after
     if "schedule" in (before.form, after.form):
         reason = "The direction of each weight is the same at every step: decay shrinks the weight, and a smaller "
         reason += "weight turns further, which the learning rate can do instead."
-        return [reason, *said, *_of_schedule(before if before.form == "decay" else after)]
-    decay = before if before.form == "decay" else after
+        return [reason, *said, *_of_schedule(decay)]
     settings = decay.arguments() | {"lr": decay.rate(), "weight_decay": decay.weight_decay}
     rotation = equilibrium_rotation(decay.family, **settings)
     noise = f"{100 * FAMILIES[decay.family].tolerance:.0f} %"
@@ -188,8 +170,8 @@ def _words(before: Recipe, after: Recipe, matched: float | None) -> list[str]:
     if "entries" in decay.unit:
         said.append(f"The radius is that of units of {decay.unit['entries']:g} entries: others settle elsewhere.")
     said.append(
-        "Under a schedule the rotation is proportional to lr under projection, and to its square root under slow decay: "
-        "take the root of the schedule's factors."
+        "Under a schedule the rotation is proportional to lr under projection, and to its square root under slow "
+        "decay: take the root of the schedule's factors."
     )
     if matched is not None:
         said.append(
@@ -207,8 +189,9 @@ def _of_schedule(decay: Recipe) -> list[str]:
         said.append("The momentum of each step changes too: --json has it.")
     else:
         said.append(
-            "Learning rates alone leave an error: before each step first moments are proportional to s, second moments to its "
-            "square, and eps is s times as large (--json has s as scales). DecayFreeLR does all of it while training."
+            "Learning rates alone leave an error: before each step first moments are proportional to s, second moments "
+            "to its square, and eps is s times as large (--json has s as scales). DecayFreeLR does all of it while "
+            "training."
         )
     return said
 
@@ -218,19 +201,19 @@ def _config(found: Recipe) -> dict[str, Any] | None:
     if found.optimizer in EXPONENTS or found.optimizer.islower():
         return None
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in found.settings.items() if v is not None}
-    if found.form == "schedule":
-        if "lr" not in found.undo:
-            return None
-        made = {"lr": found.undo["lr"], "weight_decay": found.undo["weight_decay"], **settings}
-        return {
-            "optimizer": {"class_path": found.optimizer, "init_args": made},
-            "lr_scheduler": {"class_path": "DecayFreeLR"},
-        }
-    if isinstance(found.lr, list):
+    is_schedule = found.form == "schedule"
+    lr, weight_decay = found.lr, found.weight_decay
+    if is_schedule:
+        lr, weight_decay = found.undo.get("lr", []), found.undo["weight_decay"]
+    if isinstance(lr, list):
         return None
-    made = {"lr": found.lr, "weight_decay": found.weight_decay, **settings}
+    made = {"lr": lr, "weight_decay": weight_decay, **settings}
     config: dict[str, Any] = {"optimizer": {"class_path": found.optimizer, "init_args": made}}
-    return config | ({"projection": {"radius": found.radius}} if found.radius is not None else {})
+    if is_schedule:
+        config["lr_scheduler"] = {"class_path": "DecayFreeLR"}
+    elif found.radius is not None:
+        config["projection"] = {"radius": found.radius}
+    return config
 
 
 def _parser() -> Parser:

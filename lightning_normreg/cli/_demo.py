@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lightning_normreg._compat import optional_import
 from lightning_normreg._plot import plot_curves
+from lightning_normreg.callbacks._base import callbacks_of
 from lightning_normreg.callbacks._monitor import Monitor
 from lightning_normreg.cli._normreg_cli import NormRegCLI
 from lightning_normreg.cli._subcommands import PROGRAM, epilog
@@ -22,11 +23,7 @@ TRAINER = {"max_epochs": 20, "log_every_n_steps": 5, "accelerator": "cpu", "enab
 
 
 def demo(args: list[str]) -> None:
-    """Train the demo network on the digits and show what happened to its layers.
-
-    Args:
-        args: LightningCLI's arguments, without a subcommand; ``--config`` takes a YAML file.
-    """
+    """Train the demo network on the digits and show what happened to its layers."""
     for module in ("sklearn", "matplotlib", "pandas"):
         optional_import(module, "demo")
     cli = NormRegCLI(
@@ -51,8 +48,7 @@ def demo(args: list[str]) -> None:
 def _report(trainer: Trainer) -> None:
     """Print the table, save the picture, say how to look at the curves."""
     console = Console()
-    monitors = [c for c in trainer.callbacks if isinstance(c, Monitor)]  # type: ignore[attr-defined]
-    frames = [monitor.history() for monitor in monitors]
+    frames = [callback.history() for callback in callbacks_of(trainer) if isinstance(callback, Monitor)]
     if len(frames) < 2 or any(frame.empty for frame in frames) or trainer.log_dir is None:
         console.print("Nothing to show: a monitor or the logger was taken away, or no update was logged.")
         return

@@ -18,12 +18,7 @@ LIBRARIES = ("lightning_normreg.", "pytorch_lightning.", "lightning.", "lightnin
 
 
 class ArgumentRefused(ValueError):
-    """An argument that was parsed, but that its taker refuses.
-
-    Args:
-        key: Of the configuration.
-        reason: What the taker said.
-    """
+    """An argument, named by its key in the configuration, that was parsed, but that its taker refuses."""
 
     def __init__(self, key: str, reason: object) -> None:
         super().__init__(f"{key}: {reason}")
@@ -52,14 +47,9 @@ def message_for_user(
 ) -> str | None:
     """What to tell the user, or None where the error is a bug and wants its traceback.
 
-    Errors of arguments are what the constructors named in the configuration refuse, Lightning's own word for a wrong
-    set-up, and what this package refuses when it sees the model.
-
-    Args:
-        error: The error.
-        config: The configuration.
-        defaults: Keys of classes that are there without being named in it, by the name of the class.
-        constructing: Whether it arose before the Trainer was made.
+    Errors of arguments are what the constructors named in the configuration refuse (``constructing``: before there is
+    a Trainer), Lightning's own word for a wrong set-up, and what this package refuses when it sees the model.
+    ``defaults`` has the keys of classes that are there without being named, by the name of the class.
     """
     chain = [error]
     while chain[-1].__cause__ is not None:

@@ -21,12 +21,7 @@ def default_namespace() -> str:
 
 
 def namespace_of(model_class: object, args: Any = None) -> str:
-    """``"pytorch_lightning"`` or ``"lightning.pytorch"``; the default where nothing says otherwise.
-
-    Args:
-        model_class: A LightningModule, or None where arguments name it.
-        args: Arguments as LightningCLI takes them; None for those of the process.
-    """
+    """That of a LightningModule, or of the one that arguments name; the default where nothing says otherwise."""
     if model_class is None:
         candidates = [_imported(path) for path in _model_paths(sys.argv[1:] if args is None else args)]
         model_class = candidates[-1] if candidates else None

@@ -59,9 +59,8 @@ class Commands(Base):
             defaults = dict(GROUP_OF_CALLBACK)
             for key, given in (("model", self.model_class), ("data", self.datamodule_class)):
                 defaults[getattr(given, "__name__", key)] = key
-            said = message_for_user(
-                error, self._settings("config"), defaults, constructing=not hasattr(self, "trainer")
-            )
+            early = not hasattr(self, "trainer")
+            said = message_for_user(error, self._settings("config"), defaults, constructing=early)
             if said is None or not hasattr(self, "parser"):
                 raise
             self._parser(getattr(self, "subcommand", None)).error(said, error)
@@ -183,9 +182,8 @@ class Commands(Base):
         forced = [made[key] for key in self._parser(self.subcommand).callback_keys]
         for callback in callbacks:
             if any(type(callback) is type(other) for other in named + forced):
-                rank_zero_info(
-                    f"The {type(callback).__name__} of trainer.callbacks takes the place of the default one."
-                )
+                name = type(callback).__name__
+                rank_zero_info(f"The {name} of trainer.callbacks takes the place of the default one.")
             else:
                 named.append(callback)
         with blamed_on("trainer"):

@@ -21,11 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def plot(args: list[str]) -> None:
-    """Draw the curves of one run, or of several side by side, on one page.
-
-    Args:
-        args: Arguments without the subcommand.
-    """
+    """Draw the curves of one run, or of several side by side, on one page."""
     parser = make_parser()
     given = parser.parse_args(args)
     from lightning_normreg._plot import plot_curves, read_runs, shortened  # noqa: PLC0415, its help needs no torch

@@ -18,37 +18,21 @@ _COMMON = ("lr", "weight_decay")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How scale-invariant weights are trained.
-
-    Attributes:
-        form: ``"decay"``; ``"projection"`` to a radius; or ``"schedule"``, a learning rate for each step and no decay.
-        optimizer: Class, or family of ``functional.equilibrium_norm``.
-        lr: Learning rate, or one for each step.
-        weight_decay: λ of the optimizer.
-        radius: Of the projection.
-        settings: Other settings of the optimizer, called as there; a momentum for each step where it varies.
-        unit: ``entries``, ``gradient_norm`` or ``shape`` of a unit, as far as the family asks for them.
-        scales: Of a schedule: the weight under decay over the weight without it, before each step and after the last.
-        undo: Weight decay and learning rate of the recipe that this was made from.
-    """
+    """How scale-invariant weights are trained: with decay, projected, or by a learning rate for each step."""
 
     form: Form
-    optimizer: str
-    lr: float | list[float]
+    optimizer: str  # class, or family of functional.equilibrium_norm
+    lr: float | list[float]  # one for all steps, or one for each
     weight_decay: float = 0.0
-    radius: float | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    unit: dict[str, Any] = field(default_factory=dict)
-    scales: list[float] | None = None
-    undo: dict[str, float] = field(default_factory=dict)
+    radius: float | None = None  # of the projection
+    settings: dict[str, Any] = field(default_factory=dict)  # others of the optimizer; a momentum per step if it varies
+    unit: dict[str, Any] = field(default_factory=dict)  # of OF_THE_UNIT what the family asks for
+    scales: list[float] | None = None  # weight under decay over weight without, before each step and after the last
+    undo: dict[str, float] = field(default_factory=dict)  # decay and learning rate of the recipe that this is made from
 
     @property
     def family(self) -> Any:
-        """Family of formulas that the optimizer is computed by.
-
-        Raises:
-            ValueError: If nobody knows one.
-        """
+        """Family of formulas that the optimizer is computed by; an error if nobody knows one."""
         if self.optimizer in FAMILIES or self.optimizer in EXPONENTS:
             return self.optimizer
         rules = named_rules(self.optimizer, self.settings | {"weight_decay": self.weight_decay or 1.0})
@@ -67,11 +51,7 @@ class Recipe:
         return {k: v for k, v in (self.settings | self.unit).items() if k in known and k not in _COMMON}
 
     def rate(self) -> float:
-        """The learning rate, where there is one.
-
-        Raises:
-            ValueError: If there is one for each step.
-        """
+        """The learning rate; an error if there is one for each step."""
         if isinstance(self.lr, list):
             raise ValueError(
                 "a schedule has no projection at one learning rate. Convert its largest rate by --lr, and take the "
@@ -85,17 +65,7 @@ class Recipe:
 
 
 def converted(recipe: Recipe, to: Form, radius: float | None = None) -> Recipe:
-    """Another recipe that turns scale-invariant weights the same way.
-
-    Args:
-        recipe: With decay, or to be given decay again.
-        to: Form of the other one.
-        radius: Of the projection; by default the norm at which decay settles.
-
-    Raises:
-        ValueError: If there is no such conversion, or a number is out of its range.
-        TypeError: For a setting that is missing.
-    """
+    """Another recipe that turns scale-invariant weights the same way; the radius is by default where decay settles."""
     if recipe.form == to or "decay" not in (recipe.form, to):
         raise ValueError(f"a recipe with {recipe.form} is converted to {_OTHERS[recipe.form]}, got {to!r}.")
     if to == "projection":
@@ -121,17 +91,10 @@ def converted(recipe: Recipe, to: Form, radius: float | None = None) -> Recipe:
         decay = suggest_decay(recipe.family, radius=recipe.radius, lr=lr, decayed_lr=decayed, **recipe.arguments())
         return replace(recipe, form=to, lr=decayed, weight_decay=decay, radius=None, undo={})
     decay = recipe.undo.get("weight_decay", 0.0)
-    found_back = with_decay(recipe.family, recipe.rates(), decay, **_momentum(recipe))
-    momenta = {"momentum": found_back.momenta[0]} if recipe.family == "sgd_decoupled" and found_back.momenta else {}
-    return replace(
-        recipe,
-        form=to,
-        lr=found_back.lrs,
-        weight_decay=decay,
-        settings=recipe.settings | momenta,
-        scales=found_back.scales,
-        undo={},
-    )
+    back = with_decay(recipe.family, recipe.rates(), decay, **_momentum(recipe))
+    momenta = {"momentum": back.momenta[0]} if recipe.family == "sgd_decoupled" and back.momenta else {}
+    settings = recipe.settings | momenta
+    return replace(recipe, form=to, lr=back.lrs, weight_decay=decay, settings=settings, scales=back.scales, undo={})
 
 
 _OTHERS = {"decay": "projection or a schedule", "projection": "decay", "schedule": "decay"}
@@ -151,11 +114,7 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_plain(content: Mapping[str, Any]) -> Recipe:
-    """The reverse.
-
-    Raises:
-        ValueError: If it is no recipe.
-    """
+    """The reverse; an error if it is no recipe."""
     known = {f.name for f in fields(Recipe)}
     wrong = sorted(set(content) - known) or sorted({"form", "optimizer", "lr"} - set(content))
     if wrong or content["form"] not in _OTHERS:

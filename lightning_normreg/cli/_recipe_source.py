@@ -21,16 +21,7 @@ _LEFT_OUT = ("params", "lr", "weight_decay", "foreach", "fused", "capturable", "
 
 
 def read_recipe(path: str, steps: int | None, steps_per_epoch: int | None) -> Recipe:
-    """What a file says.
-
-    Args:
-        path: YAML of ``fit``, or JSON of ``convert``.
-        steps: How many steps its schedule is to be followed.
-        steps_per_epoch: For a schedule by epochs.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """What a YAML of ``fit``, whose schedule is followed for so many steps, or a JSON of ``convert`` says."""
     text = Path(path).read_text(encoding="utf-8")
     try:
         content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)

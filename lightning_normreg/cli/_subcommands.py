@@ -65,15 +65,10 @@ def epilog(subcommand: str) -> str:
 
 def overview() -> str:
     """What ``lightning-normreg --help`` shows."""
-    return "\n".join(
-        [
-            f"usage: {PROGRAM} SUBCOMMAND [options]",
-            "",
-            "See and control what weight decay does to normalized networks.",
-            "",
-            "subcommands:",
-            *(f"  {name:<10}{summary}" for name, summary in SUMMARIES.items()),
-            "",
-            f"Each has a --help with examples. For a first run on embedded data: {PROGRAM} demo",
-        ]
+    listed = "\n".join(f"  {name:<10}{summary}" for name, summary in SUMMARIES.items())
+    return (
+        f"usage: {PROGRAM} SUBCOMMAND [options]\n\n"
+        "See and control what weight decay does to normalized networks.\n\n"
+        f"subcommands:\n{listed}\n\n"
+        f"Each has a --help with examples. For a first run on embedded data: {PROGRAM} demo"
     )

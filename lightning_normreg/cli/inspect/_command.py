@@ -18,11 +18,7 @@ from lightning_normreg.cli.inspect._report import Report, add_output_arguments, 
 
 
 def inspect(args: list[str]) -> None:
-    """Show the norms and effective learning rates of a model or a checkpoint, without training.
-
-    Args:
-        args: A checkpoint, or arguments of ``fit``, or both.
-    """
+    """Show the norms and effective learning rates of a model or a checkpoint, without training."""
     words = ["--ckpt_path", *args] if args and not args[0].startswith("-") else list(args)
     keys = {word.split("=")[0].split(".")[0] for word in words}
     if keys & {"--model", "--config", "-c"} and not keys & {"-h", "--help"}:
@@ -44,11 +40,7 @@ def inspect(args: list[str]) -> None:
 
 
 def inspect_checkpoint(path: str, optimizer: str | None, invariance: str | None) -> Report:
-    """What a file alone says.
-
-    Raises:
-        ArgumentRefused: Says the key, what is wrong with it, and what to do.
-    """
+    """What a file alone says."""
     with refusals_of("ckpt_path"):
         checkpoint = read_checkpoint(path)
     with refusals_of("invariance"):

@@ -50,11 +50,7 @@ _TRAINER = {
 
 
 def inspect_model(words: list[str]) -> None:
-    """Inspect what arguments of ``fit`` name.
-
-    Args:
-        words: Those arguments, with those of the output.
-    """
+    """Inspect what arguments of ``fit`` name."""
     base: Any = NormRegCLI.of(namespace_of(None, words))
     type("InspectCLI", (_Inspection, base), {})(args=["fit", *words], save_config_callback=None)
 
@@ -138,14 +134,14 @@ class _Look(StepCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         summary, meaning = summary_of(trainer, verdict)
         rows, blanks = inspect_parameters(run_of(trainer).named, _owners(trainer), verdict, held_norms(trainer))
-        more: dict[str, dict[str, Any]] = {}
-        for r in summary:
-            evidence = r.evidence or None
-            more[r.parameter] = {"role": r.role, "evidence": evidence, "eps_share": r.eps_share, "radius": r.radius}
-        title = "The next step"
-        if self._checkpoint is not None:
-            title += f" of a checkpoint: {self._checkpoint.about}"
-        self.report = Report(rows, [" ".join(meaning), *blanks], verdict, title, [summary_table(summary)], more)
+        more = {
+            r.parameter: {"role": r.role, "evidence": r.evidence or None, "eps_share": r.eps_share, "radius": r.radius}
+            for r in summary
+        }
+        of = "" if self._checkpoint is None else f" of a checkpoint: {self._checkpoint.about}"
+        self.report = Report(
+            rows, [" ".join(meaning), *blanks], verdict, f"The next step{of}", [summary_table(summary)], more
+        )
         raise _Seen
 
 
@@ -157,7 +153,7 @@ def _owners(trainer: Trainer) -> dict[str, SavedGroup]:
         for index, group in enumerate(optimizer.param_groups):
             rule = find_rule(optimizer, group)
             start = f"{number}:" if len(optimizers) > 1 else ""
-            label = f"{start}{group.get('name', index)}"
-            saved = SavedGroup(label, group, () if rule is None else (rule,), type(optimizer).__name__)
+            rules = () if rule is None else (rule,)
+            saved = SavedGroup(f"{start}{group.get('name', index)}", group, rules, type(optimizer).__name__)
             owners |= {names[p]: saved for p in group["params"] if p in names}
     return owners

@@ -22,23 +22,14 @@ from lightning_normreg.cli._parser import add_optional
 
 @dataclass(frozen=True)
 class Report:
-    """What an inspection found.
-
-    Attributes:
-        rows: One for each parameter.
-        notes: What is assumed, and what is left blank, in sentences.
-        verdict: Which units are scale-invariant, empty where that is not known.
-        title: Above the table.
-        before: What people see above all that.
-        more: Further entries of each row for machines.
-    """
+    """What an inspection found."""
 
     rows: Sequence[InspectedParameter]
-    notes: Sequence[str]
-    verdict: Verdict
-    title: str
-    before: Sequence[RenderableType] = ()
-    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: Sequence[str]  # what is assumed, and what is left blank, in sentences
+    verdict: Verdict  # empty where nothing is known
+    title: str  # above the table
+    before: Sequence[RenderableType] = ()  # what people see above all that
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # further entries of each row for machines
 
 
 def add_output_arguments(parser: Any) -> None:
@@ -53,11 +44,7 @@ def add_output_arguments(parser: Any) -> None:
 
 
 def show(report: Report, options: Any) -> None:
-    """Print a report, and save its verdict.
-
-    Raises:
-        ArgumentRefused: If there is no verdict to save, or it cannot be written.
-    """
+    """Print a report, and save its verdict."""
     if options.json and options.csv:
         raise ArgumentRefused("json", "it cannot be had together with --csv. Leave one out.")
     if options.save is not None:
