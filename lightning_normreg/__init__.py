@@ -7,58 +7,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_normreg import functional as functional
     from lightning_normreg._optimizers import register_update_rule as register_update_rule
-    from lightning_normreg._param_groups import (
-        DecayFreeLR as DecayFreeLR,
-    )
-    from lightning_normreg._param_groups import (
-        DecayGroupsMixin as DecayGroupsMixin,
-    )
-    from lightning_normreg._param_groups import (
-        accept_rescaled as accept_rescaled,
-    )
-    from lightning_normreg._param_groups import (
-        decay_groups as decay_groups,
-    )
-    from lightning_normreg._param_groups import (
-        rescale_ as rescale_,
-    )
+    from lightning_normreg._param_groups import DecayFreeLR as DecayFreeLR
+    from lightning_normreg._param_groups import DecayGroupsMixin as DecayGroupsMixin
+    from lightning_normreg._param_groups import accept_rescaled as accept_rescaled
+    from lightning_normreg._param_groups import decay_groups as decay_groups
+    from lightning_normreg._param_groups import rescale_ as rescale_
     from lightning_normreg._plot import plot_curves as plot_curves
-    from lightning_normreg._symmetries import (
-        find_scale_invariance as find_scale_invariance,
-    )
-    from lightning_normreg._symmetries import (
-        load_verdict as load_verdict,
-    )
-    from lightning_normreg._symmetries import (
-        save_verdict as save_verdict,
-    )
-    from lightning_normreg._weights import (
-        ParameterRole as ParameterRole,
-    )
-    from lightning_normreg._weights import (
-        ScaleInvariance as ScaleInvariance,
-    )
-    from lightning_normreg._weights import (
-        parameter_roles as parameter_roles,
-    )
-    from lightning_normreg.callbacks import (
-        CorrectedDecay as CorrectedDecay,
-    )
-    from lightning_normreg.callbacks import (
-        EffectiveLRMonitor as EffectiveLRMonitor,
-    )
-    from lightning_normreg.callbacks import (
-        NormProjection as NormProjection,
-    )
-    from lightning_normreg.callbacks import (
-        NormSummary as NormSummary,
-    )
-    from lightning_normreg.callbacks import (
-        RotationControl as RotationControl,
-    )
-    from lightning_normreg.callbacks import (
-        WeightNormMonitor as WeightNormMonitor,
-    )
+    from lightning_normreg._symmetries import find_scale_invariance as find_scale_invariance
+    from lightning_normreg._symmetries import load_verdict as load_verdict
+    from lightning_normreg._symmetries import save_verdict as save_verdict
+    from lightning_normreg._weights import ParameterRole as ParameterRole
+    from lightning_normreg._weights import ScaleInvariance as ScaleInvariance
+    from lightning_normreg._weights import parameter_roles as parameter_roles
+    from lightning_normreg.callbacks import CorrectedDecay as CorrectedDecay
+    from lightning_normreg.callbacks import EffectiveLRMonitor as EffectiveLRMonitor
+    from lightning_normreg.callbacks import NormProjection as NormProjection
+    from lightning_normreg.callbacks import NormSummary as NormSummary
+    from lightning_normreg.callbacks import RotationControl as RotationControl
+    from lightning_normreg.callbacks import WeightNormMonitor as WeightNormMonitor
     from lightning_normreg.cli import NormRegCLI as NormRegCLI
 
 __version__ = "0.1.0"

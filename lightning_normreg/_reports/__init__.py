@@ -2,33 +2,15 @@
 
 from lightning_normreg._reports._checkpoint import Checkpoint as Checkpoint
 from lightning_normreg._reports._checkpoint import read_checkpoint as read_checkpoint
-from lightning_normreg._reports._inspection import (
-    InspectedParameter as InspectedParameter,
-)
-from lightning_normreg._reports._inspection import (
-    as_parameters as as_parameters,
-)
-from lightning_normreg._reports._inspection import (
-    inspect_parameters as inspect_parameters,
-)
-from lightning_normreg._reports._inspection import (
-    inspection_table as inspection_table,
-)
+from lightning_normreg._reports._inspection import InspectedParameter as InspectedParameter
+from lightning_normreg._reports._inspection import as_parameters as as_parameters
+from lightning_normreg._reports._inspection import inspect_parameters as inspect_parameters
+from lightning_normreg._reports._inspection import inspection_table as inspection_table
 from lightning_normreg._reports._matching import match_parameters as match_parameters
 from lightning_normreg._reports._saved_optimizers import SavedGroup as SavedGroup
 from lightning_normreg._reports._saved_optimizers import saved_groups as saved_groups
-from lightning_normreg._reports._summary import (
-    SummaryRow as SummaryRow,
-)
-from lightning_normreg._reports._summary import (
-    markdown_summary as markdown_summary,
-)
-from lightning_normreg._reports._summary import (
-    sentences as sentences,
-)
-from lightning_normreg._reports._summary import (
-    summary_rows as summary_rows,
-)
-from lightning_normreg._reports._summary import (
-    summary_table as summary_table,
-)
+from lightning_normreg._reports._summary import SummaryRow as SummaryRow
+from lightning_normreg._reports._summary import markdown_summary as markdown_summary
+from lightning_normreg._reports._summary import sentences as sentences
+from lightning_normreg._reports._summary import summary_rows as summary_rows
+from lightning_normreg._reports._summary import summary_table as summary_table

@@ -12,12 +12,8 @@ from lightning_normreg.cli._subcommands import COMMANDS, PROGRAM, SUMMARIES, ove
 
 if TYPE_CHECKING:
     from lightning_normreg.cli._normreg_cli import NormRegCLI as NormRegCLI
-    from lightning_normreg.cli._schedulers import (
-        SchedulerChain as SchedulerChain,
-    )
-    from lightning_normreg.cli._schedulers import (
-        SchedulerSequence as SchedulerSequence,
-    )
+    from lightning_normreg.cli._schedulers import SchedulerChain as SchedulerChain
+    from lightning_normreg.cli._schedulers import SchedulerSequence as SchedulerSequence
 
 
 def main(args: Sequence[str] | None = None) -> None:
