@@ -19,6 +19,7 @@ from lightning_normreg import (
     find_scale_invariance,
     save_verdict,
 )
+from lightning_normreg._weights import norms_of
 from lightning_normreg.callbacks import _base
 from tests.harness import Net, around_the_first_projection, loader, moved, sgd, trainer
 
@@ -99,9 +100,9 @@ def test_the_first_projection_keeps_the_function(make: Any, pieces: int) -> None
     assert training < 1e-5
     assert evaluation < 1e-3
     (target,) = projection._held().targets
-    assert len(target.norms()) == pieces
+    assert len(norms_of([target])[0]) == pieces
     radius = {6: 1.0, 2: 3**0.5, 1: 8**0.5}[pieces]  # √ of the neurons in a unit
-    assert target.norms() == pytest.approx(torch.full((pieces,), radius), rel=1e-6)
+    assert norms_of([target])[0] == pytest.approx(torch.full((pieces,), radius), rel=1e-6)
 
 
 def test_without_following_evaluation_would_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
