@@ -137,6 +137,7 @@ def test_coverage_of_the_ratio_of_variances(part: float) -> None:
     assert share == pytest.approx(0.95, abs=0.044)
 
 
+@pytest.mark.slow
 def test_false_alarms_where_nothing_has_an_effect() -> None:
     """Intervals end below 0 in 2.5 % of grids of noise, where the truth is 0: of 400, within four standard errors."""
     draw = np.random.default_rng(7)
@@ -464,6 +465,7 @@ def diffusion(decay: float, lr: float, seed: int, nesterov: bool) -> float:
     return -float(np.log(np.mean(cosines[1:])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_gain_of_projected_momentum(nesterov: bool) -> None:
     """Decay raises the rate of projected SGD as said: diffusion is proportional to the square of the rate.

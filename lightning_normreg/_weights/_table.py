@@ -16,11 +16,7 @@ from torch.nn.parameter import Parameter
 from lightning_normreg._weights._pieces import Piece, gradient_of, groups_of, lies_whole, pieces_of
 from lightning_normreg._weights._watched import Watched
 from lightning_normreg.functional._device import accumulator, number_type
-from lightning_normreg.functional._norms import Operation, Results, mended_norms, norm_operations, rescaled_norms
-from lightning_normreg.functional._projection import Limits, factors, scale_
-from lightning_normreg.functional._rotation import Mixture, mix_
-from lightning_normreg.functional._units import over_units
-from lightning_normreg.functional._updates import (
+from lightning_normreg.functional._lengths import (
     Lengths,
     exact_sums,
     lengths_of,
@@ -29,6 +25,10 @@ from lightning_normreg.functional._updates import (
     totals,
     with_radial,
 )
+from lightning_normreg.functional._norms import Operation, Results, mended_norms, norm_operations, rescaled_norms
+from lightning_normreg.functional._projection import Limits, factors, scale_
+from lightning_normreg.functional._rotation import Mixture, mix_
+from lightning_normreg.functional._units import over_units
 
 Read = Callable[[Parameter], Tensor]
 """From a parameter to what this process holds of it, of its gradient, or of what it was before a step."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_normreg.functional._device import BLOCK, accumulator, way_of
+from lightning_normreg.functional._lengths import Lengths, measure_rows
 from lightning_normreg.functional._projection import Limits, check_radius, factors
 from lightning_normreg.functional._units import Unit, over_units, split_units, unit_rows
-from lightning_normreg.functional._updates import Lengths, measure_rows
 
 Per = Literal["layer", "unit"]
 

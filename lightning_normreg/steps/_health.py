@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_normreg._weights import Table
-from lightning_normreg.functional._updates import Lengths
+from lightning_normreg.functional._lengths import Lengths
 
 OnUnhealthy = Literal["warn", "stop", "ignore"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from lightning_normreg._weights import Norms, Table, Watched, gradient_of, local, share
-from lightning_normreg.functional._updates import Lengths
+from lightning_normreg.functional._lengths import Lengths
 
 KEPT = 8
 """Tables of the last steps: optimizers that take turns have one each."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normreg._weights import Table, Watched
+from lightning_normreg.functional._lengths import Lengths
 from lightning_normreg.functional._rotation import LARGEST, Per, mixture, unit_angles
-from lightning_normreg.functional._updates import Lengths
 from lightning_normreg.steps._angles import Angle, Angles
 from lightning_normreg.steps._projector import ASTRAY, Projector, Radius
 from lightning_normreg.steps._step_hooks import Phase, of_mine

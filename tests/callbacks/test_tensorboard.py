@@ -175,6 +175,7 @@ def verdict_of(layers: int) -> dict[str, Any]:
     )
 
 
+@pytest.mark.slow
 def test_two_hundred_layers_do_not_flood_a_page(tmp_path: Path) -> None:
     """Of 8 layers 11 curves each, and 12 summaries, for any number of layers above 32; 8 histograms; one text."""
     logger = TensorBoardLogger(tmp_path)

@@ -52,6 +52,7 @@ print(json.dumps(helps))
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS)
 def test_each_group_fits_a_screen(subcommand: str, helps: dict[str, str]) -> None:
     """At a width of 100 columns, none is longer than 40 lines, and none is named after a class or a docstring."""

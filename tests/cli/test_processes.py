@@ -44,6 +44,7 @@ def test_demo_with_projection(tmp_path: Path) -> None:
     assert all("1 → 1" in row and "0.2 → 0.2" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_fit_asks_for_a_model(tmp_path: Path) -> None:
     """A forgotten flag trains nothing by mistake."""
     done = run("fit", folder=tmp_path)
@@ -72,6 +73,7 @@ def test_fit_with_any_model_and_callbacks_by_short_name(tmp_path: Path) -> None:
     assert "weights/effective_lr/block1.conv.weight" in table.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args, message",
     [

@@ -40,6 +40,7 @@ def power_and_cosine(response: Tensor) -> tuple[float, float]:
     return power, float((response[1:] * response[:-1]).sum()) / power
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("product", [3e-3, 0.03, 0.5])
 @pytest.mark.parametrize(
     "family, settings, options",

@@ -161,6 +161,7 @@ def layouts(weight: Tensor) -> list[Tensor]:
     return [weight.clone(), weight.clone(memory_format=torch.channels_last), *others, larger[1::2, ..., 2:-1]]
 
 
+@pytest.mark.slow
 @given(st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 40)), seeds)
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("unit", ["neuron", "layer", 1])

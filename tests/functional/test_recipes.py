@@ -335,6 +335,7 @@ def test_heavy_ball_up_to_its_bound() -> None:
     assert F.without_decay("sgd", [0.999 * bound] * 2000, 1.0, momentum=0.9).scales[-1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SGD", "momentum 0.9", "AdamW", "Lion, ηλ = 1e-3", "Muon 16 × 64"])
 @pytest.mark.parametrize("radius", [None, 2.5])
 def test_suggested_projection(name: str, radius: float | None) -> None:

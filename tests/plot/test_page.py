@@ -63,6 +63,7 @@ def drawn(figure: Figure) -> list[tuple[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", list(PAGES))
 def test_no_text_overlaps_and_every_axis_has_a_unit(page: str) -> None:
     """Also none runs out of the page."""

@@ -13,6 +13,7 @@ COUPLED = ("SGD, momentum", "SGD, Nesterov", "Adam", "RMSprop")
 EXACT, AT_INITIAL = 1e-9, 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_initial_norms_do_not_matter(optimizer: str) -> None:
     """Multiplied by 1e-3 to 1e3; at a radius of 1 for all optimizers."""

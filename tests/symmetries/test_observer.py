@@ -42,6 +42,7 @@ def observed(case: Case, make: Any, limits: ObserverThresholds, *, narrow: bool)
     return observer.verdict()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch, of RMSNorm under autocast
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("name", CASES)

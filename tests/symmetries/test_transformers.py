@@ -22,6 +22,7 @@ def expand(labels: dict[str, str], names: list[str]) -> dict[str, str]:
 
 
 # A kernel that refuses float64 is answered by float32, with a warning; which ones do depends on the version of torch.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Scale invariance was probed in float32")
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 @pytest.mark.parametrize("name", PRETRAINED)
