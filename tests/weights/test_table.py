@@ -1,0 +1,229 @@
+"""One table of units: sets of tensors, digits at every angle, and how few operations and passes it takes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_normreg._weights import ParameterRole, Table, Watched, named_roles, watch
+from lightning_normreg._weights._watched import Part
+from lightning_normreg.functional._device import Way, as_on
+
+SHAPES = [(7, 5), (3, 4, 3, 3), (11,)]
+
+
+def a_set(tensors: list[nn.Parameter]) -> Watched:
+    """One unit of several whole tensors."""
+    return Watched("set", tensors[0], ParameterRole("weight", "", ""), (Part("layer"),), tuple(tensors[1:]))
+
+
+def made(angle: float, radial: float, dtype: torch.dtype, shapes: Any = SHAPES) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors before and after an update that turns all of them together by about an angle.
+
+    Args:
+        angle: In radians.
+        radial: What the update takes off along the unit, in multiples of what it has across, and at most nine tenths.
+        dtype: Of the tensors.
+        shapes: Of the tensors.
+    """
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(sum(math.prod(s) for s in shapes), generator=generator, dtype=torch.float64)
+    t = torch.randn(len(a), generator=generator, dtype=torch.float64)
+    t -= (t @ a) / (a @ a) * a
+    t *= a.norm() / t.norm()
+    ahead, across = (math.cos(angle), math.sin(angle)) if not radial else (1.0, math.tan(min(angle, 1.5)))
+    taken = min(radial * across, 0.9)
+    b = (ahead - taken) * a + across * t
+    sizes = [math.prod(s) for s in shapes]
+    return tuple(  # type: ignore[return-value]
+        [piece.reshape(s).to(dtype) for piece, s in zip(torch.split(v, sizes), shapes, strict=True)] for v in (a, b)
+    )
+
+
+def oracle(before: list[Tensor], after: list[Tensor]) -> tuple[float, float, float]:
+    """Norm before, rotation, and norm after of all entries together, in extended precision."""
+    a, b = (np.concatenate([x.numpy().astype(np.longdouble).ravel() for x in v]) for v in (before, after))
+    along = a @ (b - a) / (a @ a)
+    across = (b - a) - along * a
+    norm = np.sqrt(a @ a)
+    return float(norm), float(np.arctan2(np.sqrt(across @ across), norm * (1 + along))), float(np.sqrt(b @ b))
+
+
+@pytest.mark.parametrize("way", ["host", "wide"])
+@pytest.mark.parametrize("radial", [0.0, 1.0, 10.0, 1000.0])
+@pytest.mark.parametrize("angle", [1e-8, 1e-5, 1e-3, 0.1, 1.0, 3.1415])
+def test_a_set_is_measured_as_one_unit(angle: float, radial: float, way: Way) -> None:
+    """In float32 to 1e-6 at every angle, also where the radial part is 1000 times the tangential one."""
+    before, after = made(angle, radial, torch.float32)
+    if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        pytest.fail("The case has no update.")
+    tensors = [nn.Parameter(a.clone()) for a in after]
+    copies = dict(zip(tensors, before, strict=True))
+    norm, turned, length = oracle(before, after)
+    with as_on(way):
+        lengths = Table([a_set(tensors)]).lengths(copies.__getitem__)
+    assert lengths.norm.item() == pytest.approx(norm, rel=2.5e-7)
+    assert lengths.rotation().item() == pytest.approx(turned, rel=1e-6)
+    assert lengths.after().item() == pytest.approx(length, rel=2.5e-7)
+
+
+@pytest.mark.parametrize("radial", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("angle", [1e-5, 1e-3, 0.1, 1.0])
+def test_a_device_without_float64(angle: float, radial: float) -> None:
+    """Norms to 2.5e-7; rotations lose digits as the radial part grows, which is taken off in float32.
+
+    What is across is the difference of two squares, each with two sums (ε) and two roundings (ε): 2ε of each.
+    With a radial part r times the tangential one that is 2ε(2r² + 1) of the difference, of which the root keeps half.
+    """
+    before, after = made(angle, radial, torch.float32)
+    tensors = [nn.Parameter(a.clone()) for a in after]
+    norm, turned, _ = oracle(before, after)
+    with as_on("narrow"):
+        lengths = Table([a_set(tensors)]).lengths(dict(zip(tensors, before, strict=True)).__getitem__)
+    assert lengths.norm.dtype == torch.float32
+    assert lengths.norm.item() == pytest.approx(norm, rel=2.5e-7)
+    assert lengths.rotation().item() == pytest.approx(turned, rel=1.2e-7 * (2 * radial**2 + 1) + 2.5e-7)
+
+
+@pytest.mark.parametrize("way", ["host", "wide"])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_a_set_is_projected_as_one_unit(size: float, way: Way) -> None:
+    """The three tensors together come to the radius, each keeps its direction, and a second time changes no bit."""
+    before, _ = made(0.1, 0.0, torch.float64)
+    tensors = [nn.Parameter((size * a).float()) for a in before]
+    start = [p.detach().double() for p in tensors]
+    expected = math.sqrt(sum(float(x.square().sum()) for x in start))
+    with as_on(way), torch.no_grad():
+        table = Table([a_set(tensors)])
+        assert table.project(2.0 * size).item() == pytest.approx(expected, rel=2.5e-7)
+        for p, x in zip(tensors, start, strict=True):
+            # The factor and each product are rounded once, and the norm is off by 2.5e-7.
+            assert np.allclose(p.detach().double() / size, x * (2 / expected), rtol=5e-7, atol=0)
+        once = [p.detach().clone() for p in tensors]
+        table.project(2.0 * size)
+    assert all(torch.equal(p, x) for p, x in zip(tensors, once, strict=True))
+
+
+def test_a_set_beside_other_units() -> None:
+    """Each weight has its own places: neurons, a set, neurons with a bias; norms of tensors leave the bias out."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    first, last = watch(named_roles(net), ["0.weight", "2.weight"], ())
+    joined = Watched("2.weight", net[2].weight, last.role, last.parts, (net[2].bias,))
+    table = Table([first, a_set([net[1].weight, net[0].bias, net[1].bias]), joined])
+    norms = table.norms()
+    w = [net[0].weight, torch.cat([net[1].weight.flatten(), net[0].bias, net[1].bias]), net[2].weight]
+    both = torch.cat([net[2].weight, net[2].bias[:, None]], dim=1)
+    expected = [*w[0].norm(dim=1), w[1].norm(), *both.norm(dim=1)]
+    assert norms.units.tolist() == pytest.approx([x.item() for x in expected], rel=1e-14)
+    tensors = [net[0].weight.norm().item(), net[1].weight.norm().item(), net[2].weight.norm().item()]
+    assert norms.tensors.tolist() == pytest.approx(tensors, rel=1e-14)
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations, and reads and writes of tensors that are as large as a weight, in bytes of a float32 one."""
+
+    VIEWS = frozenset(
+        "view _unsafe_view detach slice select split reshape unfold alias t expand as_strided unsqueeze squeeze permute "
+        "split_with_sizes unbind".split()
+    )
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries, self.operations, self.passes = entries, 0, 0.0
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, then go on."""
+        found = func(*args, **(kwargs or {}))
+        name = func.__name__.partition(".")[0]
+        if name not in self.VIEWS:
+            self.operations += 1
+            self.names[func.__name__] += 1
+            out = (kwargs or {}).get("out")
+            written = out if out is not None else args[0] if name.endswith("_") else found
+            read = [a for a in args if isinstance(a, Tensor)]
+            read = read[1:] if name == "copy_" else read
+            big = [t for t in (*read, written) if isinstance(t, Tensor) and t.numel() >= self.entries]
+            self.passes += sum(t.numel() * t.element_size() / (4 * self.entries) for t in big)
+        return found
+
+
+def network(tensors: int) -> nn.Module:
+    """Weights of 64 rows of 576 entries, in float32."""
+    net = nn.Module()
+    for number in range(tensors):
+        layer = nn.Module()
+        layer.weight = nn.Parameter(torch.randn(64, 64, 3, 3))
+        layer.weight.grad = torch.randn(64, 64, 3, 3)
+        net.add_module(str(number), layer)
+    return net
+
+
+def counts(what: str, tensors: int) -> tuple[int, float]:
+    """Operations and passes of one event, when all is planned."""
+    net = network(tensors)
+    table = Table(watch(named_roles(net), None, ()))
+    parameters = list(net.parameters())
+    copies = {p: torch.randn_like(p) for p in parameters}
+
+    def act() -> None:
+        if what == "projection":
+            table.project(1.0)
+            return
+        for p in parameters:
+            copies[p].copy_(p)
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(p.grad, alpha=1e-3)
+        with mode:
+            if what == "gradients":
+                table.norms_of(table.squares(lambda p: p.grad.detach()))  # type: ignore[union-attr]
+                return
+            if what == "alignment":
+                table.lengths_of(table.gradients())
+                return
+            lengths = table.lengths(copies.__getitem__)
+            for values in (lengths.rotation(), lengths.relative(), lengths.norm):
+                table.root_mean_squares(values)
+            table.extremes(lengths.norm)
+
+    with torch.no_grad():
+        mode = Counted(64 * 576)
+        act()
+        mode = Counted(64 * 576)
+        if what == "projection":
+            with mode:
+                act()
+        else:
+            act()
+    return mode.operations, mode.passes
+
+
+@pytest.mark.parametrize(
+    "what, way, operations, passes",
+    [
+        # The copy before the step, one operation and two passes, comes on top of "update".
+        ("projection", "host", 3, 3),
+        ("projection", "wide", 2, 3),
+        ("projection", "narrow", 3, 3),
+        ("update", "host", 6, None),
+        ("update", "wide", 5, 20),
+        ("update", "narrow", 6, None),
+        ("gradients", "wide", 1, 1),
+        ("alignment", "wide", 5, 22),
+    ],
+)
+def test_operations_for_each_tensor(what: str, way: Way, operations: int, passes: float | None) -> None:
+    """What is done for each unit is done for all weights at once: more tensors add a few operations each."""
+    with as_on(way):
+        few, many = counts(what, 4), counts(what, 8)
+    assert (many[0] - few[0]) / 4 <= operations
+    assert passes is None or (many[1] - few[1]) / 4 <= passes
