@@ -35,7 +35,8 @@ class WeightNormMonitor(Monitor):
     What it logs: the curves above, to every logger of the Trainer, to ``trainer.callback_metrics`` and to
     :meth:`history`.
 
-    What it costs: one read of the watched weights and one transfer on logged steps, nothing on others. Histograms cost
+    What it costs: one read of the watched weights and one transfer on logged steps, nothing on others; the look is shared
+    with EffectiveLRMonitor. Histograms cost
     a second transfer, of one number for each unit, and about a millisecond of the host for each weight.
 
     Args:
