@@ -102,13 +102,13 @@ def test_collectives_do_not_grow_with_the_number_of_layers(strategy: str) -> Non
 
     Along a dimension that weights are only copied along, as in "hsdp", there is none.
 
-    A logged step has three of them, for the norms, the gradients and the rotations; a projected step one, where a unit
-    is spread over processes, and none for rows under row sharding. Every third step the projection also looks whether
-    the norms are still where it has put them. The first projection asks for norms five times: which are off, by what
+    A logged step has one, for norms, gradients and rotations together; a projected step one more, where a unit is
+    spread over processes, and none for rows under row sharding. Every third step the projection also looks whether the
+    norms are still where it has put them. The first projection asks for norms five times: which are off, by what
     factor, before, to project, and after.
     """
     dimensions = 2 if strategy == "fsdp+tp" else 1
-    logged, steps, looked = 3 * LOGGED, 12, 4
+    logged, steps, looked = LOGGED, 12, 4
     (first, *_) = run(strategy, CONFIGS[0])
     assert first["collectives"] == dimensions * (logged + looked + steps + 5)
     if strategy in ("fsdp", "hsdp"):
@@ -142,7 +142,7 @@ def test_a_controlled_step_has_one_reduction(strategy: str) -> None:
     """
     dimensions = 2 if strategy == "fsdp+tp" else 1
     (first, *_) = run(strategy, TURNED)
-    assert first["collectives"] == dimensions * (3 * LOGGED + 12 + 4)
+    assert first["collectives"] == dimensions * (LOGGED + 12 + 4)
 
 
 def main() -> None:
