@@ -15,7 +15,7 @@ from torch.nn.parameter import Parameter
 
 from lightning_normreg._weights._pieces import Piece, gradient_of, groups_of, lies_whole, pieces_of
 from lightning_normreg._weights._watched import Watched
-from lightning_normreg.functional._device import accumulator, number_type
+from lightning_normreg.functional._device import accumulator, number_type, way_of
 from lightning_normreg.functional._lengths import (
     Lengths,
     exact_sums,
@@ -27,7 +27,7 @@ from lightning_normreg.functional._lengths import (
 )
 from lightning_normreg.functional._norms import Operation, Results, mended_norms, norm_operations, rescaled_norms
 from lightning_normreg.functional._projection import Limits, factors, scale_
-from lightning_normreg.functional._rotation import Mixture, mix_
+from lightning_normreg.functional._rotation import Mixture, mix_, mix_operations
 from lightning_normreg.functional._units import over_units
 
 Read = Callable[[Parameter], Tensor]
@@ -81,6 +81,8 @@ class Table:
         self._pieces = [piece for _, piece in found]
         (_, rows) = self._pieces[0].now()
         self.device, self.dtype = rows.device, number_type(rows)
+        if any(piece.now()[1].device != self.device for piece in self._pieces):
+            raise NotImplementedError("Weights must be on one device of a process. Use `include` for those of one.")
         self._place(found)
         ends = list(accumulate((len(piece.units) for piece in self._pieces), initial=0))
         self._rows = [slice(*pair) for pair in pairwise(ends)]
@@ -181,7 +183,8 @@ class Table:
         """The operations for rows that lie where they lay before, or a new plan for others."""
         addresses = [r.data_ptr() for r in rows]
         if what not in self._plans or self._plans[what].addresses != addresses:
-            self._plans[what] = _Plan(addresses, Results.of(rows[0], 3, self._count))
+            like = rows[0].new_empty(0, dtype=self._narrowest)
+            self._plans[what] = _Plan(addresses, Results.of(like, 3, self._count))
         return self._plans[what]
 
     def norms_of(self, sums: Tensor) -> Norms:
@@ -238,19 +241,26 @@ class Table:
 
     def mix(self, mix: Mixture, before: Read) -> None:
         """Make each unit the mixture of what it was before and of its update."""
-        for dtype in self._types:
-            own = mix.to(dtype)
-            rows = own if self._is_plain else own.at(self._places)
-            for piece, at in zip(self._pieces, self._rows, strict=True):
-                if accumulator(piece.parameter.dtype) == dtype:
-                    (view, kept), _ = piece.now()
-                    (start, _), _ = piece.look("before", before(piece.parameter))
-                    mix_(view, start, kept, Mixture(*(values[at] for values in rows)))
+        own = mix if self._is_plain else mix.at(self._places)
+        pairs = [(*piece.now()[0], piece.look("before", before(piece.parameter))[0][0]) for piece in self._pieces]
+        if any(view.dtype != self._narrowest for view, _, _ in pairs) or way_of(own.alone) != "host" or own.alone.any():
+            for (view, kept, start), at in zip(pairs, self._rows, strict=True):
+                rows = Mixture(*(values[at] for values in own))
+                mix_(view, start, kept, rows.to(accumulator(view.dtype)))
+            return
+        plan = self._planned("mix", [t for view, _, start in pairs for t in (view, start)])
+        place = Mixture(plan.results.narrow[0], plan.results.narrow[1], own.alone)
+        if not plan.operations:
+            for (view, kept, start), at in zip(pairs, self._rows, strict=True):
+                plan.operations += mix_operations(view, start, kept, Mixture(*(values[at] for values in place)))
+        place.before.copy_(own.before)
+        place.update.copy_(own.update)
+        plan.run()
 
     def root_mean_squares(self, column: Tensor) -> Tensor:
         """Root mean square over the units of each weight, 0 where it has none."""
-        sums = column.new_zeros(len(self.sizes)).index_add_(0, self.layer, column.square())
-        return (sums / self._counts).sqrt()
+        counts = torch.tensor([max(1, size) for size in self.sizes], dtype=self.dtype).to(self.device)
+        return (self.totals(column.square()) / counts).sqrt()
 
     def extremes(self, column: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest number of each weight, 0 where it has none."""
@@ -264,10 +274,6 @@ class Table:
         """Sum over the units of each weight."""
         numbers = column.to(self.dtype)
         return numbers.new_zeros(len(self.sizes)).index_add_(0, self.layer, numbers)
-
-    @property
-    def _counts(self) -> Tensor:
-        return torch.tensor([max(1, size) for size in self.sizes], dtype=self.dtype).to(self.device)
 
 
 def share(parts: Sequence[tuple[Table, Tensor]], *, everywhere: bool = True) -> list[Tensor]:

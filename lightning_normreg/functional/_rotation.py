@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_normreg.functional._device import BLOCK, accumulator, way_of
 from lightning_normreg.functional._lengths import Lengths, measure_rows
+from lightning_normreg.functional._norms import Operation
 from lightning_normreg.functional._projection import Limits, check_radius, factors
 from lightning_normreg.functional._units import Unit, over_units, split_units, unit_rows
 
@@ -159,15 +161,25 @@ def mix_(view: Tensor, start: Tensor, kept: tuple[int, ...], mix: Mixture) -> No
         kept: Dimensions that number the units.
         mix: In the type of sums of the weight.
     """
-    before, update, alone = (over_units(values, view, kept) for values in mix)
     # Where values can be read at once, that is almost never.
-    guarded = way_of(mix.alone) != "host" or bool(mix.alone.any())
+    if view.dtype == mix.update.dtype and way_of(mix.alone) == "host" and not bool(mix.alone.any()):
+        for operation in mix_operations(view, start, kept, mix):
+            operation()
+        return
+    before, update, alone = (over_units(values, view, kept) for values in mix)
     for end, begin, b, u, left in _blocks(view, start, before, update, alone):
-        if view.dtype == u.dtype and not guarded:
-            torch.lerp(begin, end, u, out=end).addcmul_(begin, b)
-        else:
-            wide, start_wide = end.to(u.dtype), begin.to(u.dtype)
-            end.copy_(torch.where(left, wide, start_wide.lerp(wide, u).addcmul_(start_wide, b)))
+        wide, start_wide = end.to(u.dtype), begin.to(u.dtype)
+        end.copy_(torch.where(left, wide, start_wide.lerp(wide, u).addcmul_(start_wide, b)))
+
+
+def mix_operations(view: Tensor, start: Tensor, kept: tuple[int, ...], mix: Mixture) -> list[Operation]:
+    """What :func:`mix_` does where no unit is to be left alone, with the numbers that stand in ``mix`` by then."""
+    before, update = (over_units(values, view, kept) for values in mix[:2])
+    return [
+        operation
+        for end, begin, b, u in _blocks(view, start, before, update)
+        for operation in (partial(torch.lerp, begin, end, u, out=end), partial(end.addcmul_, begin, b))
+    ]
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -127,6 +127,22 @@ def test_a_set_beside_other_units() -> None:
     assert norms.tensors.tolist() == pytest.approx(tensors, rel=1e-14)
 
 
+@pytest.mark.parametrize("types", [(torch.float64, torch.float32), (torch.float32, torch.float64, torch.bfloat16)])
+def test_weights_of_several_types(types: tuple[torch.dtype, ...]) -> None:
+    """Each is measured and projected as by itself."""
+    torch.manual_seed(0)
+    net = nn.ModuleList(nn.Linear(300, 4, bias=False).to(dtype) for dtype in types)
+    together = Table(watch(named_roles(net), None, ()))
+    alone = [Table([w]) for w in together.watched]
+    with torch.no_grad():
+        for table, norms in zip(alone, together.split(together.norms().units), strict=True):
+            assert norms.tolist() == table.norms().units.tolist()
+        together.project(2.0)
+        for p, table in zip(net.parameters(), alone, strict=True):
+            eps = torch.finfo(p.dtype).eps
+            assert table.norms().units.tolist() == pytest.approx([2.0] * 4, rel=max(eps, 1e-6 * (eps > 1e-10)))
+
+
 class Counted(TorchDispatchMode):
     """Counts operations, and reads and writes of tensors that are as large as a weight, in bytes of a float32 one."""
 
