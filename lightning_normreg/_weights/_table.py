@@ -125,11 +125,7 @@ class Table:
         return list(torch.split(column, self.sizes))
 
     def norms(self, *, everywhere: bool = True) -> Norms:
-        """Norms of the units and tensors as they stand.
-
-        Args:
-            everywhere: Also of units that other processes hold; without it these may be 0.
-        """
+        """Norms of the units and tensors as they stand; without ``everywhere`` 0 for units that others hold."""
         (squares,) = share([(self, self.squares())], everywhere=everywhere)
         return self.norms_of(squares)
 
