@@ -77,13 +77,6 @@ class UpdateRule:
         degrees = self.state_degrees or {}
         return {key: degree(dimensions) if callable(degree) else degree for key, degree in degrees.items()}
 
-    def decay_share(self, group: Group) -> float | Tensor:
-        """Share of the weight that decay takes off in a step, about; 0 where it goes through the second moment."""
-        if not (self.decay == "decoupled" or self.exponent == 2) or not group.get("weight_decay"):
-            return 0.0
-        share: float | Tensor = self.lr(group) * group["weight_decay"] * self.momentum_gain(group)
-        return share
-
     def decay_is_radial(self, group: Group) -> bool:
         """Whether decay only makes weights shorter, so that a step turns them as it would without it."""
         remembers = "z" in (self.state_degrees or {})  # a second copy of the weights, which decay moves as well

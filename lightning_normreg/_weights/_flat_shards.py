@@ -20,19 +20,12 @@ from lightning_normreg._compat import is_named
 
 @dataclass(frozen=True)
 class FlatPiece:
-    """Entries ``start`` to ``stop`` of a parameter, counted in its own order.
+    """Entries ``start`` to ``stop`` of a parameter, counted in its own order."""
 
-    Attributes:
-        shape: Of the whole parameter.
-        start: First local entry.
-        stop: The entry after the last.
-        groups: Process groups over which it is spread.
-    """
-
-    shape: torch.Size
-    start: int
-    stop: int
-    groups: tuple[dist.ProcessGroup, ...]
+    shape: torch.Size  # of the whole parameter
+    start: int  # first local entry
+    stop: int  # the entry after the last
+    groups: tuple[dist.ProcessGroup, ...]  # process groups over which it is spread
 
 
 _PIECES = WeakTensorKeyDictionary()  # to FlatPiece; others compare tensors by their entries

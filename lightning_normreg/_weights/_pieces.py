@@ -29,23 +29,14 @@ def gradient_of(parameter: Parameter) -> Tensor:
 
 @dataclass
 class Piece:
-    """Some rows of what this process holds of a tensor.
+    """Some rows of what this process holds of a tensor."""
 
-    Attributes:
-        parameter: The tensor.
-        see: How its rows are seen.
-        units: For each row the number of its unit in the weight, -1 for none.
-        is_own: Whether the tensor is the weight itself, and not joined to it.
-        groups: Process groups over which it is spread.
-        counts: Whether sums over it are added: one process does that for what several have.
-    """
-
-    parameter: Parameter
-    see: See
-    units: Tensor
-    is_own: bool = True
-    groups: tuple[dist.ProcessGroup, ...] = ()
-    counts: bool = True
+    parameter: Parameter  # the tensor
+    see: See  # how its rows are seen
+    units: Tensor  # for each row the number of its unit in the weight, -1 for none
+    is_own: bool = True  # whether the tensor is the weight itself, and not joined to it
+    groups: tuple[dist.ProcessGroup, ...] = ()  # process groups over which it is spread
+    counts: bool = True  # whether sums over it are added: one process does that for what several have
     _seen: dict[str, tuple[int, View, Tensor]] = field(default_factory=dict)
 
     def now(self) -> tuple[View, Tensor]:

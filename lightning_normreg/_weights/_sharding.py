@@ -16,21 +16,13 @@ from lightning_normreg._weights._flat_shards import is_flat, known_piece
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a tensor that this process holds: some slices of each dimension.
+    """The part of a tensor that this process holds: some slices of each dimension."""
 
-    Attributes:
-        shape: Of the whole tensor.
-        index: For each dimension the places of the local slices in the whole tensor.
-        groups: Process groups over which the tensor is spread; a sum is complete when it has gone through each.
-        split_dims: Dimensions along which it is.
-        entries: Instead of ``index``, for the pieces of FSDP's first version: first local entry and the one after the
-            last, counted in the tensor's own order.
-    """
-
-    shape: torch.Size
-    index: tuple[Tensor, ...]
-    groups: tuple[dist.ProcessGroup, ...]
-    split_dims: frozenset[int]
+    shape: torch.Size  # of the whole tensor
+    index: tuple[Tensor, ...]  # for each dimension the places of the local slices in the whole tensor
+    groups: tuple[dist.ProcessGroup, ...]  # over which it is spread; a sum goes through each
+    split_dims: frozenset[int]  # dimensions along which it is
+    # In place of `index` for the pieces of FSDP's first version: first entry, in the tensor's own order, and end.
     entries: tuple[int, int] | None = None
 
 

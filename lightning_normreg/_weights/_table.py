@@ -137,7 +137,7 @@ class Table:
     def squares(self, read: Read | None = None) -> Tensor:
         """Sums over the squares of the entries, or of those that ``read`` gives, as far as this process has them."""
         rows = self._now() if read is None else [p.like(read(p.parameter)) for p in self._pieces]
-        plan = self._planned("norms" if read is None else "norms of others", rows)
+        plan = self._planned("norms" if read is None else "gradients", rows)
         if not plan.operations:
             places = (plan.results.at(0, at) for at in self._rows)
             plan.operations = [op for r, out in zip(rows, places, strict=True) for op in norm_operations(r, out)]
@@ -176,12 +176,13 @@ class Table:
         return [piece.look("before", before(piece.parameter))[1] for piece in self._pieces]
 
     def _planned(self, what: str, rows: Sequence[Tensor]) -> _Plan:
-        """The operations for rows that lie where they lay before, or a new plan for others."""
-        addresses = [r.data_ptr() for r in rows]
-        if what not in self._plans or self._plans[what].addresses != addresses:
-            like = rows[0].new_empty(0, dtype=self._narrowest)
-            self._plans[what] = _Plan(addresses, Results.of(like, 3, self._count))
-        return self._plans[what]
+        """The operations for rows that lie where they lay before, or a new plan; that of gradients is not kept alive."""
+        addresses, kept = [r.data_ptr() for r in rows], self._plans.get(what)
+        if kept is None or kept.addresses != addresses:
+            kept = _Plan(addresses, Results.of(rows[0].new_empty(0, dtype=self._narrowest), 3, self._count))
+            if what != "gradients":
+                self._plans[what] = kept
+        return kept
 
     def norms_of(self, sums: Tensor) -> Norms:
         """Norms from the shared sums, the squares of which come first."""

@@ -18,21 +18,13 @@ from lightning_normreg.functional._units import Unit, View, split_units
 
 @dataclass(frozen=True)
 class Part:
-    """A run of neighbouring slices of a parameter whose units are all of one shape.
+    """A run of neighbouring slices of a parameter whose units are all of one shape."""
 
-    Attributes:
-        unit: ``"neuron"``, ``"layer"`` or the number of slices in a unit.
-        dim: Dimension of the slices.
-        groups: Groups that they are spread over, for transposed convolutions.
-        start: First slice, None for all.
-        stop: The slice after the last.
-    """
-
-    unit: Unit
-    dim: int = 0
-    groups: int = 1
-    start: int | None = None
-    stop: int = 0
+    unit: Unit  # "neuron", "layer" or the number of slices in a unit
+    dim: int = 0  # dimension of the slices
+    groups: int = 1  # groups that they are spread over, for transposed convolutions
+    start: int | None = None  # first slice, None for all
+    stop: int = 0  # the slice after the last
 
     def view(self, tensor: Tensor) -> View:
         """The part of a tensor, with its units along whole dimensions."""
@@ -57,26 +49,16 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """One parameter and its units, to which entries of further tensors may belong.
+    """One parameter and its units, to which entries of further tensors may belong."""
 
-    Attributes:
-        name: Clean name.
-        parameter: The parameter.
-        role: What it is.
-        parts: Its units; entries outside of them are left alone.
-        joined: Tensors that belong to the units: as a whole where these are one unit, or a bias with an entry for each
-            slice.
-        invariant: Whether the units are scale-invariant; None where nobody knows.
-        standardized: Whether a normalization divides its rows by their own standard deviation.
-    """
-
-    name: str
-    parameter: Parameter
-    role: ParameterRole
-    parts: tuple[Part, ...]
+    name: str  # clean name
+    parameter: Parameter  # the parameter
+    role: ParameterRole  # what it is
+    parts: tuple[Part, ...]  # its units; entries outside of them are left alone
+    # tensors that belong to the units: as a whole where these are one unit, or a bias with an entry for each slice
     joined: tuple[Parameter, ...] = ()
-    invariant: bool | None = None
-    standardized: bool = False
+    invariant: bool | None = None  # whether the units are scale-invariant; None where nobody knows
+    standardized: bool = False  # whether a normalization divides its rows by their own standard deviation
 
     @property
     def shape(self) -> torch.Size:

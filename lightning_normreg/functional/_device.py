@@ -14,7 +14,7 @@ Way = Literal["host", "wide", "narrow"]
 """``"host"``: values can be read at once, so that what is rare may take a detour; ``"wide"``: a read would wait for the
 device, so there are no detours, and sums are in float64; ``"narrow"``: the same without float64."""
 
-BLOCK = {"host": 2**17, "wide": 2**24, "narrow": 2**24}
+BLOCK = {"host": 2**17, "wide": 2**22, "narrow": 2**22}
 """Entries to work on at a time: what a cache holds, or what is no burden on a device's memory."""
 
 _kept = local()

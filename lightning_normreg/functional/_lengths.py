@@ -20,19 +20,12 @@ _SHAKY = 4.0
 
 @dataclass(frozen=True)
 class Lengths:
-    """An update of every unit, or another vector at it, seen from where the unit was, each of shape ``(units,)``.
+    """An update of every unit, or another vector at it, seen from where the unit was, each of shape ``(units,)``."""
 
-    Attributes:
-        norm: Norm of the unit before.
-        radial: Signed length of the update along the unit.
-        tangent: Length of the update across it.
-        ahead: Signed length of the unit after the update along where it was: ``norm + radial`` before that cancels.
-    """
-
-    norm: Tensor
-    radial: Tensor
-    tangent: Tensor
-    ahead: Tensor
+    norm: Tensor  # norm of the unit before
+    radial: Tensor  # signed length of the update along the unit
+    tangent: Tensor  # length of the update across it
+    ahead: Tensor  # signed length of the unit after the update along where it was: norm + radial before that cancels
 
     def update(self) -> Tensor:
         """Length of the update."""

@@ -38,21 +38,13 @@ def dead_band(dtype: torch.dtype, entries: int) -> float:
 
 
 class Limits(NamedTuple):
-    """What the type of a weight allows, for units of some length; numbers, or tensors with one for each unit.
+    """What the type of a weight allows, for units of some length; numbers, or tensors with one for each unit."""
 
-    Attributes:
-        band: See :func:`dead_band`.
-        shortest: Radius at which entries, R/√m in the root mean square, begin to be subnormal.
-        longest: Radius above which the entry that is all of a unit would overflow.
-        tiny: Smallest factor, and smallest norm from which a unit can be moved.
-        huge: Largest factor.
-    """
-
-    band: float | Tensor
-    shortest: float | Tensor
-    longest: float | Tensor
-    tiny: float | Tensor
-    huge: float | Tensor
+    band: float | Tensor  # see dead_band
+    shortest: float | Tensor  # radius at which entries, R/√m in the root mean square, begin to be subnormal
+    longest: float | Tensor  # radius above which the entry that is all of a unit would overflow
+    tiny: float | Tensor  # smallest factor, and smallest norm from which a unit can be moved
+    huge: float | Tensor  # largest factor
 
     @classmethod
     def of(cls, dtype: torch.dtype, entries: int) -> Limits:

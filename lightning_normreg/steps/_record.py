@@ -18,37 +18,24 @@ KEPT = 8
 
 @dataclass(frozen=True)
 class SeenGradients:
-    """Gradients before clipping, at the weights that the update starts from: sums that are not shared yet.
+    """Gradients before clipping, at the weights that the update starts from: sums that are not shared yet."""
 
-    Attributes:
-        table: The weights.
-        sums: As :meth:`Table.gradients` gives them.
-        scale: Loss scale that is still in them.
-        inside: Whether a closure has made them, between pre-hook and post-hook.
-    """
-
-    table: Table
-    sums: Tensor
-    scale: float
-    inside: bool
+    table: Table  # the weights
+    sums: Tensor  # as Table.gradients gives them
+    scale: float  # loss scale that is still in them
+    inside: bool  # whether a closure has made them, between pre-hook and post-hook
 
 
 @dataclass(frozen=True)
 class Look:
-    """One step as all see it who measure it.
+    """One step as all see it who measure it."""
 
-    Attributes:
-        table: The weights that somebody has asked for.
-        norms: Norms before the step.
-        lengths: What the step did; None where only norms were wanted.
-        gradients: Norm of the gradient of each unit, which the optimizer has used; None where nobody wanted it.
-        seen: The weights of which gradients were noted before clipping, these as seen from units, and their norms.
-    """
-
-    table: Table
-    norms: Norms
-    lengths: Lengths | None
+    table: Table  # the weights that somebody has asked for
+    norms: Norms  # norms before the step
+    lengths: Lengths | None  # what the step did; None where only norms were wanted
+    # norm of the gradient of each unit, which the optimizer has used; None where nobody wanted it
     gradients: Tensor | None
+    # the weights of which gradients were noted before clipping, these as seen from units, and their norms
     seen: tuple[Table, Lengths, Tensor] | None
 
 

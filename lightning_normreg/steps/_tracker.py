@@ -94,11 +94,8 @@ class Tracker(Recording, ABC):
         if stepping:
             look = self.record.look(index)
             names = frozenset(watched.name for watched, _, _ in stepping)
-            self._pending[index] = _Pending(*self._measured(look, stepping), names, skipped)
-
-    def _measured(self, look: Look, stepping: Stepping) -> tuple[list[Measured], Table, Tensor]:
-        measured, found = self.measure(look, stepping)
-        return measured, look.table, found
+            measured, found = self.measure(look, stepping)
+            self._pending[index] = _Pending(measured, look.table, found, names, skipped)
 
     def collect(self) -> Row:
         """Read the measured values back, one transfer per optimizer, and forget them. Empty if nothing was updated."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -241,3 +243,16 @@ def test_operations_for_each_tensor(what: str, way: Way, operations: int, passes
         few, many = counts(what, 4), counts(what, 8)
     assert (many[0] - few[0]) / 4 <= operations
     assert passes is None or (many[1] - few[1]) / 4 <= passes
+
+
+def test_gradients_are_not_kept_alive() -> None:
+    """They may be freed after the step, and are as large as the weights."""
+    net = network(2)
+    table = Table(watch(named_roles(net), None, ()))
+    held = [weakref.ref(p.grad) for p in net.parameters()]
+    with torch.no_grad():
+        table.squares(lambda p: p.grad)  # type: ignore[return-value,arg-type]
+        table.gradients()
+    net.zero_grad()
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
