@@ -176,7 +176,7 @@ class Table:
         return [piece.look("before", before(piece.parameter))[1] for piece in self._pieces]
 
     def _planned(self, what: str, rows: Sequence[Tensor]) -> _Plan:
-        """The operations for rows that lie where they lay before, or a new plan; that of gradients is not kept alive."""
+        """The operations for rows that lie where they lay before, or a new plan, which gradients do not keep alive."""
         addresses, kept = [r.data_ptr() for r in rows], self._plans.get(what)
         if kept is None or kept.addresses != addresses:
             kept = _Plan(addresses, Results.of(rows[0].new_empty(0, dtype=self._narrowest), 3, self._count))
