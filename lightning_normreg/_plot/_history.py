@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Mapping
+from math import nan
 from typing import TYPE_CHECKING
 
 from lightning_normreg._compat import optional_import
@@ -11,31 +14,40 @@ if TYPE_CHECKING:
 
 
 class History:
-    """Rows of a run of any length: when full, every second row goes, and from then on every second is kept.
+    """Columns of a run of any length: when full, every second row goes, and from then on every second is kept.
 
     >>> history = History(limit=4)
     >>> for step in range(9):
     ...     history.add({"step": step})
-    >>> [row["step"] for row in history.rows]
+    >>> history.to_frame()["step"].tolist()
     [0, 4, 8]
     """
 
     def __init__(self, limit: int = 10_000) -> None:
-        self.rows: list[dict[str, float]] = []
+        self._columns: dict[str, array[float]] = {}
+        self._length = 0
         self._limit = limit
         self._stride = 1
         self._seen = 0
 
-    def add(self, row: dict[str, float]) -> None:
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, row: Mapping[str, float]) -> None:
         """Append a row, unless it falls between two that are kept."""
         if self._seen % self._stride == 0:
-            self.rows.append(row)
+            for tag in [tag for tag in row if tag not in self._columns]:
+                self._columns[tag] = array("d", [nan]) * self._length
+            for tag, column in self._columns.items():
+                column.append(row.get(tag, nan))
+            self._length += 1
         self._seen += 1
-        if len(self.rows) > self._limit:
-            self.rows = self.rows[::2]
+        if self._length > self._limit:
+            self._columns = {tag: column[::2] for tag, column in self._columns.items()}
+            self._length = -(-self._length // 2)
             self._stride *= 2
 
     def to_frame(self) -> pd.DataFrame:
-        """The rows as a data frame, one column per tag."""
-        frame: pd.DataFrame = optional_import("pandas").DataFrame(self.rows)
-        return frame
+        """A data frame, one column per tag."""
+        frame: pd.DataFrame = optional_import("pandas").DataFrame(self._columns)
+        return frame.astype({tag: int for tag in ("step", "epoch") if tag in frame})

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from lightning_normreg._weights._sharding import Shard, is_sharded, local, shard_of
-from lightning_normreg._weights._watched import Part, Watched
+from lightning_normreg._weights._watched import Watched
 from lightning_normreg.functional._units import View, unit_rows
 
 See = Callable[[Tensor], View]
@@ -122,11 +122,11 @@ def _whole(watched: Watched, is_own: bool) -> Iterator[tuple[See, Tensor]]:
         start, stop = part.slices(watched.shape)
         units = part.units(watched.shape)
         if is_own and start > last:
-            yield _between(part, last, start), torch.tensor([-1])
+            yield replace(part, unit="layer", start=last, stop=start).view, torch.tensor([-1])
         yield (part.view if is_own else _entries(start, stop, units)), torch.arange(done, done + units)
         done, last = done + units, stop
     if is_own and last < end:
-        yield _between(watched.parts[0], last, end), torch.tensor([-1])
+        yield replace(watched.parts[0], unit="layer", start=last, stop=end).view, torch.tensor([-1])
 
 
 def _flat(watched: Watched, entries: tuple[int, int], is_own: bool) -> Iterator[tuple[See, Tensor]]:
@@ -169,7 +169,3 @@ def _along(kept: tuple[int, ...]) -> See:
 
 def _entries(start: int, stop: int, rows: int) -> See:
     return lambda tensor: (_real(tensor)[start:stop].reshape(rows, -1), (0,))
-
-
-def _between(part: Part, start: int, stop: int) -> See:
-    return replace(part, unit="layer", start=start, stop=stop).view

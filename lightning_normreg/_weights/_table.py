@@ -150,7 +150,8 @@ class Table:
 
     def compare(self, before: Read) -> Tensor:
         """Sums over the entries before and their updates since, as far as this process has them."""
-        return self._compared("update", self._before(before), self._now())
+        starts = [piece.look("before", before(piece.parameter))[1] for piece in self._pieces]
+        return self._compared("update", starts, self._now())
 
     def gradients(self, read: Read = gradient_of) -> Tensor:
         """Sums over entries and gradients, as far as this process has them: gradients as seen from the units."""
@@ -171,9 +172,6 @@ class Table:
 
     def _now(self) -> list[Tensor]:
         return [piece.now()[1] for piece in self._pieces]
-
-    def _before(self, before: Read) -> list[Tensor]:
-        return [piece.look("before", before(piece.parameter))[1] for piece in self._pieces]
 
     def _planned(self, what: str, rows: Sequence[Tensor]) -> _Plan:
         """The operations for rows that lie where they lay before, or a new plan, which gradients do not keep alive."""

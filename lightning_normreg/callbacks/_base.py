@@ -65,7 +65,9 @@ _RUNS: WeakKeyDictionary[object, Run] = WeakKeyDictionary()
 
 def run_of(trainer: Trainer) -> Run:
     """The shared state of a Trainer's present run."""
-    return _RUNS.setdefault(trainer, Run())
+    if trainer not in _RUNS:
+        _RUNS[trainer] = Run()
+    return _RUNS[trainer]
 
 
 def optimizers_of(trainer: Trainer) -> list[Optimizer]:

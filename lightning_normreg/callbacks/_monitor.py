@@ -91,7 +91,7 @@ class Monitor(WeightCallback):
         Raises:
             ModuleNotFoundError: If pandas is not installed.
         """
-        if not self._history.rows:
+        if not self._history:
             rank_zero_warn(
                 f"This {type(self).__name__} has logged nothing in this process. If a fit did log, it ran in processes "
                 "that the strategy started (ddp_spawn, ddp_fork, ddp_notebook) and that took their histories with "

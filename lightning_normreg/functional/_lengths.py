@@ -55,7 +55,7 @@ class Lengths:
         Args:
             eps: Of the type that the weight is kept in.
         """
-        turns = (self.tangent > _ROUNDING * eps * self._rounded()) & self.ordinary()
+        turns = (self.tangent > _ROUNDING * eps * self._rounded()) & (self.norm > 0) & self.finite()
         return torch.where(turns, self.tangent / torch.where(turns, self.norm, 1.0), 0.0)
 
     def shaky(self, eps: float | Tensor) -> Tensor:
@@ -65,10 +65,6 @@ class Lengths:
     def _rounded(self) -> Tensor:
         """Length of what was rounded: the weight after the update, or before it where that is longer."""
         return self.norm + self.radial.abs()
-
-    def ordinary(self) -> Tensor:
-        """Which units have a direction, and a finite update."""
-        return (self.norm > 0) & self.finite()
 
     def finite(self) -> Tensor:
         """Which units were finite, and have a finite update."""

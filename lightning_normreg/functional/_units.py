@@ -60,11 +60,6 @@ def _cut(view: Tensor, dim: int, size: int) -> Tensor:
     return view.view(*view.shape[:dim], length // size, size, *view.shape[dim + 1 :])
 
 
-def count_units(view: Tensor, kept: tuple[int, ...]) -> int:
-    """Number of units in the view of :func:`split_units`."""
-    return torch.Size(view.shape[d] for d in kept).numel()
-
-
 def unit_rows(view: Tensor, kept: tuple[int, ...], like: Tensor | None = None) -> Tensor:
     """Lay the units out as rows, shape ``(units, entries)``; a view wherever the memory layout allows.
 
@@ -72,7 +67,7 @@ def unit_rows(view: Tensor, kept: tuple[int, ...], like: Tensor | None = None) -
     """
     layout = view if like is None else like
     reduced = sorted(set(range(view.ndim)) - set(kept), key=layout.stride, reverse=True)
-    units = count_units(view, kept)
+    units = torch.Size(view.shape[d] for d in kept).numel()
     entries = torch.Size(view.shape[d] for d in reduced).numel()
     return view.permute([*kept, *reduced]).reshape(units, entries)
 
