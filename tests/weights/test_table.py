@@ -145,6 +145,13 @@ def test_weights_of_several_types(types: tuple[torch.dtype, ...]) -> None:
             assert table.norms().units.tolist() == pytest.approx([2.0] * 4, rel=max(eps, 1e-6 * (eps > 1e-10)))
 
 
+def test_weights_on_several_devices_are_refused() -> None:
+    """In words, before anything is measured."""
+    net = nn.ModuleList([nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False, device="meta")])
+    with pytest.raises(NotImplementedError, match="Weights must be on one device of a process"):
+        Table(watch(named_roles(net), None, ()))
+
+
 class Counted(TorchDispatchMode):
     """Counts operations, and reads and writes of tensors that are as large as a weight, in bytes of a float32 one."""
 
