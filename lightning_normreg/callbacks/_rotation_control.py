@@ -52,9 +52,8 @@ class RotationControl(NormHolder):
     that are zero or not finite, that were capped at π/2, or whose update is so small that rounding shows in it.
 
     What it costs: one copy of the controlled weights, allocated at the start and shared with EffectiveLRMonitor. On a
-    CPU 4 to 5 times the time of NormProjection, and about as many times that of an SGD update
-    (``tests/benchmarks/rotation_cost.py``: ResNet-18 25 ms, GPT-2 0.22 s on one core). No transfer; of sharded weights
-    one all-reduce per step.
+    CPU 4 to 5 times the time of NormProjection (``python -m tests.benchmarks.table_cost``). No transfer; of sharded
+    weights one all-reduce per step.
 
     Args:
         angle: ``"lr"``: the live learning rate of the weight's parameter group, in radians; a number: that angle;
