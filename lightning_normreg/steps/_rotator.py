@@ -96,34 +96,36 @@ class Rotator(Projector):
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Turn what the optimizer has updated."""
-        stepping = of_mine([optimizer], self._by_parameter, ready=True)
-        self._last = stepping or self._last
-        if not stepping:
+        # All that it has, so that the table stays the same; those without a gradient, as unused experts, do not count.
+        stepping = of_mine([optimizer], self._by_parameter)
+        ready = {target for target, _, _ in of_mine([optimizer], self._by_parameter, ready=True)}
+        if not ready:
             return
+        self._last = stepping
         table = self.record.table([target for target, _, _ in stepping])
         lengths = table.lengths(self.record.copies.__getitem__)
         radius = self._radii(table)
-        counted = lengths.finite() & table.limits.hold(radius)
+        moved = table.column([target in ready for target, _, _ in stepping]) > 0
+        counted = lengths.finite() & table.limits.hold(radius) & moved
         eps = table.column([torch.finfo(w.parameter.dtype).eps for w in table.watched])
         speeds = lengths.speeds(eps)
         layers = _layer_speeds(table, torch.where(counted, speeds, 0.0), counted)
-        typical = self._typical(table, speeds, layers, stepping, skipped)
+        done = moved if skipped is None else moved & (skipped.to(moved.device) == 0)
+        typical = self._typical(table, speeds, layers, stepping, done)
         wanted = self.angles.tensor(stepping, speeds)
         angles = unit_angles(speeds, wanted[table.layer], typical)
         limit = LARGEST if self.per == "layer" or self.hold == "mean" else math.pi
         capped = angles > limit
         angles = angles.clamp(max=limit)
         table.mix(mixture(lengths, angles, radius, table.limits), self.record.copies.__getitem__)
-        still = ((layers == 0) & (wanted > 0))[table.layer]
-        self._note(table, lengths, torch.stack([counted, capped, lengths.shaky(eps) & counted, still]))
+        still = ((layers == 0) & (wanted > 0))[table.layer] & moved
+        self._note(table, lengths, torch.stack([counted, capped & moved, lengths.shaky(eps) & counted, still]))
         factors = _layer_speeds(table, torch.where(counted, angles, 0.0), counted) / layers
         factors = torch.where(layers > 0, factors, 0.0)
         self.record.factors.update((w.parameter, factor) for w, factor in zip(table.watched, factors, strict=True))
-        self._stepped.update(w.name for w in table.watched)
+        self._stepped.update(w.name for w in ready)
 
-    def _typical(
-        self, table: Table, speeds: Tensor, layers: Tensor, stepping: Stepping, skipped: Tensor | None
-    ) -> Tensor:
+    def _typical(self, table: Table, speeds: Tensor, layers: Tensor, stepping: Stepping, moved: Tensor) -> Tensor:
         """Speed at which a unit turns by the angle itself."""
         sizes = [1] * len(table.sizes) if self.per == "layer" else table.sizes
         own = layers if self.per == "layer" else speeds
@@ -138,9 +140,8 @@ class Rotator(Projector):
                 torch.cat([v.to(own).expand(n) for v, n in zip(values, sizes, strict=True)]) for values in known
             )
             new = (own / lr).square()
-            counts = new.isfinite() & (lr > 0)
-            if skipped is not None:
-                counts &= skipped.to(own.device) == 0
+            each = table.extremes(moved.to(own.dtype))[1] > 0 if self.per == "layer" else moved
+            counts = new.isfinite() & (lr > 0) & each
             sums = torch.where(counts, MEMORY * sums + (1 - MEMORY) * new, sums)
             weights = torch.where(counts, MEMORY * weights + (1 - MEMORY), weights)
             pairs = zip(torch.split(sums, sizes), torch.split(weights, sizes), strict=True)
