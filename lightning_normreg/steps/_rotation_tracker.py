@@ -81,7 +81,7 @@ class RotationTracker(Tracker):
         inside = index in self._inside
         if not self.due or (inside and self._has_seen(index)):
             return  # a closure that is evaluated again (LBFGS) is at other weights by now
-        mine = [watched for watched, _, _ in of_mine([optimizer], self._by_parameter, ready=True)]
+        mine = self.optimized(optimizer)
         if mine:
             table = self.record.table(mine)
             self.record.seen[index] = SeenGradients(table, table.gradients(), scale, inside)
