@@ -148,7 +148,9 @@ class Write(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """At the end, where the logger is still that of this process."""
-        histories = [c._history.to_frame().to_dict("records") for c in trainer.callbacks if hasattr(c, "_history")]
+        frames = [c._history.to_frame() for c in trainer.callbacks if hasattr(c, "_history")]
+        # What a step has not logged is not a number in its row.
+        histories = [[row.dropna().to_dict() for _, row in frame.iterrows()] for frame in frames]
         state = {name: value.clone() for name, value in pl_module.state_dict().items()}
         found = {"rows": trainer.logger.rows, "histories": histories, "state": state}
         torch.save(found, f"{self.out}-{trainer.global_rank}.pt")
