@@ -35,8 +35,8 @@ class Look:
     lengths: Lengths | None  # what the step did; None where only norms were wanted
     # norm of the gradient of each unit, which the optimizer has used; None where nobody wanted it
     gradients: Tensor | None
-    # the weights of which gradients were noted before clipping, these as seen from units, and their norms
-    seen: tuple[Table, Lengths, Tensor] | None
+    # for each who noted gradients before clipping: weights, their gradients as seen from units, and norms of these
+    seen: dict[object, tuple[Table, Lengths, Tensor]]
 
 
 class StepRecord:
@@ -45,13 +45,13 @@ class StepRecord:
     Attributes:
         copies: Parameter → what this process held of it before the step, in memory that is kept for the next one.
         factors: Parameter → by what a controller has multiplied the tangential part of its update.
-        seen: Index of an optimizer → its gradients before clipping.
+        seen: Index of an optimizer, and who wants them → its gradients before clipping.
     """
 
     def __init__(self) -> None:
         self.copies: dict[Parameter, Tensor] = {}
         self.factors: dict[Parameter, Tensor] = {}
-        self.seen: dict[int, SeenGradients] = {}
+        self.seen: dict[tuple[int, object], SeenGradients] = {}
         self._tables: dict[tuple[object, ...], Table] = {}
         self._fresh: set[Parameter] = set()
         self.begin()
@@ -60,7 +60,7 @@ class StepRecord:
         """Forget the last step."""
         self._fresh.clear()
         self.factors.clear()
-        self._wanted: dict[object, Watched] = {}
+        self.wanted: dict[object, Watched] = {}
         self._updates = self._gradients = False
         self._squares: Tensor | None = None
         self._look: Look | None = None
@@ -93,37 +93,37 @@ class StepRecord:
 
     def want(self, watched: Iterable[Watched], *, updates: bool = False, gradients: bool = False) -> None:
         """Ask before the step for norms of some weights, and for what the step does, or for its gradients."""
-        self._wanted |= {w.key: w for w in watched}
+        self.wanted |= {w.key: w for w in watched}
         self._updates |= updates
         self._gradients |= gradients
 
     def prepare(self) -> None:
         """All have asked: copy the weights, or take their norms where that is all that is wanted."""
         if self._updates:
-            self.copy(p for w in self._wanted.values() for p in w.tensors())
-        elif self._wanted:
-            self._squares = self.table(list(self._wanted.values())).squares()
+            self.copy(p for w in self.wanted.values() for p in w.tensors())
+        elif self.wanted:
+            self._squares = self.table(list(self.wanted.values())).squares()
 
     def look(self, index: int) -> Look:
         """What was asked for of the step of an optimizer, measured once and shared between processes at once."""
         if self._look is None:
-            table, seen = self.table(list(self._wanted.values())), self.seen.pop(index, None)
+            table = self.table(list(self.wanted.values()))
+            seen = {key[1]: self.seen.pop(key) for key in list(self.seen) if key[0] == index}
             sums = table.compare(self.copies.__getitem__) if self._squares is None else self._squares
             parts = [(table, sums)]
             if self._gradients:
                 parts.append((table, table.squares(gradient_of)))
-            if seen is not None:
-                parts.append((seen.table, seen.sums))
+            parts += [(one.table, one.sums) for one in seen.values()]
             shared = iter(share(parts))
             first = next(shared)
             lengths = table.lengths_of(first) if self._squares is None else None
             gradients = table.norms_of(next(shared)).units if self._gradients else None
-            noted = None
-            if seen is not None:
+            noted = {}
+            for who, one in seen.items():
                 last = next(shared)
                 # Of a tensor the square of its gradient is what is across its parts, and what is along them.
-                norms = (last[2] + last[4])[sum(seen.table.sizes) :].sqrt() / seen.scale
-                noted = (seen.table, seen.table.lengths_of(last), norms)
+                norms = (last[2] + last[4])[sum(one.table.sizes) :].sqrt() / one.scale
+                noted[who] = (one.table, one.table.lengths_of(last), norms)
             self._look = Look(table, table.norms_of(first), lengths, gradients, noted)
         return self._look
 

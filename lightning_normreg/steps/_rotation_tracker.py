@@ -63,7 +63,7 @@ class RotationTracker(Tracker):
             return
         self._inside.add(index)
         if self._has_seen(index):
-            del self.record.seen[index]  # of an update that never came
+            del self.record.seen[index, self]  # of an update that never came
         self.record.want(self.optimized(optimizer), updates=True, gradients=True)
 
     def allocate(self, optimizer: Optimizer) -> int:
@@ -84,15 +84,16 @@ class RotationTracker(Tracker):
         mine = self.optimized(optimizer)
         if mine:
             table = self.record.table(mine)
-            self.record.seen[index] = SeenGradients(table, table.gradients(), scale, inside)
+            self.record.seen[index, self] = SeenGradients(table, table.gradients(), scale, inside)
 
     def _has_seen(self, index: int) -> bool:
-        return index in self.record.seen and self.record.seen[index].inside
+        seen = self.record.seen.get((index, self))
+        return seen is not None and seen.inside
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Measure the update, and forget its gradients."""
         super().after_step(index, optimizer, skipped)
-        self.record.seen.pop(index, None)
+        self.record.seen.pop((index, self), None)
         self._inside.discard(index)
 
     def measure(self, look: Look, stepping: Stepping) -> tuple[list[Measured], Tensor]:
@@ -112,8 +113,8 @@ class RotationTracker(Tracker):
         ]
         factors = [self.record.factors.get(w.parameter) for w in table.watched]
         found += _stacked(_metrics.ROTATION_FACTOR, table, factors)
-        if look.seen is not None:
-            seen, gradient, norms = look.seen
+        if self in look.seen:
+            seen, gradient, norms = look.seen[self]
             found.append(Measured(_metrics.GRADIENT_NORM, seen, norms, everything))
             aligned = seen.root_mean_squares(gradient.cosine())
             found.append(Measured(_metrics.GRADIENT_ALIGNMENT, seen, aligned, everything))

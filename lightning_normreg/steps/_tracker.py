@@ -91,7 +91,7 @@ class Tracker(Recording, ABC):
         if not self.due:
             return
         stepping = of_mine([optimizer], self._by_parameter, ready=True)
-        if stepping:
+        if stepping and self.record.wanted:  # not where another optimizer stepped inside of this step
             look = self.record.look(index)
             names = frozenset(watched.name for watched, _, _ in stepping)
             measured, found = self.measure(look, stepping)

@@ -187,6 +187,23 @@ def test_a_prefix(prefix: str, start: str, tmp_path: Any) -> None:
     ]
 
 
+def test_two_monitors_of_gradients_have_each_their_own() -> None:
+    """Of different weights, in one run, as each alone."""
+
+    def rows(*includes: str) -> list[dict[str, float]]:
+        monitors = [EffectiveLRMonitor(include=[glob], gradient=True) for glob in includes]
+        run = trainer(*monitors)
+        torch.manual_seed(0)
+        run.fit(Net(sgd()), loader())
+        frames = [m.history().filter(like="gradient") for m in monitors]
+        return [dict(zip(f.columns, f.iloc[-1], strict=True)) for f in frames]
+
+    first, second = rows("conv1.weight", "up.weight")
+    assert first.keys() == {f"weights/gradient_{what}/conv1.weight" for what in ("norm", "alignment")}
+    assert [first] == rows("conv1.weight")
+    assert [second] == rows("up.weight")
+
+
 def test_sums_of_a_checkpoint_of_before_the_first_release() -> None:
     """Its tags are those of that time; what comes with them goes on under the present ones."""
     monitor = EffectiveLRMonitor(logging_interval="epoch")
