@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg._weights import Verdict, check_selection, strong, watch
-from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
+from lightning_normreg.callbacks._base import StepCallback
+from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.steps._decay_corrector import DecayCorrector, PeakLR
 from lightning_normreg.steps._targets import choose_targets
 
@@ -81,7 +82,7 @@ class CorrectedDecay(StepCallback):
         self._corrector = DecayCorrector(targets, self.peak_lr)
         for optimizer in optimizers_of(trainer):
             self._corrector.check(optimizer)
-        run_of(trainer).dispatcher.subscribe(self._corrector)
+        self._subscribe(trainer, self._corrector)
         rank_zero_info(
             f"CorrectedDecay: the decay of {len(targets)} scale-invariant weights is proportional to lr/lr_max."
         )

@@ -13,8 +13,8 @@ from lightning_normreg._compat import is_named
 from lightning_normreg._symmetries import ProbeError
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, reshard, strong
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
-from lightning_normreg.callbacks._base import batches_that_stepped, callbacks_of, log_interval, optimizers_of, run_of
 from lightning_normreg.callbacks._probing import few_samples
+from lightning_normreg.callbacks._run import batches_that_stepped, callbacks_of, log_interval, optimizers_of, run_of
 from lightning_normreg.callbacks._selecting import WeightCallback
 from lightning_normreg.steps._batch_norms import keep_batch_norms
 from lightning_normreg.steps._projector import Projector, Radius, check_radius_argument
@@ -22,7 +22,6 @@ from lightning_normreg.steps._targets import OnNotInvariant, check_eps_shares, c
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-    from torch import Tensor
 
 
 class NormHolder(WeightCallback):
@@ -49,15 +48,13 @@ class NormHolder(WeightCallback):
         self.radius = radius
         self.on_not_invariant = on_not_invariant
         self.project_averaged = project_averaged
-        self._reset()
 
     @abstractmethod
     def _make_projector(self, targets: list[Watched]) -> Projector:
         """What acts on the targets at each step."""
 
     def _reset(self) -> None:
-        self._restored: dict[str, Tensor] = {}
-        self._restored_average: dict[str, Tensor] = {}
+        super()._reset()
         self._projector: Projector | None = None
         self._projected = 0
         self._averaging: list[Any] = []
@@ -79,12 +76,12 @@ class NormHolder(WeightCallback):
         self._projector = self._make_projector(targets)
         self._claim(trainer, targets)
         _say_rounding(targets)
-        run_of(trainer).dispatcher.subscribe(self._projector)
+        self._subscribe(trainer, self._projector)
         # StochasticWeightAveraging copies its average into the module, and nobody looks at it before.
         swapped = [a for a in self._averaging if hasattr(a, "_swap_models")]
         self._averaged = [AveragedWeights(a, pl_module, self._projector) for a in swapped]
         for averaged in self._averaged:
-            averaged.restore(self._restored_average)
+            averaged.restore(self._restored.get("averaged", {}))
 
     def _claim(self, trainer: Trainer, targets: list[Watched]) -> None:
         claims = run_of(trainer).claims
@@ -165,17 +162,6 @@ class NormHolder(WeightCallback):
     def _held(self) -> Projector:
         assert self._projector is not None
         return self._projector
-
-    def state_dict(self) -> dict[str, Any]:
-        """The verdict, and the radii that were measured at the start, as plain tensors."""
-        initial = self._restored if self._projector is None else self._projector.initial
-        return super().state_dict() | {"initial": {name: radius.cpu() for name, radius in initial.items()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hold the radii of the run that is resumed."""
-        super().load_state_dict(state_dict)
-        self._restored = dict(state_dict["initial"])
-        self._restored_average = dict(state_dict.get("averaged", {}))
 
 
 def held_norms(trainer: Trainer) -> dict[str, tuple[float, float]]:

@@ -60,4 +60,4 @@ class NormProjection(NormHolder):
     """
 
     def _make_projector(self, targets: list[Watched]) -> Projector:
-        return Projector(targets, self.radius, self._restored)
+        return Projector(targets, self.radius)

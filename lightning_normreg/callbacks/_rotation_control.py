@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg._weights import UnitArgument, Verdict, Watched
-from lightning_normreg.callbacks._base import optimizers_of
 from lightning_normreg.callbacks._holding import NormHolder
+from lightning_normreg.callbacks._run import optimizers_of
 from lightning_normreg.functional._rotation import Per
 from lightning_normreg.steps._angles import Angle, Angles
 from lightning_normreg.steps._projector import Radius
-from lightning_normreg.steps._rotator import Hold, Mean, Rotator, check_control_arguments
+from lightning_normreg.steps._rotator import Hold, Rotator, check_control_arguments
 from lightning_normreg.steps._targets import OnNotInvariant
 
 if TYPE_CHECKING:
@@ -122,13 +122,8 @@ class RotationControl(NormHolder):
         self.per = per
         self.hold = hold
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._restored_means: dict[str, Mean] = {}
-
     def _make_projector(self, targets: list[Watched]) -> Rotator:
-        initial, means = self._restored, self._restored_means
-        return Rotator(targets, self.radius, self.angle, per=self.per, hold=self.hold, initial=initial, means=means)
+        return Rotator(targets, self.radius, self.angle, per=self.per, hold=self.hold)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         super()._begin(trainer, pl_module, verdict)
@@ -145,13 +140,3 @@ class RotationControl(NormHolder):
     def counts(self) -> dict[str, dict[str, int]]:
         """Of each weight, in units and steps: ``updates``, ``capped``, ``steered`` by rounding, ``still`` with all."""
         return {} if self._projector is None else self._rotator().counts()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What ``hold="mean"`` goes on from as well."""
-        means = self._restored_means if self._projector is None else self._rotator().means
-        return super().state_dict() | {"means": {n: (s.cpu(), w.cpu()) for n, (s, w) in means.items()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was written."""
-        super().load_state_dict(state_dict)
-        self._restored_means = dict(state_dict["means"])

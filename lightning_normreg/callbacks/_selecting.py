@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, check_selection, watch
-from lightning_normreg.callbacks._base import StepCallback, run_of
+from lightning_normreg.callbacks._base import StepCallback
+from lightning_normreg.callbacks._run import run_of
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer

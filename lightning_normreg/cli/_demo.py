@@ -9,8 +9,8 @@ from rich.console import Console
 
 from lightning_normreg._compat import optional_import
 from lightning_normreg._plot import plot_curves
-from lightning_normreg.callbacks._base import callbacks_of
 from lightning_normreg.callbacks._monitor import Monitor
+from lightning_normreg.callbacks._run import callbacks_of
 from lightning_normreg.cli._normreg_cli import NormRegCLI
 from lightning_normreg.cli._subcommands import PROGRAM, epilog
 from lightning_normreg.demos import DemoConvNet, DigitsDataModule

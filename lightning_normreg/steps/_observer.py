@@ -29,22 +29,18 @@ from lightning_normreg._weights import (
     shard_of,
     whole_shape,
 )
-from lightning_normreg.steps._step_hooks import Phase, of_mine
+from lightning_normreg.steps._step_hooks import of_mine
+from lightning_normreg.steps._subscriber import StepSubscriber
 
 Named = Sequence[tuple[str, Parameter, ParameterRole]]
 """All parameters, as :func:`named_roles` gives them."""
 
 
-class GradientWatch(ABC):
-    """Sums ``w·g`` of some parameters in the steps that are due, at the weights that the gradients are of.
-
-    Gradients are complete only after an optimizer's closure and before its step, so whoever knows that moment calls
-    :meth:`gradients_ready`. Where nobody does (an optimizer stepped by hand), the pre-hook has them.
-    """
-
-    phase = Phase.MEASURE
+class GradientWatch(StepSubscriber, ABC):
+    """Sums ``w·g`` of some parameters in the steps that are due, at the weights that the gradients are of."""
 
     def __init__(self, looked_at: Mapping[Parameter, tuple[str, list[Axis]]]) -> None:
+        super().__init__()
         shards = {name: shard_of(p, name) for p, (name, _) in looked_at.items() if is_sharded(p)}
         self._shards = {name: shard for name, shard in shards.items() if shard is not None}
         # Flat pieces, and neurons that are spread over two dimensions, are not looked at.
@@ -55,9 +51,8 @@ class GradientWatch(ABC):
         }
         self._looked_at = {p: (name, axes) for p, (name, axes) in looked_at.items() if name not in left_out}
         self._seen: dict[str, list[Observed]] = {}
+        self._noted: dict[int, dict[str, Observed]] = {}
         self._steps: dict[int, int] = {}
-        self._ready: set[int] = set()
-        self._by_hand: set[int] = set()
 
     @property
     def steps(self) -> int:
@@ -68,31 +63,21 @@ class GradientWatch(ABC):
     def is_due(self, step: int) -> bool:
         """Whether a step, counted from 0, is looked at."""
 
-    @torch.no_grad()
-    def gradients_ready(self, index: int, optimizer: Optimizer) -> None:
-        """Look at the gradients, once a step; does nothing in steps that are not due, and never reads the device."""
-        if index in self._ready:
-            return  # a closure that is evaluated again, or another callback that says so
-        self._ready.add(index)
+    def gradients_ready(self, index: int, optimizer: Optimizer, scale: float | None) -> None:
+        """Look at the gradients; does nothing in steps that are not due, and never reads the device."""
         if not self.is_due(self._steps.get(index, 0)):
             return
+        self._noted[index] = {}
         mine = {p: (p, *looked_at) for p, looked_at in self._looked_at.items()}
         for (parameter, name, axes), _, _ in of_mine([optimizer], mine):
             if parameter.grad is not None:
                 seen = Observed.of(local(parameter), local(parameter.grad), axes)
-                seen = seen.spread(self._shards[name]) if name in self._shards else seen
-                self._seen.setdefault(name, []).append(seen)
-
-    def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Look now where nobody else says when."""
-        if index in self._by_hand:
-            self.gradients_ready(index, optimizer)
+                self._noted[index][name] = seen.spread(self._shards[name]) if name in self._shards else seen
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
-        """Count the step."""
-        if index not in self._ready:
-            self._by_hand.add(index)
-        self._ready.discard(index)
+        """Count the step, and what was seen of it."""
+        for name, seen in self._noted.pop(index, {}).items():
+            self._seen.setdefault(name, []).append(seen)
         self._steps[index] = self._steps.get(index, 0) + 1
 
     def _all_seen(self) -> dict[str, Observed]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from lightning_normreg._optimizers import group_of, update_rule
 from lightning_normreg._weights import Table, Watched, norms_of
 from lightning_normreg.functional._projection import check_radius
-from lightning_normreg.steps._record import Recording
-from lightning_normreg.steps._step_hooks import Phase, of_mine
+from lightning_normreg.steps._step_hooks import of_mine
+from lightning_normreg.steps._subscriber import Phase, StepSubscriber
 
 Radius = float | Literal["auto", "initial"]
 
@@ -34,7 +34,7 @@ def check_radius_argument(radius: Radius) -> None:
         check_radius(radius)
 
 
-class Projector(Recording):
+class Projector(StepSubscriber):
     """Projects targets when an optimizer has stepped them.
 
     Optimizer state is left alone: it was measured at the radius, and so will be the next gradient.
@@ -42,12 +42,12 @@ class Projector(Recording):
 
     phase = Phase.PROJECT
 
-    def __init__(self, targets: Sequence[Watched], radius: Radius, initial: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, targets: Sequence[Watched], radius: Radius) -> None:
         super().__init__()
         self.targets = list(targets)
         self._argument = radius
         self._by_parameter = {t.parameter: t for t in self.targets}
-        self._radius = dict(initial or {})
+        self._radius: dict[str, Tensor] = {}
         self._columns: dict[Table, Tensor] = {}
         self._norms: dict[Table, Tensor] = {}
         self._starts: dict[Table, Tensor] = {}
@@ -57,10 +57,14 @@ class Projector(Recording):
         self.looking = False
         """Whether the next report shall also say which weights were off their radius before the step."""
 
-    @property
-    def initial(self) -> dict[str, Tensor]:
-        """Radii that were measured and so belong into a checkpoint; empty for the other kinds of radius."""
-        return dict(self._radius) if self._argument == "initial" else {}
+    def state_dict(self) -> dict[str, Any]:
+        """Radii that were measured at the start; none for the other kinds of radius."""
+        measured = self._radius if self._argument == "initial" else {}
+        return {"initial": {name: radius.cpu() for name, radius in measured.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold the radii that were measured then."""
+        self._radius |= state.get("initial", {})
 
     def optimized(self, optimizers: Iterable[Optimizer]) -> list[Watched]:
         """Targets that these optimizers update, as their groups stand now."""

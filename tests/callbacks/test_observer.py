@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normreg import EffectiveLRMonitor, NormProjection, NormSummary, WeightNormMonitor
-from lightning_normreg.callbacks import _base
+from lightning_normreg.steps._observer import InvarianceWatchdog
 from tests.harness import Net, loader, sgd, trainer
 
 CANNOT = "could not be found out on a private copy"
@@ -140,7 +140,7 @@ class FreezesLate(Net):
 @pytest.mark.parametrize("make", [Net, FreezesLate])
 def test_a_watchdog_is_there_for_all_callbacks(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It warns of the frozen layer and of that one only, once; a healthy run is quiet."""
-    monkeypatch.setattr(_base.InvarianceWatchdog, "EVERY", 50)
+    monkeypatch.setattr(InvarianceWatchdog, "EVERY", 50)
     net = make(sgd(), schedule=False)
     run = trainer(EffectiveLRMonitor(), WeightNormMonitor(), max_epochs=40)
     if make is Net:

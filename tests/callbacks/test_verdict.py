@@ -20,7 +20,7 @@ from lightning_normreg import (
     save_verdict,
 )
 from lightning_normreg._weights import norms_of
-from lightning_normreg.callbacks import _base
+from lightning_normreg.callbacks import _run
 from tests.harness import Net, around_the_first_projection, loader, moved, sgd, trainer
 
 
@@ -148,8 +148,8 @@ def test_a_run_is_the_same_with_and_without_the_probe() -> None:
 def test_one_probe_for_all_callbacks_and_none_on_resume(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three callbacks ask once; what they learned is in the checkpoint."""
     calls = []
-    probe = _base.probe
-    monkeypatch.setattr(_base, "probe", lambda *args: calls.append(1) or probe(*args))
+    probe = _run.probe
+    monkeypatch.setattr(_run, "probe", lambda *args: calls.append(1) or probe(*args))
     for path in (None, tmp_path / "end.ckpt"):
         everything = [WeightNormMonitor(), EffectiveLRMonitor(), NormProjection()]
         run = trainer(*everything, max_epochs=1 if path is None else 2)
@@ -169,7 +169,7 @@ def test_a_saved_verdict_is_taken_instead_of_a_probe(tmp_path: Any, monkeypatch:
     net = Net(sgd())
     verdict = find_scale_invariance(net, next(iter(loader())))
     save_verdict(verdict, tmp_path / "verdict.json")
-    monkeypatch.setattr(_base, "probe", None)
+    monkeypatch.setattr(_run, "probe", None)
     path = str(tmp_path / "verdict.json")
     run = trainer(
         WeightNormMonitor(invariance=path), EffectiveLRMonitor(invariance=verdict), NormProjection(invariance=path)

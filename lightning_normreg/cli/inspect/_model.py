@@ -10,10 +10,11 @@ from lightning_normreg._optimizers import find_rule
 from lightning_normreg._param_groups import load_by_name
 from lightning_normreg._reports import Checkpoint, SavedGroup, inspect_parameters, read_checkpoint, summary_table
 from lightning_normreg._weights import Verdict
-from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
+from lightning_normreg.callbacks._base import StepCallback
 from lightning_normreg.callbacks._holding import held_norms
 from lightning_normreg.callbacks._norm_projection import NormProjection
 from lightning_normreg.callbacks._norm_summary import summary_of
+from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
 from lightning_normreg.cli._namespace import namespace_of
 from lightning_normreg.cli._normreg_cli import NormRegCLI
