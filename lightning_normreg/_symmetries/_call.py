@@ -26,6 +26,10 @@ class ProbeError(RuntimeError):
     """The module's loss could not be computed on a private copy."""
 
 
+class NoLossError(ProbeError):
+    """This batch has no loss; another one may have."""
+
+
 class PrivateCall:
     """Computes the loss of a private copy at any point, and hands it to a continuation.
 
@@ -92,11 +96,12 @@ class PrivateCall:
         loss = result.get("loss") if isinstance(result, Mapping) else result
         if isinstance(loss, Tensor) and loss.numel() == 1:
             return loss.reshape(())
+        kind = NoLossError if result is None else ProbeError
         if loss is None:
             got = f"a {type(result).__name__} without 'loss'" if isinstance(result, Mapping) else "None"
         else:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ProbeError(
+        raise kind(
             f"{self._what} must return the loss, a scalar tensor or a mapping with one under 'loss', but it returned "
             f"{got}. Pass a batch for which it does, or `forward`, a function of (module, batch) that returns the loss."
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from lightning_normreg._weights import ScaleInvariance
 
 INERT = ScaleInvariance("inert", reason="The loss does not depend on it, as on a bias in front of BatchNorm.")
-FROZEN = ScaleInvariance("none", reason="It is frozen (requires_grad=False), so it was not tested.")
+FROZEN = ScaleInvariance("unknown", reason="It is frozen (requires_grad=False), so it was not tested.")
 
 
 def explain(verdict: ScaleInvariance) -> ScaleInvariance:

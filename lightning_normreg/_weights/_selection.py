@@ -73,7 +73,7 @@ def _units(
     role: ParameterRole, unit: UnitArgument, known: ScaleInvariance | None
 ) -> tuple[tuple[Part, ...], str | None, bool | None]:
     """Parts, bias and invariance of a parameter, from what the user asked for and what is known."""
-    if known is None:
+    if known is None or known.is_unknown:
         return (_asked_for(role, unit),), None, None
     if unit != "auto":
         return (_asked_for(role, unit),), None, _supports(known, role, unit)

@@ -32,7 +32,7 @@ class StepCallback(CallbackBase):
     """
 
     waits_for_observer = False
-    """Whether it does not begin before something is known."""
+    """Whether it has use for what gradients of training show, and does not begin before."""
 
     def __init__(self, invariance: str | Mapping[str, Any] | None) -> None:
         super().__init__()
@@ -42,7 +42,10 @@ class StepCallback(CallbackBase):
 
     @abstractmethod
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        """Select the weights, knowing the verdict (empty where there is none), and subscribe to their steps."""
+        """Select the weights, knowing the verdict (empty where there is none), and subscribe to their steps.
+
+        Called again when more is known: then weights are taken up that were left out before.
+        """
 
     def _subscribe(self, trainer: Trainer, subscriber: S) -> S:
         """Let a subscriber go on where a checkpoint was written, and be told of steps."""
@@ -54,7 +57,7 @@ class StepCallback(CallbackBase):
     def _reset(self) -> None:
         """Forget what a fit before this one has left."""
         self._verdict: Verdict | None = None
-        self._begun = False
+        self._acted_on: Verdict | None = None
         self._subscribers: list[StepSubscriber] = []
         self._restored: dict[str, Any] = {}
 
@@ -71,26 +74,27 @@ class StepCallback(CallbackBase):
         """Check the arguments against the model; what one callback has restored all others share."""
         run = run_of(trainer)
         run.prepare(trainer, pl_module, self)
-        run.verdict = run.verdict or self._verdict
+        run.knowledge.verdict = run.knowledge.verdict or self._verdict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the optimizers."""
         run_of(trainer).begin_training(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """On the first batch find out what is scale-invariant, and begin."""
+        """Begin when it is known what is scale-invariant, on the first batch mostly; go on when more is known."""
         run = run_of(trainer)
-        run.begin_batch(trainer)
-        if self._begun:
-            return
-        # What is given may have been found out by each process on batches of its own.
-        verdict = same_on_all_ranks(trainer, self._given) if self._given else {}
+        run.begin_batch(trainer, self)
         if self._given is None:
-            verdict = run.ask(trainer, pl_module, batch, observe=self.waits_for_observer)
-        if verdict or not self.waits_for_observer or self._given is not None:
-            self._begun, self._verdict = True, verdict
-            run.guard(trainer, verdict)
-            self._begin(trainer, pl_module, verdict)
+            known = run.knowledge.ask(trainer, pl_module, batch, observe=self.waits_for_observer)
+            if known is None or (self.waits_for_observer and not known):
+                return
+        else:
+            # What is given may have been found out by each process on batches of its own.
+            known = same_on_all_ranks(trainer, self._given) if self._acted_on is None else self._acted_on
+        if known is not self._acted_on:
+            self._acted_on = self._verdict = known
+            run.guard(trainer, known)
+            self._begin(trainer, pl_module, known)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -116,16 +120,21 @@ class StepCallback(CallbackBase):
                 f"No optimizer of the Trainer has updated a weight, so {type(self).__name__} had nothing to do. Return "
                 "the optimizers that step from `configure_optimizers`."
             )
-        elif run.observer is not None and not self._begun:
+        elif self._acted_on is None and (observer := run.knowledge.observer) is not None:
             rank_zero_warn(
-                f"{type(self).__name__} logged nothing: the model could not be probed, and its {run.observer.steps} "
-                f"optimizer steps are fewer than the {run.observer.STEPS[-1] + 1} that the observer of gradients "
-                "needs. Train longer, or pass `invariance`."
+                f"{type(self).__name__} logged nothing: the model could not be probed, and its {observer.steps} "
+                f"optimizer steps are fewer than the {observer.STEPS[-1] + 1} that the observer of gradients needs. "
+                "Train longer, or pass `invariance`."
+            )
+        elif self._acted_on is None and run.has_batches:
+            rank_zero_warn(
+                f"{type(self).__name__} did nothing: none of the batches that were tried had a loss, so it is not "
+                "known which weights are scale-invariant. Train longer, or pass `invariance`."
             )
 
     def state_dict(self) -> dict[str, Any]:
         """The verdict, so that a resumed run does not ask again, and the subscribers' states: plain types, tensors."""
-        state = {} if self._begun else dict(self._restored)
+        state = dict(self._restored) if self._acted_on is None else {}
         for subscriber in self._subscribers:
             state |= subscriber.state_dict()
         return state | {"invariance": verdict_to_dict(self._verdict or {})}

@@ -154,7 +154,9 @@ class EffectiveLRMonitor(Monitor):
             return
         size = sum(tracker.allocate(optimizer) for optimizer in optimizers_of(trainer))
         rank_zero_info(f"EffectiveLRMonitor keeps a copy of the watched weights: {size / 1e6:.3g} MB.")
-        if self.equilibrium:
+        if self._equilibria is not None:
+            self._equilibria.watch(tracker.watched)
+        elif self.equilibrium:
             self._equilibria = self._subscribe(
                 trainer, Equilibria(tracker.watched, run_of(trainer).claims.__contains__)
             )

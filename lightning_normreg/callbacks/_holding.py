@@ -69,19 +69,38 @@ class NormHolder(WeightCallback):
         self._averaging = find_averaging(trainer, self, self.project_averaged)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        verdict = strong(verdict)
-        watched, named, callback = self._selected(trainer, verdict), self.include is not None, type(self).__name__
-        targets = choose_targets(watched, verdict, named=named, otherwise=self.on_not_invariant, callback=callback)
+        try:
+            targets = self._choose(trainer, strong(verdict), self.on_not_invariant)
+        except ValueError as error:
+            if not run_of(trainer).dispatcher.has_seen_updates:
+                raise
+            rank_zero_warn(f"{type(self).__name__} holds nothing more than before. {error}")  # what was trained counts
+            return
+        held = {} if self._projector is None else {t.parameter: t for t in self._projector.targets}
+        new = [target for target in targets if target.parameter not in held]
+        self._claim(trainer, new)
+        _say_rounding(new)
+        if self._projector is not None:
+            self._projector.aim([*self._projector.targets, *new])
+        elif new:
+            self._projector = self._subscribe(trainer, self._make_projector(new))
+            # StochasticWeightAveraging copies its average into the module, and nobody looks at it before.
+            swapped = [a for a in self._averaging if hasattr(a, "_swap_models")]
+            self._averaged = [AveragedWeights(a, pl_module, self._projector) for a in swapped]
+            for averaged in self._averaged:
+                averaged.restore(self._restored.get("averaged", {}))
+
+    def _choose(self, trainer: Trainer, verdict: Verdict, otherwise: OnNotInvariant) -> list[Watched]:
+        known = self._known(trainer, verdict)
+        watched = self._selected(trainer, verdict) if otherwise == "allow" else known
+        named, callback = self.include is not None, type(self).__name__
+        if self._waiting and not (any(w.invariant for w in known) or (named and watched)):
+            return []
+        if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
+            otherwise = "skip"
+        targets = choose_targets(watched, verdict, named=named, otherwise=otherwise, callback=callback)
         check_eps_shares(targets, verdict, self.radius)
-        self._projector = self._make_projector(targets)
-        self._claim(trainer, targets)
-        _say_rounding(targets)
-        self._subscribe(trainer, self._projector)
-        # StochasticWeightAveraging copies its average into the module, and nobody looks at it before.
-        swapped = [a for a in self._averaging if hasattr(a, "_swap_models")]
-        self._averaged = [AveragedWeights(a, pl_module, self._projector) for a in swapped]
-        for averaged in self._averaged:
-            averaged.restore(self._restored.get("averaged", {}))
+        return targets
 
     def _claim(self, trainer: Trainer, targets: list[Watched]) -> None:
         claims = run_of(trainer).claims
@@ -99,7 +118,9 @@ class NormHolder(WeightCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Project before the first step, and again when a finetuning callback has handed more to an optimizer."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        projector = self._held()
+        projector = self._projector
+        if projector is None:
+            return  # it is not known yet what to hold
         optimized = projector.optimized(optimizers_of(trainer))
         if len(optimized) != self._projected:
             self._projected = len(optimized)
@@ -118,7 +139,7 @@ class NormHolder(WeightCallback):
         """Report units that are not held, at the Trainer's logging interval; project what ranks have averaged."""
         projector = self._projector
         if projector is None:
-            return  # a batch of None has no start
+            return
         if getattr(trainer.strategy, "_model_averager", None) is not None:  # DDPStrategy averages after the step
             projector.project(projector.optimized(optimizers_of(trainer)))
         if projector.looking:
@@ -158,10 +179,6 @@ class NormHolder(WeightCallback):
     def held(self) -> dict[str, tuple[float, float]]:
         """For each projected parameter the norm before the last projection and the radius (root mean squares)."""
         return {} if self._projector is None else self._projector.norms_and_radii()
-
-    def _held(self) -> Projector:
-        assert self._projector is not None
-        return self._projector
 
 
 def held_norms(trainer: Trainer) -> dict[str, tuple[float, float]]:

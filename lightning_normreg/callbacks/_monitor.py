@@ -111,7 +111,11 @@ class Monitor(WeightCallback):
             )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        self._tracker = self._subscribe(trainer, self._make_tracker(self._selected(trainer, verdict)))
+        watched = self._known(trainer, verdict)
+        if self._tracker is None:
+            self._tracker = self._subscribe(trainer, self._make_tracker(watched))
+        else:
+            self._tracker.watch(watched)
 
     def _choose_layers(self, watched: list[Watched]) -> None:
         names = [w.name for w in watched]

@@ -55,7 +55,8 @@ class NormSummary(StepCallback):
         return list(self._sentences)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        self._subscribe(trainer, _BeforeFirstStep(lambda: self._make(trainer, verdict)))
+        if not self._subscribers:
+            self._subscribe(trainer, _BeforeFirstStep(lambda: self._make(trainer, verdict)))
 
     def _make(self, trainer: Trainer, verdict: Verdict) -> None:
         self._rows, self._sentences = summary_of(trainer, verdict)

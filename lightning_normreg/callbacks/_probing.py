@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_normreg._symmetries import (
     NARROW_OBSERVER,
     WIDE_OBSERVER,
+    NoLossError,
     ObserverThresholds,
     ProbeError,
     find_scale_invariance,
     load_verdict,
     verdict_to_dict,
 )
-from lightning_normreg._weights import Verdict, is_sharded, summarize
+from lightning_normreg._weights import Verdict, is_sharded, named_roles
 from lightning_normreg.steps._observer import GradientObserver
 
 if TYPE_CHECKING:
@@ -31,23 +32,31 @@ LARGEST = 500_000_000
 """Parameters of a model that is still copied: the probe takes five times their memory in float64."""
 
 
-def probe(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Verdict:
-    """Ask the module's own ``training_step`` on a few samples; every rank takes what rank 0 finds, empty if nothing."""
+def probe(trainer: Trainer, pl_module: LightningModule, batch: Any, *, give_up: bool = True) -> Verdict | None:
+    """Ask the module's own ``training_step`` on a few samples; every rank takes what rank 0 finds, empty if nothing.
+
+    None where another batch may tell: this one has no loss, and it is not yet time to ``give_up``.
+    """
     started = time.perf_counter()
+    verdict: Verdict | None = {}
     try:
         verdict = _on_few_samples(pl_module, batch)
         seconds = time.perf_counter() - started
-        took = f" (the probe took {seconds:.0f} s)" if seconds > LONG_SECONDS else ""
-        rank_zero_info(f"Scale invariance: {summarize(verdict)}{took}")
+        if seconds > LONG_SECONDS:
+            rank_zero_info(f"The probe for scale invariance took {seconds:.0f} s.")
     except Exception as error:  # whatever the user's code raises on a copy, or memory: training must go on
-        verdict = {}
-        rank_zero_warn(
-            f"Which weights are scale-invariant could not be found out on a private copy: {error} Monitors watch the "
-            f"gradients of the first {GradientObserver.STEPS[-1] + 1} optimizer steps instead, which is weaker "
-            "evidence and never enough to project; their curves begin after that. The remedy: invariance=, a verdict "
-            "from find_scale_invariance(module, forward=…) on this model or a small copy, saved by save_verdict."
-        )
-    return same_on_all_ranks(trainer, verdict)
+        if isinstance(error, NoLossError) and not give_up:
+            verdict = None
+        else:
+            rank_zero_warn(
+                f"Which weights are scale-invariant could not be found out on a private copy: {error} Monitors watch "
+                f"the gradients of the first {GradientObserver.STEPS[-1] + 1} optimizer steps instead, which is weaker "
+                "evidence and never enough to project; their curves begin after that. The remedy: invariance=, a "
+                "verdict from find_scale_invariance(module, forward=…) on this model or a small copy, saved by "
+                "save_verdict."
+            )
+    plain = trainer.strategy.broadcast(None if verdict is None else verdict_to_dict(verdict))
+    return None if plain is None else load_verdict(plain)
 
 
 def same_on_all_ranks(trainer: Trainer, verdict: Verdict) -> Verdict:
@@ -90,8 +99,13 @@ def _on_few_samples(pl_module: LightningModule, batch: Any) -> Verdict:
         raise ProbeError("The model is sharded, so no process has all of it.")
     few = few_samples(batch)
     try:
-        return find_scale_invariance(pl_module, few)
+        verdict = find_scale_invariance(pl_module, few)
     except ProbeError:
         if few is batch:
             raise
         return find_scale_invariance(pl_module, batch)  # a loss that wants the whole batch
+    trained = {name for name, p, _ in named_roles(pl_module) if p.requires_grad}
+    if few is not batch and any(v.is_unknown for name, v in verdict.items() if name in trained):
+        whole = find_scale_invariance(pl_module, batch)  # experts that few samples do not reach
+        verdict |= {name: whole[name] for name, v in verdict.items() if v.is_unknown}
+    return verdict

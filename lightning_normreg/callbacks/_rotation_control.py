@@ -127,6 +127,8 @@ class RotationControl(NormHolder):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         super()._begin(trainer, pl_module, verdict)
+        if self._projector is None:
+            return
         rotator = self._rotator()
         copied = sum(p.numel() * p.element_size() for t in rotator.targets for p in t.tensors())
         shared = copied - rotator.allocate(optimizers_of(trainer))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from lightning_utilities.core.rank_zero import rank_zero_info
-
 from lightning_normreg._param_groups import load_by_name
-from lightning_normreg._weights import ParameterRole, Verdict, find_flat_pieces, named_roles, summarize
-from lightning_normreg.callbacks._probing import observer_limits, probe, same_on_all_ranks, say_lost
-from lightning_normreg.steps._observer import GradientObserver, InvarianceWatchdog
+from lightning_normreg._weights import ParameterRole, Verdict, find_flat_pieces, named_roles
+from lightning_normreg.callbacks._knowledge import Knowledge
+from lightning_normreg.callbacks._probing import observer_limits, say_lost
+from lightning_normreg.steps._observer import InvarianceWatchdog
 from lightning_normreg.steps._step_hooks import BackwardGuard, StepDispatcher, torch_optimizer
 
 if TYPE_CHECKING:
@@ -27,13 +26,12 @@ class Run:
     def __init__(self) -> None:
         self.dispatcher = StepDispatcher()
         self.claims: dict[Parameter, str] = {}
-        self.named: list[tuple[str, Parameter, ParameterRole]] = []
+        self.knowledge = Knowledge(self.dispatcher)
         self.layout_written = False
         self.has_batches = False
-        self.verdict: Verdict | None = None
-        self.observer: GradientObserver | None = None
         self.leader: object = None
         self._watchdog: InvarianceWatchdog | None = None
+        self._guarded: Verdict = {}
         self._backward: BackwardGuard | None = None
         self._schedulers: list[dict[str, Any]] | None = None
         self._temporary: list[RemovableHandle] = []
@@ -48,7 +46,7 @@ class Run:
         if trainer.model is not None:
             find_flat_pieces(trainer.model)
         # Later, after validation, FSDP shows other objects under these names than those that the optimizer has.
-        self.named = self.named or named_roles(pl_module)
+        self.knowledge.named = self.knowledge.named or named_roles(pl_module)
         if self._schedulers is not None:
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             states = list(zip(schedulers, self._schedulers, strict=False))
@@ -61,34 +59,30 @@ class Run:
             self._temporary.pop().remove()
         self.dispatcher.attach(trainer.optimizers)
 
-    def begin_batch(self, trainer: Trainer) -> None:
-        """Hook them again where they have been replaced, and say what has lost its invariance."""
+    @property
+    def named(self) -> Sequence[tuple[str, Parameter, ParameterRole]]:
+        """All parameters, by clean names."""
+        return self.knowledge.named
+
+    def begin_batch(self, trainer: Trainer, callback: object) -> None:
+        """Hook them again where they have been replaced, and say what has lost its invariance; once for all."""
+        if callback is not self.leader:
+            return
         self.has_batches = True
         self.dispatcher.attach(trainer.optimizers)
+        self.knowledge.begin_batch(trainer)
         if self._watchdog is not None:
             say_lost(self._watchdog.lost())
 
-    def ask(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *, observe: bool) -> Verdict:
-        """What is known of the weights; empty for nothing. With ``observe`` gradients are watched in the end."""
-        if self.verdict is None:
-            self.verdict = probe(trainer, pl_module, batch)
-        return self.verdict or (self._observed(trainer) if observe else {})
-
-    def _observed(self, trainer: Trainer) -> Verdict:
-        if self.observer is None:
-            self.observer = GradientObserver(self.named, observer_limits(trainer))
-            self.dispatcher.subscribe(self.observer)
-        if self.observer.is_done:
-            self.verdict = same_on_all_ranks(trainer, self.observer.verdict())
-            self.dispatcher.unsubscribe(self.observer)
-            rank_zero_info(f"Scale invariance, from gradients of training: {summarize(self.verdict)}")
-        return self.verdict or {}
-
     def guard(self, trainer: Trainer, verdict: Verdict) -> None:
         """Keep an eye on the units that are scale-invariant, once for all callbacks."""
-        if self._watchdog is None and any(v.is_invariant for v in verdict.values()):
-            self._watchdog = InvarianceWatchdog(self.named, verdict, observer_limits(trainer))
-            self.dispatcher.subscribe(self._watchdog)
+        if verdict is self._guarded or not any(v.is_invariant for v in verdict.values()):
+            return
+        if self._watchdog is not None:
+            self.dispatcher.unsubscribe(self._watchdog)
+        self._guarded = verdict
+        self._watchdog = InvarianceWatchdog(self.named, verdict, observer_limits(trainer))
+        self.dispatcher.subscribe(self._watchdog)
 
     def before_backward(self) -> None:
         """Until an optimizer has been seen to step, look whether others do so in the backward pass."""

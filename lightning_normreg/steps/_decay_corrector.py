@@ -27,9 +27,13 @@ class DecayCorrector(StepSubscriber):
 
     def __init__(self, targets: Sequence[Watched], peak_lr: PeakLR) -> None:
         super().__init__()
-        self._parameters = {p for target in targets for p in target.tensors()}
         self._argument = peak_lr
         self._groups: dict[int, tuple[Optimizer, list[Group]]] = {}
+        self.aim(targets)
+
+    def aim(self, targets: Sequence[Watched]) -> None:
+        """Correct the decay of these from the next step on."""
+        self._parameters = {p for target in targets for p in target.tensors()}
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer whose decay is not understood.

@@ -72,12 +72,16 @@ class Equilibria(StepSubscriber):
 
     def __init__(self, watched: Sequence[Watched], is_held: Callable[[Parameter], bool]) -> None:
         super().__init__()
-        self._watched = {w.name: w for w in watched if w.invariant}
-        self._names = {w.parameter: w.name for w in self._watched.values()}
         self._is_held = is_held
         self._steps: dict[str, list[_Written]] = {}
         self._given_up: list[str] = []
         self.courses: dict[str, Course] = {}
+        self.watch(watched)
+
+    def watch(self, watched: Sequence[Watched]) -> None:
+        """Follow these weights from now on, but for those that were given up."""
+        self._watched = {w.name: w for w in watched if w.invariant and w.name not in self._given_up}
+        self._names = {w.parameter: w.name for w in self._watched.values()}
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Write down learning rate and decay, which a scheduler may change before anything else is asked."""

@@ -44,9 +44,7 @@ class Projector(StepSubscriber):
 
     def __init__(self, targets: Sequence[Watched], radius: Radius) -> None:
         super().__init__()
-        self.targets = list(targets)
         self._argument = radius
-        self._by_parameter = {t.parameter: t for t in self.targets}
         self._radius: dict[str, Tensor] = {}
         self._columns: dict[Table, Tensor] = {}
         self._norms: dict[Table, Tensor] = {}
@@ -56,6 +54,12 @@ class Projector(StepSubscriber):
         self._told: set[str] = set()
         self.looking = False
         """Whether the next report shall also say which weights were off their radius before the step."""
+        self.aim(targets)
+
+    def aim(self, targets: Sequence[Watched]) -> None:
+        """Hold these from now on."""
+        self.targets = list(targets)
+        self._by_parameter = {t.parameter: t for t in self.targets}
 
     def state_dict(self) -> dict[str, Any]:
         """Radii that were measured at the start; none for the other kinds of radius."""

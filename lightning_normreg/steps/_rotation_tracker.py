@@ -53,6 +53,7 @@ class RotationTracker(Tracker):
         self._exponents = exponents
         self._equilibrium = equilibrium
         self._gradient = gradient
+        self._explained: set[str] = set()
         self._powers: dict[str, tuple[Tensor, float]] = {}
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
@@ -170,7 +171,8 @@ class RotationTracker(Tracker):
         """Say once why an optimizer's weights have no curve of the effective learning rate."""
         mine = of_mine(optimizers, self._by_parameter)
         for said in dict.fromkeys(_about_rule(optimizer, group) for _, group, optimizer in mine):
-            if said:
+            if said and said not in self._explained:
+                self._explained.add(said)
                 rank_zero_warn(said)
 
 

@@ -64,7 +64,6 @@ class Rotator(Projector):
         self.angles = Angles(angle)
         self.per, self.hold = per, hold
         self._means: dict[str, Mean] = {}
-        self._named = {target.name: target for target in self.targets}
         self._counts: dict[Table, Tensor] = {}
         self._last: Stepping = []
 
@@ -168,14 +167,15 @@ class Rotator(Projector):
         """Warn once of units that cannot be turned, or not as asked. Reads the device."""
         super().report()
         self.angles.check(self._last)
+        named = {target.name: target for target in self.targets}
         for name, numbers in self.counts().items():
             # At the end of a schedule a few updates are that small, and turn by next to nothing anyway.
-            often = max(3 * self._named[name].units(), 0.05 * numbers["updates"])
+            often = max(3 * named[name].units(), 0.05 * numbers["updates"])
             enough = {"updates": math.inf, "capped": 1, "steered": often, "still": often}
             for what, number in numbers.items():
                 if number >= enough[what] and f"{what} {name}" not in self._told:
                     self._told.add(f"{what} {name}")
-                    rank_zero_warn(_why_not_turned(what, name, number, self._named[name].parameter.dtype))
+                    rank_zero_warn(_why_not_turned(what, name, number, named[name].parameter.dtype))
 
     def counts(self) -> dict[str, dict[str, int]]:
         """For each weight how often a unit was updated, capped at π/2, steered by rounding, or stood still with all."""

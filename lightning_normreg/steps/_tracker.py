@@ -56,12 +56,16 @@ class Tracker(StepSubscriber, ABC):
     def __init__(self, watched: Sequence[Watched], health: Health | None = None) -> None:
         super().__init__()
         self.due = False
-        self.watched = list(watched)
         self.health = health or Health()
+        self._pending: dict[int, _Pending] = {}
+        self.watch(watched)
+
+    def watch(self, watched: Sequence[Watched]) -> None:
+        """Measure these weights from now on."""
+        self.watched = list(watched)
         self._by_parameter = {w.parameter: w for w in self.watched}
         self._by_key = {w.key: w for w in self.watched}
         self._by_name = {w.name: w for w in self.watched}
-        self._pending: dict[int, _Pending] = {}
 
     def arm(self, due: bool) -> None:
         """Start a batch: measure the updates in it, or do nothing at all."""
