@@ -9,9 +9,8 @@ from typing import Any, Literal
 import yaml
 from rich.table import Table
 
-from lightning_normreg.cli._console import console
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
-from lightning_normreg.cli._parser import Parser, add_optional, parser_of
+from lightning_normreg.cli._parser import Parser, add_optional, console, parser_of
 from lightning_normreg.cli._recipe import OF_THE_UNIT, Recipe, converted, to_plain
 from lightning_normreg.cli._recipe_source import read_recipe
 from lightning_normreg.functional import equilibrium_half_life, equilibrium_rotation, matched_lr

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
 from torch.optim import Optimizer
 
 import lightning_normreg.demos  # noqa: F401, so that its classes are known by their short names
 from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, message_for_user
 from lightning_normreg.cli._groups import CALLBACK_GROUPS, GROUP_OF_CALLBACK, DecayGroup
 from lightning_normreg.cli._namespace import default_namespace, namespace_of
-from lightning_normreg.cli._optimizers import configure_optimizers
 from lightning_normreg.cli._parser import Parser, add_optional
-from lightning_normreg.cli._schedulers import MakeScheduler
+from lightning_normreg.cli._schedulers import MakeScheduler, natural_interval
 from lightning_normreg.cli._subcommands import SUMMARIES, epilog
 
 if TYPE_CHECKING:
@@ -67,9 +67,8 @@ class Commands(Base):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make our parser, which Lightning before 2.6 has no argument for."""
-        module = import_module(self.namespace)
-        kwargs.setdefault("dump_header", [f"{module.__name__}=={module.__version__}"])
-        parser = parser_class(self.namespace)(**kwargs)
+        kwargs.setdefault("dump_header", [f"{self.namespace}=={import_module(self.namespace).__version__}"])
+        parser = _parser_class(self.namespace)(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file, YAML or JSON.")
         return parser
 
@@ -158,7 +157,7 @@ class Commands(Base):
         arguments = {**parsed["optimizer"].get("init_args", {}), **parsed["optimizer"].get("dict_kwargs", {})}
         decay = made["decay"]
         self.model.configure_optimizers = partial(
-            configure_optimizers,
+            _configure_optimizers,
             self.model,
             make_optimizer=make.optimizer,
             make_scheduler=make.lr_scheduler,
@@ -252,5 +251,37 @@ def _scheduler_type(namespace: str) -> Any:
 
 
 @cache
-def parser_class(namespace: str) -> type[LightningArgumentParser]:
+def _parser_class(namespace: str) -> type[LightningArgumentParser]:
     return type("Parser", (Parser, import_module(f"{namespace}.cli").LightningArgumentParser), {})
+
+
+def _configure_optimizers(
+    module: nn.Module,
+    *,
+    make_optimizer: MakeOptimizer,
+    make_scheduler: Callable[[Optimizer], Any] | None,
+    decay: DecayGroup | None,
+    weight_decay: float | None,
+    interval: str | None,
+) -> Any:
+    """Make the optimizer when training starts, so that parameters are those that are trained, sharded or not.
+
+    ``decay`` is None for one group, ``weight_decay`` where the optimizer has no such argument, ``interval`` for the
+    scheduler's own.
+    """
+    parameters: Iterable[Any] = module.parameters()
+    if decay is not None and weight_decay is not None:
+        with blamed_on("decay"):
+            parameters = decay.split(module, weight_decay)
+    elif decay is not None:
+        rank_zero_info("The optimizer has no `weight_decay`, so its parameters are in one group.")
+    with blamed_on("optimizer"):
+        optimizer = make_optimizer(parameters)
+    if make_scheduler is None:
+        return optimizer
+    with blamed_on("lr_scheduler"):
+        scheduler = make_scheduler(optimizer)
+    entry = {"scheduler": scheduler, "interval": interval or natural_interval(scheduler)}
+    if hasattr(scheduler, "monitor"):
+        entry["monitor"] = scheduler.monitor
+    return {"optimizer": optimizer, "lr_scheduler": entry}

@@ -60,7 +60,6 @@ class Recipe:
         return self.lr
 
     def rates(self) -> list[float]:
-        """The learning rate of each step."""
         return self.lr if isinstance(self.lr, list) else [self.lr]
 
 
@@ -109,7 +108,6 @@ def _momentum(recipe: Recipe) -> dict[str, Any]:
 
 
 def to_plain(recipe: Recipe) -> dict[str, Any]:
-    """For JSON."""
     return {key: value for key, value in asdict(recipe).items() if value not in (None, {})}
 
 

@@ -15,17 +15,13 @@ from lightning_normreg.callbacks._holding import held_norms
 from lightning_normreg.callbacks._norm_projection import NormProjection
 from lightning_normreg.callbacks._norm_summary import summary_of
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
+from lightning_normreg.cli._inspect import Report, add_output_arguments, show
 from lightning_normreg.cli._namespace import namespace_of
-from lightning_normreg.cli._normreg_cli import NormRegCLI
+from lightning_normreg.cli._normreg_cli import Commands, NormRegCLI
 from lightning_normreg.cli._subcommands import PROGRAM
-from lightning_normreg.cli.inspect._report import Report, add_output_arguments, show
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-
-    from lightning_normreg.cli._normreg_cli import Commands
-else:
-    Commands = object
 
 # What is looked at comes before any of it; norms are the same on every device.
 _TRAINER = {
