@@ -65,24 +65,8 @@ EQUILIBRIUM_RATIO = Curve(
     summary="equilibrium_ratio",
 )
 
-CURVES = (
-    WEIGHT_NORM,
-    UNIT_NORM_RMS,
-    UNIT_NORM_MIN,
-    UNIT_NORM_MAX,
-    EFFECTIVE_LR,
-    EFFECTIVE_LR_NOT_INVARIANT,
-    ROTATION,
-    ROTATION_FACTOR,
-    RELATIVE_UPDATE,
-    GRADIENT_NORM,
-    GRADIENT_ALIGNMENT,
-    SCALE_EXPONENT,
-    EQUILIBRIUM_ROTATION,
-    EQUILIBRIUM_NORM,
-    EQUILIBRIUM_HALF_LIFE,
-    EQUILIBRIUM_RATIO,
-)
+CURVES = tuple(value for value in list(globals().values()) if isinstance(value, Curve))
+"""All of them, in this order."""
 
 PREFIX = "weights"
 """First part of every tag, unless a callback is given another: one group in TensorBoard, below train, val and test."""

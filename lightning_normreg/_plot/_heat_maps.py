@@ -31,7 +31,6 @@ class HeatMap:
 
     @property
     def label(self) -> str:
-        """Symbol and unit."""
         label = axis_label(self.curve)
         return f"{label.partition(' [')[0]} over its first [1]" if self.relative else label
 
@@ -51,7 +50,6 @@ HEAT_MAPS = (
 
 
 def heat_maps_of(runs: Sequence[LoggedRun]) -> list[HeatMap]:
-    """The heat maps that a page of these runs has."""
     return [h for h in HEAT_MAPS if any(len(run.layers(h.curve)) > DEEP and _has_any(h.table(run)) for run in runs)]
 
 

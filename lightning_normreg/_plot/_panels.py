@@ -36,11 +36,9 @@ class Panel:
 
     @property
     def label(self) -> str:
-        """Symbol and unit."""
         return "η / $n^p$ over its first value [1]" if self.of_summary else axis_label(self.curve)
 
     def is_of(self, run: LoggedRun) -> bool:
-        """Whether a run has anything to show in it."""
         if self.of_summary:
             return run.summary(self.curve) is not None and run.is_partial(_metrics.ROTATION)
         compared = self.curve is not _metrics.EFFECTIVE_LR and run.summary(self.curve) is not None
@@ -58,7 +56,6 @@ NOT_INVARIANT = Panel("effective learning rate, not scale-invariant", _metrics.E
 
 
 def panels_of(runs: Sequence[LoggedRun]) -> list[Panel]:
-    """The panels that any of the runs has something for."""
     found = [panel for panel in PANELS if any(panel.is_of(run) for run in runs)]
     if not any(run.layers(_metrics.EFFECTIVE_LR) for run in runs) and any(NOT_INVARIANT.is_of(run) for run in runs):
         found.insert(0, NOT_INVARIANT)
@@ -66,7 +63,6 @@ def panels_of(runs: Sequence[LoggedRun]) -> list[Panel]:
 
 
 def draw(axes: Any, panel: Panel, run: LoggedRun, depth: Depth) -> None:
-    """Draw one run's curves into a panel."""
     shown: list[pd.Series[float]] = []
     if panel.of_summary or (panel.curve is not _metrics.EFFECTIVE_LR and run.is_partial(panel.curve)):
         shown += _draw_summary(axes, run.summary(panel.curve))

@@ -14,17 +14,13 @@ from lightning_normreg._plot._run_logs import by_step, read_runs
 from lightning_normreg._weights import check_globs, match
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
     Source: TypeAlias = "str | os.PathLike[str] | pd.DataFrame | Sequence[pd.DataFrame]"
-    Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """One run."""
-
     name: str  # what stands above it
     table: pd.DataFrame  # a row for each step, a column for each tag without prefix, in the order of the layers
 
@@ -70,7 +66,6 @@ class LoggedRun:
 
 
 def runs_of(source: Source | Mapping[str, Source]) -> list[LoggedRun]:
-    """The runs that are to be drawn."""
     if isinstance(source, Mapping):
         found = []
         for name, part in source.items():

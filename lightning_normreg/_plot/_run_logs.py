@@ -33,13 +33,10 @@ def read_runs(path: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
     place = Path(path)
     if not place.exists():
         raise ValueError(f"There is no {str(path)!r}. Give the folder that a logger wrote: lightning_logs/version_0.")
-    if place.is_file():
-        found = _named(str(path), _read_file(place))
-    else:
-        found = _named(str(path), _read_folder(place))
-        beneath = {Path(folder) for folder, _, _ in os.walk(place)} - {place} if not found else ()
-        for folder in sorted(beneath, key=_natural):
-            found |= _named(str(folder), _read_folder(folder))
+    found = _named(str(path), _read_file(place) if place.is_file() else _read_folder(place))
+    beneath = () if found else {Path(folder) for folder, _, _ in os.walk(place)} - {place}
+    for folder in sorted(beneath, key=_natural):
+        found |= _named(str(folder), _read_folder(folder))
     if found:
         return found
     if place.is_file() or any(_EVENTS in file or file == TABLE for _, _, files in os.walk(place) for file in files):
@@ -95,12 +92,9 @@ def _read_events(path: Path) -> dict[str, pd.DataFrame]:
         raise ValueError(f"{str(path)!r} cannot be read as TensorBoard's log: {error}") from error
     pandas = optional_import("pandas")
     tags = [tag for tag in log.Tags()["scalars"] if _metrics.split_tag(tag)]
-    curves = {}
-    for tag in tags:
-        events = {event.step: event.value for event in log.Scalars(tag)}  # resumed: the last value of a step counts
-        curves[tag] = pandas.Series(events, dtype=float)
-    frame = pandas.DataFrame(curves, columns=tags)
-    return by_step(frame.rename_axis("step").reset_index())
+    # Of a resumed run the last value of a step counts.
+    curves = {tag: pandas.Series({e.step: e.value for e in log.Scalars(tag)}, dtype=float) for tag in tags}
+    return by_step(pandas.DataFrame(curves, columns=tags).rename_axis("step").reset_index())
 
 
 def _read_table(file: Path) -> dict[str, pd.DataFrame]:
