@@ -134,8 +134,11 @@ class DecayFreeLR(LRScheduler):
         # Under coupled decay the momentum is that of a run without decay, and only projection rescales it.
         coupled = rule.decay == "coupled"
         factor = 1 / self._growths[i] if coupled else before / self.scales[i]
-        if factor != 1.0:
-            _rescale_state(self.optimizer, group, rule, factor)
+        # State as it would be had every weight been so many times as large in all steps.
+        for weight in group["params"] if factor != 1.0 else ():
+            for key, power in rule.state_powers(weight.dim()).items():
+                if isinstance(value := self.optimizer.state[weight].get(key), Tensor):
+                    value.mul_(factor**power)
         for key, degree in rule.group_degrees.items():
             assert isinstance(degree, int)
             group[key] = self._constants[i][key] * self.scales[i] ** -degree
@@ -191,12 +194,3 @@ def _radius(group: Group) -> float:
 
 def _norm(weight: Tensor) -> float:
     return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-
-
-def _rescale_state(optimizer: Optimizer, group: Group, rule: UpdateRule, factor: float) -> None:
-    """State as it would be had every weight been so many times as large in all steps."""
-    for weight in group["params"]:
-        for key, power in rule.state_powers(weight.dim()).items():
-            value = optimizer.state[weight].get(key)
-            if isinstance(value, Tensor):
-                value.mul_(factor**power)

@@ -87,7 +87,6 @@ def select_groups(state: dict[str, Any], sources: Sequence[int], count: int) -> 
 
 
 def multiply_rates(schedulers: Iterable[Scheduler], index: int, factor: float) -> None:
-    """Multiply the learning rates of one group in every scheduler."""
     for scheduler in flatten(schedulers):
         for key in _RATES:
             entries = getattr(scheduler, key, None)
