@@ -34,7 +34,6 @@ def why_no_rule(optimizer: Optimizer, group: Group | None = None) -> str:
 
 
 def group_of(optimizer: Optimizer, parameter: Tensor) -> Group | None:
-    """The parameter group that a parameter is in."""
     return next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
 
 

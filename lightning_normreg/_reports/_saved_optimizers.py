@@ -42,8 +42,6 @@ _SHAPED |= {"acc_delta", "ax", "prev", "step_size", "z", "variance"}
 
 @dataclass(frozen=True)
 class SavedGroup:
-    """One parameter group."""
-
     label: str  # its name or number, with that of the optimizer where there are several
     settings: Group  # what it says beside its parameters
     rules: tuple[UpdateRule | NoRule, ...]  # how its optimizer may step; empty where nobody knows

@@ -44,7 +44,6 @@ class Family:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Names of all settings."""
         return (*self.required, *self.defaults)
 
     def balance(self, settings: Mapping[str, Any]) -> Balance:
