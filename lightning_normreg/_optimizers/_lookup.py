@@ -40,11 +40,14 @@ def group_of(optimizer: Optimizer, parameter: Tensor) -> Group | None:
 def find_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule | NoRule | None:
     """Rule of an optimizer, or what is known instead."""
     optimizer = acting(optimizer)
-    for parent in type(optimizer).__mro__:
+    lineage: tuple[type[Optimizer], ...] = type(optimizer).__mro__
+    for parent in lineage:
         rule = _REGISTERED.get(parent) or _listed(_dotted(parent))
         if rule is not None:
             group = optimizer.param_groups[0] if group is None else group
-            return _in_group(rule, optimizer, group) if _same_step(type(optimizer), parent) else None
+            # torch wraps `step` in a profiler hook once per class, hence the unwrapping.
+            same_step = inspect.unwrap(type(optimizer).step) is inspect.unwrap(parent.step)
+            return _in_group(rule, optimizer, group) if same_step else None
     return None
 
 
@@ -95,11 +98,6 @@ def _in_group(rule: UpdateRule | NoRule, optimizer: Optimizer, group: Group) -> 
             if group.get(key, getattr(optimizer, key, False)):
                 return _in_group(variant, optimizer, group)
     return rule
-
-
-def _same_step(cls: type[Optimizer], parent: type[Optimizer]) -> bool:
-    # torch wraps `step` in a profiler hook once per class, hence the unwrapping.
-    return inspect.unwrap(cls.step) is inspect.unwrap(parent.step)
 
 
 def register_update_rule(

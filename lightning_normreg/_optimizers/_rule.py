@@ -38,9 +38,8 @@ class UpdateRule:
     # Degrees of entries of the state, where need be as a function of the weight's number of dimensions; None where the
     # state cannot be rescaled.
     state_degrees: Mapping[str, StateDegree] | None = field(default_factory=dict)
-    rate_degrees: Mapping[str, int] = field(
-        default_factory=dict
-    )  # of state that is, or is proportional to, a learning rate
+    # Of state that is, or is proportional to, a learning rate.
+    rate_degrees: Mapping[str, int] = field(default_factory=dict)
     lr_degree: int | None = None  # None for p
     decay_degree: int | None = None  # None for −2 (coupled) and −p (decoupled)
     group_degrees: Mapping[str, Degree] = field(default_factory=dict)  # of other settings, or of each of a tuple

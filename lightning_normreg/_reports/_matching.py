@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -10,6 +10,9 @@ from lightning_normreg._reports._saved_optimizers import SavedGroup
 from lightning_normreg._weights import clean_name, listed
 
 Owners = dict[str, SavedGroup]
+Shape = tuple[int, ...]
+Places = dict[int, int]
+"""By entry of a group, the place of its parameter in the module."""
 
 
 def match_parameters(
@@ -41,9 +44,9 @@ def match_parameters(
     unnamed = [group for group in groups if group.names is None and group.params]
     if unnamed:
         free = [name for name in tensors if name not in owners]
-        places = _Fit(unnamed, [tuple(tensors[name].shape) for name in free])
-        owners |= {free[at]: group for group, at in places.certain()}
-        said += _about_order(unnamed, places, free)
+        fixed, misfits = _fit(unnamed, [tuple(tensors[name].shape) for name in free])
+        owners |= {free[at]: group for group, places in zip(unnamed, fixed, strict=True) for at in places.values()}
+        said += _about_order(unnamed, fixed, misfits)
     return owners, said
 
 
@@ -57,76 +60,60 @@ def _by_name(names: Sequence[str], known: Mapping[str, str]) -> dict[str, str]:
     return {raw: known[prefix + name] for raw, name in zip(names, clean, strict=True) if prefix + name in known}
 
 
-class _Fit:
-    """All ways to lay groups over a list of shapes, each in order and none over another.
+def _fit(groups: Sequence[SavedGroup], shapes: Sequence[Shape]) -> tuple[list[Places], set[int]]:
+    """Certain places of groups that lie over a list of shapes, each in order and none over another, and the misfits.
 
     An entry is certain if the first and the last place that it can have are the same. What is certain of one group is
     taken from the others, until nothing changes.
     """
-
-    def __init__(self, groups: Sequence[SavedGroup], shapes: Sequence[tuple[int, ...]]) -> None:
-        self.groups = groups
-        self._shapes = shapes
-        self._fixed: list[dict[int, int]] = [{} for _ in groups]
-        self.misfits = {n for n in range(len(groups)) if self._certain(n, set()) is None}
-        while self._narrow():
-            pass
-
-    def certain(self) -> Iterable[tuple[SavedGroup, int]]:
-        """Groups with the places of theirs that are certain."""
-        for group, fixed in zip(self.groups, self._fixed, strict=True):
-            yield from ((group, at) for at in fixed.values())
-
-    def open(self, number: int) -> list[int]:
-        """Entries of a group whose place is not certain."""
-        return [k for k in range(len(self.groups[number].params)) if k not in self._fixed[number]]
-
-    def _narrow(self) -> bool:
-        before = list(self._fixed)
-        for number in set(range(len(self.groups))) - self.misfits:
-            others = [fixed for n, fixed in enumerate(self._fixed) if n != number]
-            certain = self._certain(number, {at for fixed in others for at in fixed.values()})
+    fixed: list[Places] = [{} for _ in groups]
+    misfits = {number for number, group in enumerate(groups) if _certain(group, shapes, {}, set()) is None}
+    before = None
+    while before != fixed:
+        before = list(fixed)
+        for number in set(range(len(groups))) - misfits:
+            taken = {at for n, places in enumerate(fixed) if n != number for at in places.values()}
+            certain = _certain(groups[number], shapes, fixed[number], taken)
             if certain is None:  # each fits alone, but not all of them: there is no telling which is the odd one
-                self.misfits = set(range(len(self.groups)))
-                self._fixed = [{} for _ in self.groups]
-                return False
-            self._fixed[number] = certain
-        return before != self._fixed
+                return [{} for _ in groups], set(range(len(groups)))
+            fixed[number] = certain
+    return fixed, misfits
 
-    def _certain(self, number: int, taken: set[int]) -> dict[int, int] | None:
-        first, last = (self._places(number, taken, step) for step in (1, -1))
-        if first is None or last is None:
+
+def _certain(group: SavedGroup, shapes: Sequence[Shape], fixed: Places, taken: set[int]) -> Places | None:
+    first, last = (_places(group, shapes, fixed, taken, step) for step in (1, -1))
+    if first is None or last is None:
+        return None
+    return {k: at for k, at in first.items() if last[k] == at}
+
+
+def _places(group: SavedGroup, shapes: Sequence[Shape], fixed: Places, taken: set[int], step: int) -> Places | None:
+    """The first place of each entry, given that the others have a place too; the last one with a step of −1."""
+    places = iter([at for at in range(len(shapes)) if at not in taken][::step])
+    found: Places = {}
+    for k, shape in list(enumerate(group.shapes))[::step]:
+        at = next((p for p in places if fixed.get(k, p) == p and shape in (None, shapes[p])), None)
+        if at is None:
             return None
-        return {k: at for k, at in first.items() if last[k] == at}
-
-    def _places(self, number: int, taken: set[int], step: int) -> dict[int, int] | None:
-        """The first place of each entry, given that the others have a place too; the last one with a step of −1."""
-        fixed = self._fixed[number]
-        places = iter([at for at in range(len(self._shapes)) if at not in taken][::step])
-        found: dict[int, int] = {}
-        for k, shape in list(enumerate(self.groups[number].shapes))[::step]:
-            at = next((p for p in places if fixed.get(k, p) == p and shape in (None, self._shapes[p])), None)
-            if at is None:
-                return None
-            found[k] = at
-        return found
+        found[k] = at
+    return found
 
 
-def _about_order(groups: Sequence[SavedGroup], fit: _Fit, free: Sequence[str]) -> list[str]:
+def _about_order(groups: Sequence[SavedGroup], fixed: Sequence[Places], misfits: set[int]) -> list[str]:
     shaped = any(shape is not None for group in groups for shape in group.shapes)
     said = [
         "The optimizer numbers its parameters and does not name them: they were matched by the module's order"
         + (" and the shapes of their state." if shaped else " alone, since they have no state.")
     ]
     for number, group in enumerate(groups):
-        if number in fit.misfits:
+        if number in misfits:
             said.append(
                 f"Group {group.label} does not fit the weights in the module's order, so which parameters it has is "
                 "not known, and what depends on it is left blank."
             )
-        elif fit.open(number):
+        elif still_open := len(group.params) - len(fixed[number]):
             said.append(
-                f"{len(fit.open(number))} of the {len(group.params)} parameters of group {group.label} could be "
+                f"{still_open} of the {len(group.params)} parameters of group {group.label} could be "
                 "several of the weights, so what depends on them is left blank there. Name the model by --model, or "
                 "give the optimizer module.named_parameters()."
             )

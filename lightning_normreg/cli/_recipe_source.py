@@ -36,7 +36,11 @@ def read_recipe(path: str, steps: int | None, steps_per_epoch: int | None) -> Re
 
 def _of_config(config: Mapping[str, Any], steps: int | None, steps_per_epoch: int | None) -> Recipe:
     name, given = _class_and_arguments(config.get("optimizer"), "optimizer")
-    optimizer_class = _imported(name)
+    module, _, short = name.rpartition(".")
+    try:
+        optimizer_class = getattr(import_module(module or "torch.optim"), short)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"optimizer: {error}. Name a class of torch.optim, or another as package.Class.") from error
     defaults = inspect.signature(optimizer_class).parameters
     settings = {k: p.default for k, p in defaults.items() if p.default is not p.empty} | given
     lr, decay = float(settings["lr"]), float(settings.get("weight_decay", 0.0))
@@ -66,14 +70,6 @@ def _class_and_arguments(entry: Any, key: str) -> tuple[str, dict[str, Any]]:
     if isinstance(entry, Mapping) and isinstance(entry.get("class_path"), str):
         return entry["class_path"], {**(entry.get("init_args") or {}), **(entry.get("dict_kwargs") or {})}
     raise ValueError(f"{key}: there is none, or without class_path. Give the recipe by --optimizer, --lr and so on.")
-
-
-def _imported(name: str) -> Any:
-    module, _, short = name.rpartition(".")
-    try:
-        return getattr(import_module(module or "torch.optim"), short)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"optimizer: {error}. Name a class of torch.optim, or another as package.Class.") from error
 
 
 def _followed(
