@@ -21,11 +21,7 @@ def is_named(thing: object, *names: str) -> bool:
 
 
 def optional_import(module: str, extra: str = "plot") -> Any:
-    """Import a module of an extra.
-
-    Raises:
-        ModuleNotFoundError: With the line that installs it.
-    """
+    """Import a module of an extra; where it is missing, the error has the line that installs it."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

@@ -8,21 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Curve:
-    """One logged quantity; its tag is ``weights/key/<parameter>``.
+    """One logged quantity; its tag is ``weights/key/<parameter>``."""
 
-    Attributes:
-        key: Middle part of the tag.
-        symbol: What the formula calls it.
-        unit: Unit of the values; "w" stands for the unit of the weight.
-        formula: How it is computed, with w_u a unit before the step, U the number of units, Δ = after − before.
-        summary: Name of the summary over layers, or "" where there is none.
-    """
-
-    key: str
-    symbol: str
-    unit: str
-    formula: str
-    summary: str = ""
+    key: str  # middle part of the tag
+    symbol: str  # what the formula calls it
+    unit: str  # of the values; "w" stands for the unit of the weight
+    formula: str  # how it is computed, with w_u a unit before the step, U the number of units, Δ = after − before
+    summary: str = ""  # name of the summary over layers, or "" where there is none
 
 
 WEIGHT_NORM = Curve("weight_norm", "‖w‖", "w", "√Σ_u ‖w_u‖², of the whole tensor")

@@ -16,12 +16,10 @@ _REGISTERED: dict[type[Optimizer], UpdateRule] = {}
 
 
 def update_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule | None:
-    """Rule of an optimizer, or None for one that nobody has described.
+    """Rule of an optimizer in a parameter group, by default its first, or None where nobody has described it.
 
     A subclass shares the rule of its parent only while it shares its ``step``: one that computes its own step may
     scale differently, and no number is better than a wrong one.
-
-    The rule may depend on the settings of a parameter group; by default it is that of the first.
     """
     rule = find_rule(optimizer, group)
     return rule if isinstance(rule, UpdateRule) else None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lightning_normreg._optimizers import _torch
-from lightning_normreg._optimizers._rule import FamilyOrNone, NoRule, UpdateRule
+from lightning_normreg._optimizers._rule import NoRule, UpdateRule
 from lightning_normreg._optimizers._torch import ADAM, ADAMW, EPS, LION, MUON, RADAMW, RMSPROP, SGD
 
 
@@ -19,11 +19,11 @@ def _unpredicted_if(rule: UpdateRule, *conditions: str) -> UpdateRule:
     return rule.given(**dict.fromkeys(conditions, replace(rule, family="")))
 
 
-def _either(decoupled: UpdateRule, coupled: FamilyOrNone = "", key: str = "weight_decouple") -> UpdateRule:
+def _either(decoupled: UpdateRule, key: str = "weight_decouple") -> UpdateRule:
     """A rule with a switch for decoupled decay, which may also be fixed: that leaves the learning rate out of it."""
     fixed = replace(decoupled, family="", decay_degree=0, variants=())
-    rule = replace(decoupled, decay="coupled", family=coupled, decay_degree=None, variants=())
-    return rule.given(**{key: decoupled.given(fixed_decay=fixed)})
+    coupled = replace(decoupled, decay="coupled", family="", decay_degree=None, variants=())
+    return coupled.given(**{key: decoupled.given(fixed_decay=fixed)})
 
 
 def _corrected(rule: UpdateRule) -> UpdateRule:
@@ -170,22 +170,18 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
     # With `decoupled_weight_decay` the decay is in units of the first learning rate.
     "lion_pytorch": {"Lion": _unpredicted_if(LION, "decoupled_wd"), "cautious_lion.Lion": replace(LION, family="")},
     "muon": {
-        "Muon": _MUON,
-        "SingleDeviceMuon": _MUON,
-        "MuonWithAuxAdam": ADAMW.given(use_muon=_MUON),
-        "SingleDeviceMuonWithAuxAdam": ADAMW.given(use_muon=_MUON),
+        **dict.fromkeys(("Muon", "SingleDeviceMuon"), _MUON),
+        **dict.fromkeys(("MuonWithAuxAdam", "SingleDeviceMuonWithAuxAdam"), ADAMW.given(use_muon=_MUON)),
     },
     "prodigyopt": {"Prodigy": _either(_PRODIGY, key="decouple")},
     "pytorch_optimizer": {
+        **dict.fromkeys(("AdEMAMix", "Adan", "SignSGD", "StableAdamW", "Tiger"), _either(_ADAM_LIKE)),
+        **dict.fromkeys(("DAdaptAdam", "DAdaptLion", "Prodigy"), _either(_PRODIGY)),
         "ADOPT": _either(_ADOPT),
-        "AdEMAMix": _either(_ADAM_LIKE),
         "AdaFactor": _either(_ADAM_LIKE).given(
             scale_parameter=replace(_ADAFACTOR_RELATIVE, local="unknown", state_degrees=None), relative_step=_OWN_RATE
         ),
         "AdamP": _either(_unpredicted_if(_ADAMP, "nesterov")),
-        "Adan": _either(_ADAM_LIKE),
-        "DAdaptAdam": _either(_PRODIGY),
-        "DAdaptLion": _either(_PRODIGY),
         "LARS": replace(_LARS, note="is proportional to lr/‖w‖² where the weight has one dimension"),
         "Lamb": _PO_LAMB.given(
             rectify=NoRule("takes steps of two kinds, the one before and the other after it rectifies"),
@@ -194,7 +190,6 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
         ),
         "Lion": _either(_unpredicted_if(LION, "cautious")),
         "Muon": _either(_UNPREDICTED).given(use_muon=_either(replace(_MUON, family=""))),
-        "Prodigy": _either(_PRODIGY),
         "RAdam": _either(replace(RADAMW, family="", local="unknown")),
         "SGDP": _either(_unpredicted_if(_SGDP, "nesterov")),
         "SGDW": SGD.given(weight_decouple=_SGDW, nesterov=replace(SGD, family="nesterov")),
@@ -202,9 +197,6 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
         "ScheduleFreeAdamW": replace(_SCHEDULE_FREE_ADAMW, used_lr_key="").given(warmup_steps=_WARMS_UP),
         "ScheduleFreeSGD": replace(_SCHEDULE_FREE_SGD, used_lr_key="").given(warmup_steps=_WARMS_UP),
         "Shampoo": _either(_SHAMPOO).given(momentum=_MIXING),
-        "SignSGD": _either(_ADAM_LIKE),
-        "StableAdamW": _either(_ADAM_LIKE),
-        "Tiger": _either(_ADAM_LIKE),
     },
     "schedulefree": {
         "AdamWScheduleFree": _SCHEDULE_FREE_ADAMW,

@@ -15,7 +15,6 @@ Group = dict[str, Any]
 Degree = int | tuple[int, ...] | Callable[[Group], float]
 StateDegree = int | Callable[[int], float]
 Local = Literal["exact", "adam", "radam", "nadam", "rmsprop", "adagrad", "adadelta", "adafactor", "unknown"]
-FamilyOrNone = FamilyName | Literal[""]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class UpdateRule:
 
     exponent: int  # p: the update of a scale-invariant weight is proportional to ‖w‖^(1−p), its rotation to lr/‖w‖^p
     decay: Decay  # "coupled": added to the gradient; "decoupled": shrinks the weight itself
-    family: FamilyOrNone = ""  # formulas by which its equilibrium with decay is computed
+    family: FamilyName | Literal[""] = ""  # formulas by which its equilibrium with decay is computed
     lr_key: str = "lr"  # of the parameter group, under which the learning rate is set
     used_lr_key: str = ""  # under which the optimizer keeps the learning rate of its last step, where that differs
     lr_factor_keys: tuple[str, ...] = ()  # of further factors of the learning rate

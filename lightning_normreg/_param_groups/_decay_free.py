@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_normreg._optimizers import Group, UpdateRule, update_rule
+from lightning_normreg._param_groups._rescale import multiply_state
 from lightning_normreg.functional._recipes import EXPONENTS, Shrinkage
 
 
@@ -134,11 +135,8 @@ class DecayFreeLR(LRScheduler):
         # Under coupled decay the momentum is that of a run without decay, and only projection rescales it.
         coupled = rule.decay == "coupled"
         factor = 1 / self._growths[i] if coupled else before / self.scales[i]
-        # State as it would be had every weight been so many times as large in all steps.
         for weight in group["params"] if factor != 1.0 else ():
-            for key, power in rule.state_powers(weight.dim()).items():
-                if isinstance(value := self.optimizer.state[weight].get(key), Tensor):
-                    value.mul_(factor**power)
+            multiply_state(self.optimizer, weight, rule, factor)
         for key, degree in rule.group_degrees.items():
             assert isinstance(degree, int)
             group[key] = self._constants[i][key] * self.scales[i] ** -degree

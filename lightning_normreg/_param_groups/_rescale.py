@@ -82,7 +82,10 @@ def rescale_(
 
     index = _alone(optimizer, parameter, schedulers)
     group = optimizer.param_groups[index]
-    _multiply_weight(optimizer, parameter, rule, float(factor))
+    parameter.mul_(factor)
+    if parameter.grad is not None:
+        parameter.grad.div_(factor)
+    multiply_state(optimizer, parameter, rule, float(factor))
     _multiply_group(group, rule, float(factor), float(rate))
     multiply_rates(schedulers, index, float(factor) ** rate)
     return group
@@ -181,10 +184,8 @@ def _split(optimizer: Optimizer, index: int, position: int, schedulers: Sequence
     add_group(schedulers, index, len(optimizer.param_groups) - 1)
 
 
-def _multiply_weight(optimizer: Optimizer, parameter: Tensor, rule: UpdateRule, factor: float) -> None:
-    parameter.mul_(factor)
-    if parameter.grad is not None:
-        parameter.grad.div_(factor)
+def multiply_state(optimizer: Optimizer, parameter: Tensor, rule: UpdateRule, factor: float) -> None:
+    """Make the state of a parameter what it would be had that been so many times as large in all steps."""
     state = optimizer.state.get(parameter, {})
     for key, power in {**rule.state_powers(parameter.ndim), **rule.rate_degrees}.items():
         if key in state:

@@ -8,8 +8,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from lightning_normreg._compat import optional_import
-from lightning_normreg._plot._heat_maps import draw_heat_map, heat_maps_of
-from lightning_normreg._plot._panels import Panel, draw, panels_of
+from lightning_normreg._plot._panels import Panel, draw, draw_heat_map, heat_maps_of, panels_of
 from lightning_normreg._plot._run import LoggedRun, all_layers, choose, runs_of
 from lightning_normreg._plot._style import Depth, one_scale, short_names
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
@@ -68,7 +68,8 @@ class Commands(Base):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make our parser, which Lightning before 2.6 has no argument for."""
         kwargs.setdefault("dump_header", [f"{self.namespace}=={import_module(self.namespace).__version__}"])
-        parser = _parser_class(self.namespace)(**kwargs)
+        theirs = import_module(f"{self.namespace}.cli").LightningArgumentParser
+        parser: LightningArgumentParser = type("Parser", (Parser, theirs), {})(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file, YAML or JSON.")
         return parser
 
@@ -155,15 +156,9 @@ class Commands(Base):
         chosen = {key: parsed[key] for key in ("optimizer", "lr_scheduler")}
         make = parser.instantiate_classes(parser.parse_object(chosen))
         arguments = {**parsed["optimizer"].get("init_args", {}), **parsed["optimizer"].get("dict_kwargs", {})}
-        decay = made["decay"]
+        decay = DecayGroup() if made["decay"] is True else made["decay"] or None
         self.model.configure_optimizers = partial(
-            _configure_optimizers,
-            self.model,
-            make_optimizer=make.optimizer,
-            make_scheduler=make.lr_scheduler,
-            decay=DecayGroup() if decay is True else decay or None,
-            weight_decay=arguments.get("weight_decay"),
-            interval=made["lr_interval"],
+            _configure_optimizers, self.model, make, decay, arguments.get("weight_decay"), made["lr_interval"]
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -250,24 +245,13 @@ def _scheduler_type(namespace: str) -> Any:
     return Callable[[Optimizer], plateau] | MakeScheduler
 
 
-@cache
-def _parser_class(namespace: str) -> type[LightningArgumentParser]:
-    return type("Parser", (Parser, import_module(f"{namespace}.cli").LightningArgumentParser), {})
-
-
 def _configure_optimizers(
-    module: nn.Module,
-    *,
-    make_optimizer: MakeOptimizer,
-    make_scheduler: Callable[[Optimizer], Any] | None,
-    decay: DecayGroup | None,
-    weight_decay: float | None,
-    interval: str | None,
+    module: nn.Module, make: Namespace, decay: DecayGroup | None, weight_decay: float | None, interval: str | None
 ) -> Any:
     """Make the optimizer when training starts, so that parameters are those that are trained, sharded or not.
 
-    ``decay`` is None for one group, ``weight_decay`` where the optimizer has no such argument, ``interval`` for the
-    scheduler's own.
+    ``make`` makes optimizer and scheduler. ``decay`` is None for one group, ``weight_decay`` where the optimizer has no
+    such argument, ``interval`` for the scheduler's own.
     """
     parameters: Iterable[Any] = module.parameters()
     if decay is not None and weight_decay is not None:
@@ -276,11 +260,11 @@ def _configure_optimizers(
     elif decay is not None:
         rank_zero_info("The optimizer has no `weight_decay`, so its parameters are in one group.")
     with blamed_on("optimizer"):
-        optimizer = make_optimizer(parameters)
-    if make_scheduler is None:
+        optimizer = make.optimizer(parameters)
+    if make.lr_scheduler is None:
         return optimizer
     with blamed_on("lr_scheduler"):
-        scheduler = make_scheduler(optimizer)
+        scheduler = make.lr_scheduler(optimizer)
     entry = {"scheduler": scheduler, "interval": interval or natural_interval(scheduler)}
     if hasattr(scheduler, "monitor"):
         entry["monitor"] = scheduler.monitor
