@@ -175,13 +175,15 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
     },
     "prodigyopt": {"Prodigy": _either(_PRODIGY, key="decouple")},
     "pytorch_optimizer": {
-        **dict.fromkeys(("AdEMAMix", "Adan", "SignSGD", "StableAdamW", "Tiger"), _either(_ADAM_LIKE)),
-        **dict.fromkeys(("DAdaptAdam", "DAdaptLion", "Prodigy"), _either(_PRODIGY)),
         "ADOPT": _either(_ADOPT),
+        "AdEMAMix": _either(_ADAM_LIKE),
         "AdaFactor": _either(_ADAM_LIKE).given(
             scale_parameter=replace(_ADAFACTOR_RELATIVE, local="unknown", state_degrees=None), relative_step=_OWN_RATE
         ),
         "AdamP": _either(_unpredicted_if(_ADAMP, "nesterov")),
+        "Adan": _either(_ADAM_LIKE),
+        "DAdaptAdam": _either(_PRODIGY),
+        "DAdaptLion": _either(_PRODIGY),
         "LARS": replace(_LARS, note="is proportional to lr/‖w‖² where the weight has one dimension"),
         "Lamb": _PO_LAMB.given(
             rectify=NoRule("takes steps of two kinds, the one before and the other after it rectifies"),
@@ -190,6 +192,7 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
         ),
         "Lion": _either(_unpredicted_if(LION, "cautious")),
         "Muon": _either(_UNPREDICTED).given(use_muon=_either(replace(_MUON, family=""))),
+        "Prodigy": _either(_PRODIGY),
         "RAdam": _either(replace(RADAMW, family="", local="unknown")),
         "SGDP": _either(_unpredicted_if(_SGDP, "nesterov")),
         "SGDW": SGD.given(weight_decouple=_SGDW, nesterov=replace(SGD, family="nesterov")),
@@ -197,6 +200,9 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
         "ScheduleFreeAdamW": replace(_SCHEDULE_FREE_ADAMW, used_lr_key="").given(warmup_steps=_WARMS_UP),
         "ScheduleFreeSGD": replace(_SCHEDULE_FREE_SGD, used_lr_key="").given(warmup_steps=_WARMS_UP),
         "Shampoo": _either(_SHAMPOO).given(momentum=_MIXING),
+        "SignSGD": _either(_ADAM_LIKE),
+        "StableAdamW": _either(_ADAM_LIKE),
+        "Tiger": _either(_ADAM_LIKE),
     },
     "schedulefree": {
         "AdamWScheduleFree": _SCHEDULE_FREE_ADAMW,

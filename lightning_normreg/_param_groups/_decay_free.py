@@ -91,6 +91,10 @@ class DecayFreeLR(LRScheduler):
             self._step_schedule()
         return [self._converted(i) for i in range(len(self.scales))]
 
+    def _converted(self, i: int) -> float:
+        exponent = EXPONENTS[self._rules[i].family]
+        return self._rates[i] / (self.scales[i] ** (exponent - 1) * self._shrunk(i).scale)
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, the inner schedule included: plain numbers."""
         left_out = ("optimizer", "schedule", "_rules")
@@ -159,10 +163,6 @@ class DecayFreeLR(LRScheduler):
                 group["lr"] = rate
         self.schedule.step()
         self._rates = [float(group["lr"]) for group in groups]
-
-    def _converted(self, i: int) -> float:
-        exponent = EXPONENTS[self._rules[i].family]
-        return self._rates[i] / (self.scales[i] ** (exponent - 1) * self._shrunk(i).scale)
 
 
 def _convertible(optimizer: Optimizer, group: Group) -> UpdateRule:

@@ -40,8 +40,11 @@ class _Regroup:
     def __call__(self, optimizer: Optimizer, state: State) -> State | None:
         names_of = {p: name for name, p in self.named}
         wanted = [[names_of.get(p, "") for p in group["params"]] for group in optimizer.param_groups]
-        saved = _saved_names(state)
-        same_lengths = [len(g["params"]) for g in state["param_groups"]] == [len(names) for names in wanted]
+        groups = state["param_groups"]
+        saved = None
+        if all(len(g.get("param_names") or ()) == len(g["params"]) for g in groups):
+            saved = [[clean_name(name) for name in g["param_names"]] for g in groups]
+        same_lengths = [len(g["params"]) for g in groups] == [len(names) for names in wanted]
         if saved == wanted or (same_lengths and saved is None):
             return None
         if saved is None:
@@ -102,13 +105,6 @@ class _Regroup:
                 select_groups(its_state, sources, len(old))
         _say(optimizer, saved, wanted)
         return {**state, "param_groups": groups, "state": states}
-
-
-def _saved_names(state: State) -> list[list[str]] | None:
-    groups = state["param_groups"]
-    if not all(len(g.get("param_names") or ()) == len(g["params"]) for g in groups):
-        return None
-    return [[clean_name(name) for name in g["param_names"]] for g in groups]
 
 
 def _source(optimizer: Optimizer, old: list[State], candidates: list[int], names: list[str]) -> int:

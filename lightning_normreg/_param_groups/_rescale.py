@@ -80,8 +80,13 @@ def rescale_(
     rate = rule.exponent if rule.lr_degree is None else rule.lr_degree
     check_schedulers(optimizer, schedulers, rates=bool(rate))
 
-    index = _alone(optimizer, parameter, schedulers)
-    group = optimizer.param_groups[index]
+    groups = optimizer.param_groups
+    index = next(number for number, other in enumerate(groups) if other is group)
+    if len(group["params"]) > 1:
+        position = next(place for place, p in enumerate(group["params"]) if p is parameter)
+        _split(optimizer, index, position, schedulers)
+        index = len(groups) - 1
+    group = groups[index]
     parameter.mul_(factor)
     if parameter.grad is not None:
         parameter.grad.div_(factor)
@@ -153,18 +158,6 @@ def _rule(optimizer: Optimizer, group: Group, parameter: Tensor) -> UpdateRule:
                 "steps."
             )
     return rule
-
-
-def _alone(optimizer: Optimizer, parameter: Tensor, schedulers: Sequence[Scheduler]) -> int:
-    """Index of the group that a parameter has for itself; it is split off unless it is alone in its group."""
-    groups = optimizer.param_groups
-    ((index, position),) = (
-        (g, position) for g, group in enumerate(groups) for position, p in enumerate(group["params"]) if p is parameter
-    )
-    if len(groups[index]["params"]) == 1:
-        return index
-    _split(optimizer, index, position, schedulers)
-    return len(groups) - 1
 
 
 def _split(optimizer: Optimizer, index: int, position: int, schedulers: Sequence[Scheduler]) -> None:

@@ -114,8 +114,8 @@ def _matched(recipe: Recipe, found: Recipe, norm: float | None) -> float | None:
                 "it goes with --to projection, for SGD without momentum, AdamW, NAdam with decoupled decay, Lion and "
                 "Muon: for others there is no exact conversion."
             )
-        norms = {"norm": found.radius, "decayed_norm": norm}
-        return matched_lr(recipe.rate(), recipe.weight_decay, **norms, exponent=EXPONENTS[recipe.family])
+        exponent = EXPONENTS[recipe.family]
+        return matched_lr(recipe.rate(), recipe.weight_decay, norm=found.radius, decayed_norm=norm, exponent=exponent)
 
 
 def _table(before: Recipe, after: Recipe) -> Table:

@@ -125,15 +125,6 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in asdict(recipe).items() if value not in (None, {})}
 
 
-def _from_plain(content: Mapping[str, Any]) -> Recipe:
-    """The reverse; an error if it is no recipe."""
-    known = {f.name for f in fields(Recipe)}
-    wrong = sorted(set(content) - known) or sorted({"form", "optimizer", "lr"} - set(content))
-    if wrong or content["form"] not in _OTHERS:
-        raise ValueError(f"it is no recipe by convert --json: look at {', '.join(wrong) or 'form'}.")
-    return Recipe(**content)
-
-
 def read_recipe(path: str, steps: int | None, steps_per_epoch: int | None) -> Recipe:
     """What a YAML of ``fit``, whose schedule is followed for so many steps, or a JSON of ``convert`` says."""
     text = Path(path).read_text(encoding="utf-8")
@@ -143,9 +134,13 @@ def read_recipe(path: str, steps: int | None, steps_per_epoch: int | None) -> Re
         raise ValueError(f"{path!r} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path!r} must hold a mapping, got {type(content).__name__}.")
-    if "form" in content:
-        return _from_plain(content)
-    return _of_config(content.get("fit") or content, steps, steps_per_epoch)
+    if "form" not in content:
+        return _of_config(content.get("fit") or content, steps, steps_per_epoch)
+    known = {f.name for f in fields(Recipe)}
+    wrong = sorted(set(content) - known) or sorted({"form", "optimizer", "lr"} - set(content))
+    if wrong or content["form"] not in _OTHERS:
+        raise ValueError(f"it is no recipe by convert --json: look at {', '.join(wrong) or 'form'}.")
+    return Recipe(**content)
 
 
 def _of_config(config: Mapping[str, Any], steps: int | None, steps_per_epoch: int | None) -> Recipe:

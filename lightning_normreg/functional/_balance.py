@@ -90,15 +90,9 @@ def decoupled(exponent: int, decay: float, update_sq: float, correlation: float)
     :math:`\langle w',w\rangle` has the past updates in u.
     """
     q = 1 - decay
-    return Balance(
-        exponent=exponent,
-        decay_exponent=0,
-        decay=decay * (1 + q) / 2,
-        update_sq=update_sq,
-        correlation=correlation,
-        memory=(correlation - 1) / (2 * q),
-        versine=decay * ((1 + q) - decay * correlation) / (2 * q * correlation),
-    )
+    memory = (correlation - 1) / (2 * q)
+    versine = decay * ((1 + q) - decay * correlation) / (2 * q * correlation)
+    return Balance(exponent, 0, decay * (1 + q) / 2, update_sq, correlation, memory, versine)
 
 
 def projecting(exponent: int, decay: float, update_sq: float) -> Balance:
