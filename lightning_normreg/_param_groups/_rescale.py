@@ -15,13 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import Group, NoRule, UpdateRule, find_rule, group_of
-from lightning_normreg._param_groups._scheduler_rates import (
-    GROUP_RATES,
-    Scheduler,
-    add_group,
-    check_schedulers,
-    multiply_rates,
-)
+from lightning_normreg._param_groups import _scheduler_rates
+from lightning_normreg._param_groups._scheduler_rates import Scheduler
 
 # Key in a group that was split off: index of the group that it was in, and its position there at that time.
 _ORIGIN = "split_from"
@@ -78,7 +73,7 @@ def rescale_(
         raise ValueError(f"`parameter` must be one of the optimizer's, got one of shape {tuple(parameter.shape)}.")
     rule = _rule(optimizer, group, parameter)
     rate = rule.exponent if rule.lr_degree is None else rule.lr_degree
-    check_schedulers(optimizer, schedulers, rates=bool(rate))
+    _scheduler_rates.check_schedulers(optimizer, schedulers, rates=bool(rate))
 
     groups = optimizer.param_groups
     index = next(number for number, other in enumerate(groups) if other is group)
@@ -92,7 +87,7 @@ def rescale_(
         parameter.grad.div_(factor)
     multiply_state(optimizer, parameter, rule, float(factor))
     _multiply_group(group, rule, float(factor), float(rate))
-    multiply_rates(schedulers, index, float(factor) ** rate)
+    _scheduler_rates.multiply_rates(schedulers, index, float(factor) ** rate)
     return group
 
 
@@ -125,7 +120,7 @@ def accept_rescaled(optimizer: Optimizer, schedulers: Sequence[Scheduler] = ()) 
         >>> [(group["lr"], len(group["params"])) for group in fresh.param_groups]
         [(0.1, 2), (0.4, 1)]
     """
-    check_schedulers(optimizer, schedulers, rates=False)
+    _scheduler_rates.check_schedulers(optimizer, schedulers, rates=False)
 
     def split_like(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for saved in state["param_groups"][len(optimizer.param_groups) :]:
@@ -174,7 +169,7 @@ def _split(optimizer: Optimizer, index: int, position: int, schedulers: Sequence
         group["name"] = next(name for name in tries if name not in taken)
     group[_ORIGIN] = (index, position)
     optimizer.add_param_group(group | {"params": [(names[position], parameter)] if names else [parameter]})
-    add_group(schedulers, index, len(optimizer.param_groups) - 1)
+    _scheduler_rates.add_group(schedulers, index, len(optimizer.param_groups) - 1)
 
 
 def multiply_state(optimizer: Optimizer, parameter: Tensor, rule: UpdateRule, factor: float) -> None:
@@ -194,7 +189,7 @@ def _times(value: Any, factor: float) -> Any:
 def _multiply_group(group: Group, rule: UpdateRule, factor: float, rate: float) -> None:
     decay = {"coupled": -2.0, "decoupled": -rate, "none": 0.0}[rule.decay]
     degrees: dict[str, Any] = {"weight_decay": decay if rule.decay_degree is None else rule.decay_degree}
-    degrees |= dict.fromkeys((rule.lr_key, *GROUP_RATES), rate)
+    degrees |= dict.fromkeys((rule.lr_key, *_scheduler_rates.GROUP_RATES), rate)
     for key, degree in {**degrees, **rule.group_degrees}.items():
         if key in group:
             group[key] = _scaled(group[key], factor, degree, group)

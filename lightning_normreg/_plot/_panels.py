@@ -195,7 +195,7 @@ def draw_heat_map(figure: Any, row: Sequence[Any], heat_map: HeatMap, runs: Sequ
     colours = "RdBu_r" if heat_map.relative else "magma"
     for axes, table in zip(row, tables, strict=True):
         if _has_any(table):
-            _draw(axes, table, scale, colours)
+            _draw_cells(axes, table, scale, colours)
         named = axes is row[0] or list(table.columns) != list(tables[0].columns)
         places = spread(len(table.columns))
         names = [depth.labels[table.columns[place]] for place in places] if named else [""] * len(places)
@@ -212,7 +212,7 @@ def _has_any(table: pd.DataFrame) -> bool:
     return bool(table.notna().to_numpy().any())
 
 
-def _draw(axes: Any, table: pd.DataFrame, scale: Any, colours: str) -> None:
+def _draw_cells(axes: Any, table: pd.DataFrame, scale: Any, colours: str) -> None:
     numpy = optional_import("numpy")
     stride = -(-len(table) // COLUMNS)
     if stride > 1:

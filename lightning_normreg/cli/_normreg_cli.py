@@ -78,7 +78,7 @@ class Commands(Base):
         settings = getattr(self, which, {})
         return settings.get(str(getattr(self, "subcommand", None)), settings)
 
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Put the groups of this package before Lightning's."""
         group = parser.add_argument_group("curves, projection and rotation")
         for key, (makes, default, text) in CALLBACK_GROUPS.items():
@@ -86,11 +86,10 @@ class Commands(Base):
         if self._makes_optimizers:
             self._add_optimizer_arguments(parser)
         super().add_core_arguments_to_parser(parser)
-        if isinstance(parser, Parser):
-            parser.title("trainer", "trainer", "Lightning's Trainer; --trainer.NAME for each of:")
-            parser.fold("trainer")
-            parser.title("model", "model")
-            parser.title("data", "data")
+        parser.title("trainer", "trainer", "Lightning's Trainer; --trainer.NAME for each of:")
+        parser.fold("trainer")
+        parser.title("model", "model")
+        parser.title("data", "data")
 
     def _add_optimizer_arguments(self, parser: LightningArgumentParser) -> None:
         group = parser.add_argument_group("optimizer", "In place of the model's own configure_optimizers.")
