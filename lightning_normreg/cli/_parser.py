@@ -40,7 +40,8 @@ class Parser(ArgumentParser):
 
     def format_usage(self) -> str:
         """One line: there are a hundred options."""
-        self.usage = f"{self.prog.replace(' [options]', '')} [--config FILE] [--KEY VALUE ...]"
+        config = "[--config FILE] " if "--config" in self._option_string_actions else ""
+        self.usage = f"{self.prog.replace(' [options]', '')} {config}[--KEY VALUE ...]"
         return super().format_usage()
 
     def format_help(self, *args: Any, **options: Any) -> str:
