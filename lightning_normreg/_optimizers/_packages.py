@@ -46,9 +46,7 @@ _ADOPT = UpdateRule(1, "decoupled", state_degrees=_SECOND, group_degrees=EPS)
 # The momentum of LARS is of steps, which are proportional to the weight; LAMB's is of gradients. Both add the decay
 # before they make the step as long as the weight.
 _LARS = replace(_SGDW, exponent=0, decay="coupled", local="unknown", state_degrees={"momentum_buffer": 1})
-_LAMB = UpdateRule(
-    0, "coupled", "lamb", decay_degree=-1, state_degrees={"exp_avg": -1, "exp_avg_sq": -2}, group_degrees=EPS
-)
+_LAMB = UpdateRule(0, "coupled", "lamb", decay_degree=-1, state_degrees=ADAM, group_degrees=EPS)
 _LAMB_DECOUPLED = replace(_LAMB, decay="decoupled", family="", decay_degree=None)
 _CLAMPED = "is proportional to lr/‖w‖ where the weight's norm is over the bound of its trust ratio"
 _CLIPPED_TRUST = NoRule(

@@ -144,7 +144,7 @@ def read_recipe(path: str, steps: int | None, steps_per_epoch: int | None) -> Re
 
 
 def _of_config(config: Mapping[str, Any], steps: int | None, steps_per_epoch: int | None) -> Recipe:
-    name, given = _class_and_arguments(config.get("optimizer"), "optimizer")
+    name, given = _class_and_arguments(config.get("optimizer"))
     module, _, short = name.rpartition(".")
     try:
         optimizer_class = getattr(import_module(module or "torch.optim"), short)
@@ -173,12 +173,12 @@ def _of_config(config: Mapping[str, Any], steps: int | None, steps_per_epoch: in
     return Recipe("decay", name, rates, decay, None, own)
 
 
-def _class_and_arguments(entry: Any, key: str) -> tuple[str, dict[str, Any]]:
+def _class_and_arguments(entry: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(entry, str):
         return entry, {}
     if isinstance(entry, Mapping) and isinstance(entry.get("class_path"), str):
         return entry["class_path"], {**(entry.get("init_args") or {}), **(entry.get("dict_kwargs") or {})}
-    raise ValueError(f"{key}: there is none, or without class_path. Give the recipe by --optimizer, --lr and so on.")
+    raise ValueError("optimizer: there is none, or without class_path. Give the recipe by --optimizer, --lr and so on.")
 
 
 def _followed(
