@@ -48,6 +48,5 @@ class History:
             self._stride *= 2
 
     def to_frame(self) -> pd.DataFrame:
-        """A data frame, one column per tag."""
         frame: pd.DataFrame = optional_import("pandas").DataFrame(self._columns)
         return frame.astype({tag: int for tag in ("step", "epoch") if tag in frame})

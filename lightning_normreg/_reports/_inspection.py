@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -68,14 +69,17 @@ def inspect_parameters(
     watched = watch(named, ["*"], (), "auto", verdict or None)
     rows = []
     for w, norms in zip(watched, norms_of(watched), strict=True):
+        ordered = norms.double().sort().values.tolist() or [0.0]
         row: dict[str, Any] = {
             "parameter": w.name,
             "shape": tuple(w.shape),
             "units": units_in_words((verdict or {}).get(w.name)),
             "norm": float(weight_norm(w.parameter)),
             "unit_norm_rms": float(root_mean_square(norms)),
+            "unit_norm_min": ordered[0],
+            "unit_norm_median": median(ordered),
+            "unit_norm_max": ordered[-1],
         }
-        row |= dict(zip(("unit_norm_min", "unit_norm_median", "unit_norm_max"), _spread(norms), strict=True))
         if w.name in owners:
             blanks: list[str] = []
             row |= _rates(w, owners[w.name], row["unit_norm_rms"], w.name in held, blanks)
@@ -83,14 +87,6 @@ def inspect_parameters(
                 reasons.setdefault(blank, []).append(w.name)
         rows.append(InspectedParameter(**row))
     return rows, [f"{listed(names)}: {reason}" for reason, names in reasons.items()]
-
-
-def _spread(norms: Tensor) -> tuple[float, float, float]:
-    if not norms.numel():
-        return 0.0, 0.0, 0.0
-    ordered = norms.double().sort().values
-    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    return float(ordered[0]), float(middle), float(ordered[-1])
 
 
 def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blanks: list[str]) -> dict[str, Any]:
@@ -150,7 +146,6 @@ def _number(value: Any) -> float | None:
 
 
 def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:
-    """The rows as a table for the terminal."""
     table = Table(title=title, caption=_CAPTION)
     columns: dict[str, Callable[[InspectedParameter], str]] = {
         "parameter": lambda r: r.parameter,

@@ -27,8 +27,6 @@ _COLUMNS = ("parameter", "shape", "role", "units", "eps share", "norm", "radius"
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One parameter."""
-
     parameter: str  # clean name
     shape: tuple[int, ...]
     role: str  # what it is
@@ -45,11 +43,9 @@ class SummaryRow:
 
     @property
     def is_invariant(self) -> bool:
-        """Whether it has scale-invariant units."""
         return self.units not in ("none", "unknown", "inert")
 
     def cells(self) -> list[str]:
-        """The row as the table shows it."""
         shape = "×".join(map(str, self.shape))
         units = f"{self.units} ({self.evidence})" if self.is_invariant else self.units
         share = "" if self.eps_share is None else f"{self.eps_share:.1%}"
@@ -125,7 +121,6 @@ def units_in_words(known: ScaleInvariance | None) -> str:
 
 
 def summary_table(rows: Iterable[SummaryRow]) -> Table:
-    """The rows as a table for the terminal."""
     table = Table(title="Before training")
     for column in _COLUMNS:
         table.add_column(column, justify="right" if column in ("eps share", "norm", "radius", "decay") else "left")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect as introspection
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lightning_normreg._compat import pl
 from lightning_normreg._optimizers import find_rule
 from lightning_normreg._param_groups import load_by_name
 from lightning_normreg._reports import Checkpoint, SavedGroup, inspect_parameters, read_checkpoint, summary_table
@@ -16,17 +17,10 @@ from lightning_normreg.callbacks._norm_projection import NormProjection
 from lightning_normreg.callbacks._norm_summary import summary_of
 from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
+from lightning_normreg.cli._inspect import Report, add_output_arguments, show
 from lightning_normreg.cli._namespace import namespace_of
-from lightning_normreg.cli._normreg_cli import NormRegCLI
+from lightning_normreg.cli._normreg_cli import Commands, NormRegCLI
 from lightning_normreg.cli._subcommands import PROGRAM
-from lightning_normreg.cli.inspect._report import Report, add_output_arguments, show
-
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
-
-    from lightning_normreg.cli._normreg_cli import Commands
-else:
-    Commands = object
 
 # What is looked at comes before any of it; norms are the same on every device.
 _TRAINER = {
@@ -78,7 +72,7 @@ class _Inspection(Commands):
             with refusals_of("ckpt_path"):
                 self._checkpoint = read_checkpoint(path)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer that writes nothing."""
         known = introspection.signature(self.trainer_class).parameters
         quiet = {key: value for key, value in _TRAINER.items() if key in known}
@@ -111,7 +105,7 @@ class _Look(StepCallback):
         self._checkpoint = checkpoint
         self.report: Report | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the weights and the state of the optimizers where they belong."""
         super().on_fit_start(trainer, pl_module)
         if self._checkpoint is None:
@@ -132,7 +126,7 @@ class _Look(StepCallback):
                 "ckpt_path", f"it does not go with the model. {why} Leave --model and --config out to see it alone."
             ) from error
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, verdict: Verdict) -> None:
         summary, meaning = summary_of(trainer, verdict)
         rows, blanks = inspect_parameters(run_of(trainer).named, _owners(trainer), verdict, held_norms(trainer))
         more = {
@@ -146,7 +140,7 @@ class _Look(StepCallback):
         raise _Seen
 
 
-def _owners(trainer: Trainer) -> dict[str, SavedGroup]:
+def _owners(trainer: pl.Trainer) -> dict[str, SavedGroup]:
     names = {parameter: name for name, parameter, _ in run_of(trainer).named}
     optimizers = optimizers_of(trainer)
     owners: dict[str, SavedGroup] = {}
