@@ -15,7 +15,16 @@ from torch.nn.parameter import Parameter
 from lightning_normreg._optimizers import NoRule, UpdateRule
 from lightning_normreg._reports._saved_optimizers import SavedGroup
 from lightning_normreg._reports._summary import units_in_words
-from lightning_normreg._weights import ParameterRole, Verdict, Watched, listed, norms_of, role_by_shape, watch
+from lightning_normreg._weights import (
+    ParameterRole,
+    Verdict,
+    Watched,
+    is_matrix,
+    listed,
+    norms_of,
+    role_by_shape,
+    watch,
+)
 from lightning_normreg.functional import effective_lr, weight_norm
 from lightning_normreg.functional._norms import root_mean_square
 from lightning_normreg.steps._formulas import Formulas, Rates
@@ -102,7 +111,7 @@ def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blanks:
         "lr": lr,
         "weight_decay": decay,
     }
-    if watched.role.role not in ("weight", "embedding") or lr is None:
+    if not is_matrix(watched.role, watched.parameter) or lr is None:
         return found
     whys += [rule.note for rule in rules if not rule.lr_is_used]
     exponents = {rule.exponent for rule in rules}

@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_normreg._compat import CallbackBase
 from lightning_normreg._symmetries import load_verdict, verdict_to_dict
 from lightning_normreg._weights import Verdict
+from lightning_normreg.callbacks._knowledge import without
 from lightning_normreg.callbacks._probing import same_on_all_ranks
 from lightning_normreg.callbacks._run import end_run, run_of
 from lightning_normreg.steps._subscriber import StepSubscriber
@@ -91,6 +92,7 @@ class StepCallback(CallbackBase):
         else:
             # What is given may have been found out by each process on batches of its own.
             known = same_on_all_ranks(trainer, self._given) if self._acted_on is None else self._acted_on
+            known = without(known, run.lost)
         if known is not self._acted_on:
             self._acted_on = self._verdict = known
             run.guard(trainer, known)

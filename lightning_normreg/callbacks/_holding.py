@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import is_named
 from lightning_normreg._symmetries import ProbeError
-from lightning_normreg._weights import UnitArgument, Verdict, Watched, reshard, strong
+from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed, reshard, strong
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
 from lightning_normreg.callbacks._probing import few_samples
 from lightning_normreg.callbacks._run import batches_that_stepped, callbacks_of, log_interval, optimizers_of, run_of
 from lightning_normreg.callbacks._selecting import WeightCallback
 from lightning_normreg.steps._batch_norms import keep_batch_norms
 from lightning_normreg.steps._projector import Projector, Radius, check_radius_argument
-from lightning_normreg.steps._targets import OnNotInvariant, check_eps_shares, choose_targets
+from lightning_normreg.steps._targets import OnNotInvariant, choose_targets, note_eps_shares
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
+
+
+OnLost = Literal["stop", "keep", "raise"]
 
 
 class NormHolder(WeightCallback):
@@ -39,6 +42,7 @@ class NormHolder(WeightCallback):
         exclude: Sequence[str] = (),
         invariance: str | Mapping[str, Any] | None = None,
         on_not_invariant: OnNotInvariant = "raise",
+        on_lost: OnLost = "stop",
         project_averaged: bool = False,
     ) -> None:
         super().__init__(unit, include, exclude, invariance)
@@ -46,7 +50,10 @@ class NormHolder(WeightCallback):
         if on_not_invariant not in ("raise", "skip", "allow"):
             raise ValueError(f"`on_not_invariant` must be 'raise', 'skip' or 'allow', got {on_not_invariant!r}.")
         self.radius = radius
+        if on_lost not in get_args(OnLost):
+            raise ValueError(f"`on_lost` must be 'stop', 'keep' or 'raise', got {on_lost!r}.")
         self.on_not_invariant = on_not_invariant
+        self.on_lost = on_lost
         self.project_averaged = project_averaged
 
     @abstractmethod
@@ -69,19 +76,21 @@ class NormHolder(WeightCallback):
         self._averaging = find_averaging(trainer, self, self.project_averaged)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        held = [] if self._projector is None else self._still_held(trainer, self._projector.targets, verdict)
         try:
             targets = self._choose(trainer, strong(verdict), self.on_not_invariant)
         except ValueError as error:
             if not run_of(trainer).dispatcher.has_seen_updates:
                 raise
-            rank_zero_warn(f"{type(self).__name__} holds nothing more than before. {error}")  # what was trained counts
-            return
-        held = {} if self._projector is None else {t.parameter: t for t in self._projector.targets}
-        new = [target for target in targets if target.parameter not in held]
+            targets = []  # a run that has come this far is not ended
+            if self._projector is None:
+                rank_zero_warn(f"{type(self).__name__} holds nothing. {error}")
+        mine = {target.parameter for target in held}
+        new = [target for target in targets if target.parameter not in mine]
         self._claim(trainer, new)
         _say_rounding(new)
         if self._projector is not None:
-            self._projector.aim([*self._projector.targets, *new])
+            self._projector.aim([*held, *new])
         elif new:
             self._projector = self._subscribe(trainer, self._make_projector(new))
             # StochasticWeightAveraging copies its average into the module, and nobody looks at it before.
@@ -89,6 +98,21 @@ class NormHolder(WeightCallback):
             self._averaged = [AveragedWeights(a, pl_module, self._projector) for a in swapped]
             for averaged in self._averaged:
                 averaged.restore(self._restored.get("averaged", {}))
+
+    def _still_held(self, trainer: Trainer, targets: list[Watched], verdict: Verdict) -> list[Watched]:
+        lost = [t for t in targets if t.invariant and t.name in verdict and not verdict[t.name].holds]
+        names = listed([target.name for target in lost], 5)
+        if not lost or self.on_lost == "keep":
+            return targets
+        if self.on_lost == "raise":
+            raise RuntimeError(f"`on_lost='raise'`: {names} can no longer be held without changing the function.")
+        rank_zero_warn(
+            f"{type(self).__name__} holds {names} no more. on_lost='keep' goes on, and changes the function."
+        )
+        for target in lost:
+            for parameter in target.tensors():
+                run_of(trainer).claims.pop(parameter, None)
+        return [target for target in targets if target not in lost]
 
     def _choose(self, trainer: Trainer, verdict: Verdict, otherwise: OnNotInvariant) -> list[Watched]:
         known = self._known(trainer, verdict)
@@ -99,7 +123,7 @@ class NormHolder(WeightCallback):
         if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
             otherwise = "skip"
         targets = choose_targets(watched, verdict, named=named, otherwise=otherwise, callback=callback)
-        check_eps_shares(targets, verdict, self.radius)
+        note_eps_shares(targets, verdict)
         return targets
 
     def _claim(self, trainer: Trainer, targets: list[Watched]) -> None:

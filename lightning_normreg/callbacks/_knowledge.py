@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -66,6 +67,10 @@ class Knowledge:
             self._observe(trainer)
         return self.verdict
 
+    def lose(self, lost: Collection[str]) -> None:
+        """Note that units have turned out to be no longer scale-invariant."""
+        self.verdict = without(self.verdict or {}, lost)
+
     def _learn(self, found: Verdict, whence: str) -> None:
         known = self.verdict or {}
         new = {n: v for n, v in found.items() if n not in known or (known[n].is_unknown and not v.is_unknown)}
@@ -89,3 +94,10 @@ class Knowledge:
             return unknown
         trained = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         return {name for name, p, _ in self.named if name in unknown and p.requires_grad and p in trained}
+
+
+def without(verdict: Verdict, lost: Collection[str]) -> Verdict:
+    """A verdict in which some units no longer hold; the verdict itself where that is said already."""
+    if not any(name in verdict and verdict[name].holds for name in lost):
+        return verdict
+    return {name: replace(v, holds=False) if name in lost else v for name, v in verdict.items()}

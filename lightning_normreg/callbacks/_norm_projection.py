@@ -41,6 +41,8 @@ class NormProjection(NormHolder):
             training alone are too weak as evidence.
         on_not_invariant: What to do with a weight that ``include`` names and that is not known to be scale-invariant:
             ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the projection changes what the network computes.
+        on_lost: What to do when gradients of training show that a weight is no longer scale-invariant: ``"stop"``
+            holding it, and say so; ``"keep"`` on, which changes the function; ``"raise"`` a RuntimeError.
         project_averaged: Project the weights that a WeightAveraging, EMAWeightAveraging or StochasticWeightAveraging
             callback averages, for validation, checkpoints and the end of the run. The average itself goes on
             unprojected. Put NormProjection after that callback.

@@ -72,14 +72,12 @@ def observer_limits(trainer: Trainer) -> ObserverThresholds:
 
 def say_lost(lost: Mapping[str, float]) -> None:
     """Warn of parameters that are no longer scale-invariant, with the statistic that says so."""
-    if lost:
-        names = ", ".join(f"{name!r} (T = {statistic:.2g})" for name, statistic in lost.items())
-        rank_zero_warn(
-            f"No longer scale-invariant: {names}. Their gradients have left the right angle: a normalization was "
-            "frozen, the loss has changed, or the weights are so small that eps takes over. Their effective learning "
-            "rates mean nothing from here on, and projecting them changes the function. Start a new fit, which asks "
-            "again, or leave them out by `exclude`."
-        )
+    names = ", ".join(f"{name!r} (T = {statistic:.2g})" for name, statistic in lost.items())
+    rank_zero_warn(
+        f"No longer scale-invariant: {names}. Their gradients have left the right angle: a normalization was frozen, "
+        "the loss has changed, or the weights are so small that eps takes over. From here on their effective learning "
+        "rates mean nothing by themselves and are logged as effective_lr_not_invariant."
+    )
 
 
 def few_samples(batch: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg._weights import UnitArgument, Verdict, Watched
-from lightning_normreg.callbacks._holding import NormHolder
+from lightning_normreg.callbacks._holding import NormHolder, OnLost
 from lightning_normreg.callbacks._run import optimizers_of
 from lightning_normreg.functional._rotation import Per
 from lightning_normreg.steps._angles import Angle, Angles
@@ -75,6 +75,8 @@ class RotationControl(NormHolder):
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
         on_not_invariant: What to do with a weight that ``include`` names and that is not known to be scale-invariant:
             ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the control changes what the network computes.
+        on_lost: What to do when gradients of training show that a weight is no longer scale-invariant: ``"stop"``
+            holding it, and say so; ``"keep"`` on, which changes the function; ``"raise"`` a RuntimeError.
         project_averaged: Project the weights that a WeightAveraging, EMAWeightAveraging or StochasticWeightAveraging
             callback before this one averages, for validation, checkpoints and the end of the run.
 
@@ -105,6 +107,7 @@ class RotationControl(NormHolder):
         exclude: Sequence[str] = (),
         invariance: str | Mapping[str, Any] | None = None,
         on_not_invariant: OnNotInvariant = "raise",
+        on_lost: OnLost = "stop",
         project_averaged: bool = False,
     ) -> None:
         super().__init__(
@@ -114,6 +117,7 @@ class RotationControl(NormHolder):
             exclude=exclude,
             invariance=invariance,
             on_not_invariant=on_not_invariant,
+            on_lost=on_lost,
             project_averaged=project_averaged,
         )
         Angles(angle)

@@ -29,6 +29,7 @@ class Run:
         self.knowledge = Knowledge(self.dispatcher)
         self.layout_written = False
         self.has_batches = False
+        self.lost: set[str] = set()
         self.leader: object = None
         self._watchdog: InvarianceWatchdog | None = None
         self._guarded: Verdict = {}
@@ -71,8 +72,11 @@ class Run:
         self.has_batches = True
         self.dispatcher.attach(trainer.optimizers)
         self.knowledge.begin_batch(trainer)
-        if self._watchdog is not None:
-            say_lost(self._watchdog.lost())
+        lost = {} if self._watchdog is None else self._watchdog.lost()
+        if lost:
+            say_lost(lost)
+            self.lost |= lost.keys()
+            self.knowledge.lose(self.lost)
 
     def guard(self, trainer: Trainer, verdict: Verdict) -> None:
         """Keep an eye on the units that are scale-invariant, once for all callbacks."""

@@ -82,6 +82,8 @@ class Equilibria(StepSubscriber):
         """Follow these weights from now on, but for those that were given up."""
         self._watched = {w.name: w for w in watched if w.invariant and w.name not in self._given_up}
         self._names = {w.parameter: w.name for w in self._watched.values()}
+        self._steps = {name: steps for name, steps in self._steps.items() if name in self._watched}
+        self.courses = {name: course for name, course in self.courses.items() if name in self._watched}
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Write down learning rate and decay, which a scheduler may change before anything else is asked."""

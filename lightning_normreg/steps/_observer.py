@@ -29,7 +29,7 @@ from lightning_normreg._weights import (
     shard_of,
     whole_shape,
 )
-from lightning_normreg.steps._step_hooks import of_mine
+from lightning_normreg.steps._step_hooks import has_gradient, of_mine
 from lightning_normreg.steps._subscriber import StepSubscriber
 
 Named = Sequence[tuple[str, Parameter, ParameterRole]]
@@ -60,12 +60,12 @@ class GradientWatch(StepSubscriber, ABC):
         return max(self._steps.values(), default=0)
 
     @abstractmethod
-    def is_due(self, step: int) -> bool:
-        """Whether a step, counted from 0, is looked at."""
+    def is_due(self, index: int) -> bool:
+        """Whether the coming step of an optimizer is looked at."""
 
     def gradients_ready(self, index: int, optimizer: Optimizer, scale: float | None) -> None:
         """Look at the gradients; does nothing in steps that are not due, and never reads the device."""
-        if not self.is_due(self._steps.get(index, 0)):
+        if not self.is_due(index):
             return
         self._noted[index] = {}
         mine = {p: (p, *looked_at) for p, looked_at in self._looked_at.items()}
@@ -104,9 +104,9 @@ class GradientObserver(GradientWatch):
         self._matrices = [name for name, shape in shapes.items() if len(shape) > 1]
         super().__init__({p: (name, observed_axes(shapes[name], role)) for name, (p, role) in trained.items()})
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self, index: int) -> bool:
         """The first steps."""
-        return step in self.STEPS
+        return self._steps.get(index, 0) in self.STEPS
 
     @property
     def is_done(self) -> bool:
@@ -128,9 +128,13 @@ class GradientObserver(GradientWatch):
 
 
 class InvarianceWatchdog(GradientWatch):
-    """Notices units that have been found scale-invariant and are so no longer, a few steps every few hundred."""
+    """Notices units that have been found scale-invariant and are so no longer.
 
-    EVERY, TOGETHER = 200, 4
+    It looks at a few neighbouring steps from the 20th on, at steps that double, and then every few hundred: terms of a
+    loss are often warmed up. It looks at once where other parameters than before have gradients.
+    """
+
+    FIRST, EVERY, TOGETHER = 20, 200, 4
 
     def __init__(self, named: Named, verdict: Verdict, limits: ObserverThresholds) -> None:
         self._verdict = {name: v for name, v in verdict.items() if v.is_invariant}
@@ -144,17 +148,29 @@ class InvarianceWatchdog(GradientWatch):
                 looked_at[parameter] = (name, [axis or observed_axes(whole_shape(parameter), role)[0]])
         super().__init__(looked_at)
         self._told: set[str] = set()
+        self._trained: dict[int, int] = {}
+        self._until: dict[int, int] = {}
 
-    def is_due(self, step: int) -> bool:
-        """Some neighbouring steps of every few hundred; the first ones are the probe's."""
-        return step >= self.EVERY and step % self.EVERY < self.TOGETHER
+    def gradients_ready(self, index: int, optimizer: Optimizer, scale: float | None) -> None:
+        """Look, also in a few steps from where a loss has begun to depend on more or on less."""
+        trained = sum(has_gradient(p) for group in optimizer.param_groups for p in group["params"])
+        if self._trained.setdefault(index, trained) != trained:
+            self._trained[index], self._until[index] = trained, self._steps.get(index, 0) + self.TOGETHER
+        super().gradients_ready(index, optimizer, scale)
+
+    def is_due(self, index: int) -> bool:
+        """Some neighbouring steps, further and further apart; the first ones are the probe's."""
+        step = self._steps.get(index, 0)
+        doublings = max(0, (step // self.FIRST).bit_length() - 1)
+        since = step % self.EVERY if step >= self.EVERY else step - (self.FIRST << doublings)
+        return 0 <= since < self.TOGETHER or step < self._until.get(index, 0)
 
     def lost(self) -> dict[str, float]:
         """Parameters whose units are no longer scale-invariant, with their T, each of them once; reads the device.
 
         Empty until a check is complete.
         """
-        if not self._seen or any(self.is_due(step) for step in self._steps.values()):
+        if not self._seen or any(map(self.is_due, self._steps)):
             return {}
         statistics, seen, nothing = {}, self._all_seen(), Observed.stack([])
         for name, verdict in self._verdict.items():

@@ -168,7 +168,7 @@ class Rotator(Projector):
         super().report()
         self.angles.check(self._last)
         named = {target.name: target for target in self.targets}
-        for name, numbers in self.counts().items():
+        for name, numbers in ((name, n) for name, n in self.counts().items() if name in named):
             # At the end of a schedule a few updates are that small, and turn by next to nothing anyway.
             often = max(3 * named[name].units(), 0.05 * numbers["updates"])
             enough = {"updates": math.inf, "capped": 1, "steered": often, "still": often}

@@ -151,6 +151,35 @@ def test_a_watchdog_is_there_for_all_callbacks(make: Any, monkeypatch: pytest.Mo
     assert ["No longer" in str(w.message) for w in caught].count(True) == 1
 
 
+@pytest.mark.parametrize("on_lost", ["stop", "keep", "raise"])
+def test_what_is_lost_is_let_go(on_lost: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its curve goes to another name, and the projection stops, goes on, or ends the run; the other weight is held."""
+    monkeypatch.setattr(InvarianceWatchdog, "EVERY", 50)
+    net = FreezesLate(sgd(), schedule=False)
+    monitor, run = EffectiveLRMonitor(), trainer(max_epochs=30)
+    run.callbacks += [monitor, NormProjection(on_lost=on_lost)]  # type: ignore[attr-defined]
+    if on_lost == "raise":
+        error = pytest.raises(RuntimeError, match=r"`on_lost='raise'`: conv1\.weight can no longer be held")
+        with pytest.warns(UserWarning, match="No longer scale-invariant"), error:
+            run.fit(net, loader())
+        return
+    said = "holds conv1.weight no more" if on_lost == "stop" else "No longer scale-invariant"
+    with pytest.warns(UserWarning, match="No longer scale-invariant"), pytest.warns(UserWarning, match=said):
+        run.fit(net, loader())
+    norms = net.conv1.weight.detach().flatten(1).norm(dim=1)
+    assert bool(((norms - 1).abs() < 1e-5).all()) is (on_lost == "keep")
+    up = net.up.weight.detach().view(2, 3, 2, 9).transpose(1, 2).flatten(0, 1).flatten(1).norm(dim=1)
+    assert up == pytest.approx(torch.ones(4), rel=1e-6)
+    history = monitor.history().set_index("step")
+    found = history["weights/effective_lr/conv1.weight"].dropna()
+    lost = history["weights/effective_lr_not_invariant/conv1.weight"].dropna()
+    assert len(found) + len(lost) == len(history)
+    assert found.index.max() + 1 == lost.index.min()
+    assert (
+        100 <= lost.index.min() <= 155
+    )  # frozen after 100 steps; seen at the next look, of four steps from 100 or 150
+
+
 def test_observing_changes_nothing() -> None:
     """Weights are those of a run without callbacks, bit for bit."""
     ends: list[dict[str, Tensor]] = []

@@ -221,16 +221,23 @@ def test_a_unit_that_the_verdict_does_not_support() -> None:
 
 @pytest.mark.parametrize("eps, outcome", [(1e-5, "fine"), (0.02, "warns"), (1.0, "refuses")])
 def test_eps_that_rules_the_normalization(eps: float, outcome: str) -> None:
-    """Above 1 % of the variance it is said, above 10 % the projection refuses unless the radius is "initial"."""
+    """Above 1 % of the variance it is said, above 10 % the weight counts as not scale-invariant everywhere."""
 
     def net() -> Any2d:
         torch.manual_seed(0)
         return Any2d(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6, eps=eps), nn.Flatten(), nn.Linear(96, 3))
 
     if outcome == "refuses":
-        with pytest.raises(ValueError, match=r"more than 10 % of the variance behind 'layers\.0\.weight'"):
+        with pytest.raises(ValueError, match=r"'layers\.0\.weight': The eps .* makes up 76% of the variance"):
             trainer(NormProjection()).fit(net(), loader())
-        trainer(NormProjection("initial")).fit(net(), loader())
+        with pytest.raises(ValueError, match="more than 10 %"):
+            trainer(NormProjection("initial")).fit(net(), loader())
+        monitor = EffectiveLRMonitor()  # the same rule for curves
+        trainer(monitor, NormProjection("initial", include=["layers.0.weight"], on_not_invariant="allow")).fit(
+            net(), loader()
+        )
+        assert "weights/effective_lr_not_invariant/layers.0.weight" in monitor.history()
+        assert "weights/effective_lr/layers.0.weight" not in monitor.history()
     elif outcome == "warns":
         with pytest.warns(UserWarning, match=r"eps of a normalization shows behind 'layers\.0\.weight' \([2-9]%\)"):
             trainer(NormProjection()).fit(net(), loader())
