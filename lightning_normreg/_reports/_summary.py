@@ -9,17 +9,9 @@ from rich.table import Table
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
+from lightning_normreg import _weights
 from lightning_normreg._optimizers import update_rule
-from lightning_normreg._weights import (
-    ParameterRole,
-    ScaleInvariance,
-    Verdict,
-    listed,
-    norms_of,
-    summarize,
-    watch,
-    whole_shape,
-)
+from lightning_normreg._weights import ScaleInvariance, Verdict, listed, norms_of, watch, whole_shape
 from lightning_normreg.functional._norms import root_mean_square
 
 _COLUMNS = ("parameter", "shape", "role", "units", "eps share", "norm", "radius", "group", "decay", "optimizer")
@@ -56,7 +48,7 @@ class SummaryRow:
 
 
 def summary_rows(
-    named: Sequence[tuple[str, Parameter, ParameterRole]],
+    named: Sequence[tuple[str, Parameter, _weights.ParameterRole]],
     optimizers: Iterable[Optimizer],
     verdict: Verdict,
     held: Mapping[str, tuple[float, float]],
@@ -144,7 +136,7 @@ def sentences(rows: list[SummaryRow], verdict: Verdict, steps_per_epoch: float, 
     if not verdict:
         found = ["Which weights are scale-invariant is not known."]
     elif not any(row.is_invariant for row in rows):
-        found = [summarize(verdict)]
+        found = [_weights.summarize(verdict)]
     elif not decayed:
         found = ["Nothing is decayed, so the norms of scale-invariant weights grow and their effective rates fall."]
     else:
