@@ -76,12 +76,10 @@ EQUILIBRIUM_TOLERANCE = 0.15
 
 
 def tag(curve: Curve, parameter: str, prefix: str = PREFIX) -> str:
-    """Tag of one layer's curve."""
     return joined(prefix, curve.key, parameter)
 
 
 def summary_tag(curve: Curve, statistic: str, prefix: str = PREFIX) -> str:
-    """Tag of one summary over layers."""
     return joined(prefix, SUMMARY_GROUP, f"{curve.summary}_{statistic}")
 
 

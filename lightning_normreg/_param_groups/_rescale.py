@@ -71,7 +71,7 @@ def rescale_(
     group = group_of(optimizer, parameter)
     if group is None:
         raise ValueError(f"`parameter` must be one of the optimizer's, got one of shape {tuple(parameter.shape)}.")
-    rule = _rule(optimizer, group, parameter)
+    factor, rule = float(factor), _rule(optimizer, group, parameter)
     rate = rule.exponent if rule.lr_degree is None else rule.lr_degree
     _scheduler_rates.check_schedulers(optimizer, schedulers, rates=bool(rate))
 
@@ -80,14 +80,18 @@ def rescale_(
     if len(group["params"]) > 1:
         position = next(place for place, p in enumerate(group["params"]) if p is parameter)
         _split(optimizer, index, position, schedulers)
-        index = len(groups) - 1
-    group = groups[index]
+        index, group = len(groups) - 1, groups[-1]
     parameter.mul_(factor)
     if parameter.grad is not None:
         parameter.grad.div_(factor)
-    multiply_state(optimizer, parameter, rule, float(factor))
-    _multiply_group(group, rule, float(factor), float(rate))
-    _scheduler_rates.multiply_rates(schedulers, index, float(factor) ** rate)
+    multiply_state(optimizer, parameter, rule, factor)
+    decay = {"coupled": -2.0, "decoupled": -float(rate), "none": 0.0}[rule.decay]
+    degrees: dict[str, Any] = {"weight_decay": decay if rule.decay_degree is None else rule.decay_degree}
+    degrees |= dict.fromkeys((rule.lr_key, *_scheduler_rates.GROUP_RATES), float(rate))
+    for key, degree in {**degrees, **rule.group_degrees}.items():
+        if key in group:
+            group[key] = _scaled(group[key], factor, degree, group)
+    _scheduler_rates.multiply_rates(schedulers, index, factor**rate)
     return group
 
 
@@ -184,15 +188,6 @@ def _times(value: Any, factor: float) -> Any:
     if isinstance(value, list):
         return [_times(v, factor) for v in value]
     return value.mul_(factor) if isinstance(value, Tensor) else value * factor
-
-
-def _multiply_group(group: Group, rule: UpdateRule, factor: float, rate: float) -> None:
-    decay = {"coupled": -2.0, "decoupled": -rate, "none": 0.0}[rule.decay]
-    degrees: dict[str, Any] = {"weight_decay": decay if rule.decay_degree is None else rule.decay_degree}
-    degrees |= dict.fromkeys((rule.lr_key, *_scheduler_rates.GROUP_RATES), rate)
-    for key, degree in {**degrees, **rule.group_degrees}.items():
-        if key in group:
-            group[key] = _scaled(group[key], factor, degree, group)
 
 
 def _scaled(value: Any, factor: float, degree: Any, group: Group) -> Any:

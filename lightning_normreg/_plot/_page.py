@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from lightning_normreg._plot._run import Source
 
 MANY_RUNS = 8
-GRID = {1: 1, 2: 2, 3: 3, 4: 2, 5: 3, 6: 3}
-"""Columns for so many panels of one run."""
 HEIGHT, WIDTH, HEAT_HEIGHT = 2.9, 4.6, 2.6
 """Of a panel, in inches."""
 
@@ -69,7 +67,7 @@ def plot_curves(
             "equilibrium_ratio. Log with WeightNormMonitor and EffectiveLRMonitor."
         )
     several = len(found) > 1
-    columns = len(found) if several else GRID[len(panels)]
+    columns = len(found) if several else 2 if len(panels) == 4 else min(len(panels), 3)
     rows = len(panels) if several else -(-len(panels) // columns)
     size = (max(columns, 2) * WIDTH, rows * HEIGHT + len(heat_maps) * HEAT_HEIGHT + 0.8)
     figure: Figure = optional_import("matplotlib.figure").Figure(figsize=size, layout="constrained", dpi=120)

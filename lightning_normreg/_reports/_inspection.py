@@ -65,7 +65,7 @@ def as_parameters(tensors: Mapping[str, Tensor]) -> list[tuple[str, Parameter, P
 def inspect_parameters(
     named: Sequence[tuple[str, Parameter, ParameterRole]],
     owners: Mapping[str, SavedGroup],
-    verdict: Verdict | None,
+    verdict: Verdict,
     held: Collection[str] = (),
 ) -> tuple[list[InspectedParameter], list[str]]:
     """One row for each parameter, and why cells are empty, in sentences.
@@ -82,7 +82,7 @@ def inspect_parameters(
         row: dict[str, Any] = {
             "parameter": w.name,
             "shape": tuple(w.shape),
-            "units": units_in_words((verdict or {}).get(w.name)),
+            "units": units_in_words(verdict.get(w.name)),
             "norm": float(weight_norm(w.parameter)),
             "unit_norm_rms": float(root_mean_square(norms)),
             "unit_norm_min": ordered[0],

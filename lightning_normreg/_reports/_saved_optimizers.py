@@ -53,7 +53,6 @@ class SavedGroup:
     shapes: tuple[Shape | None, ...] = ()  # of each parameter as its state has it, None for one without
 
 
-Owners = dict[str, SavedGroup]
 Places = dict[int, int]
 """By entry of a group, the place of its parameter in the module."""
 
@@ -162,7 +161,7 @@ def _shape(entries: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 def match_parameters(
     groups: Sequence[SavedGroup], tensors: Mapping[str, Tensor], aliases: Mapping[str, Sequence[str]]
-) -> tuple[Owners, list[str]]:
+) -> tuple[dict[str, SavedGroup], list[str]]:
     """Find the group of each parameter, by name where groups have names, else by order and shape.
 
     A group without names is taken to list its parameters in the order of the module, as ``module.parameters()`` does.
@@ -172,7 +171,7 @@ def match_parameters(
     tied tensors.
     """
     known = {n: name for name in tensors for n in (name, *aliases.get(name, ()))}
-    owners: Owners = {}
+    owners: dict[str, SavedGroup] = {}
     said = []
     for group in groups:
         if group.names is not None:

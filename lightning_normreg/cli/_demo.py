@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_normreg import _metrics
-from lightning_normreg._compat import optional_import
+from lightning_normreg._compat import optional_import, pl
 from lightning_normreg._plot import plot_curves
 from lightning_normreg.callbacks._monitor import Monitor
 from lightning_normreg.callbacks._run import callbacks_of
@@ -19,7 +19,6 @@ from lightning_normreg.demos import DemoConvNet, DigitsDataModule
 
 if TYPE_CHECKING:
     import pandas as pd
-    from pytorch_lightning import Trainer
 
 SHOWN = {
     "unit norm": _metrics.UNIT_NORM_RMS,
@@ -52,7 +51,7 @@ def demo(args: list[str]) -> None:
         _report(cli.trainer)
 
 
-def _report(trainer: Trainer) -> None:
+def _report(trainer: pl.Trainer) -> None:
     """Print the table, save the picture, say how to look at the curves."""
     console = Console()
     frames = [callback.history() for callback in callbacks_of(trainer) if isinstance(callback, Monitor)]

@@ -36,7 +36,6 @@ _TRAINER = {
     "max_steps": -1,
     "max_time": None,
     "fast_dev_run": False,
-    "num_sanity_val_steps": 0,
     "limit_val_batches": 0,
     "profiler": None,
     "barebones": False,
@@ -45,7 +44,6 @@ _TRAINER = {
 
 
 def inspect_model(words: list[str]) -> None:
-    """Inspect what arguments of ``fit`` name."""
     base: Any = NormRegCLI.of(namespace_of(None, words))
     type("InspectCLI", (_Inspection, base), {})(args=["fit", *words], save_config_callback=None)
 

@@ -11,14 +11,7 @@ from typing import Any
 
 import yaml
 
-from lightning_normreg import _compat
-
-OTHER = "lightning.pytorch"
-
-
-def default_namespace() -> str:
-    """``"pytorch_lightning"`` where it is installed, else ``"lightning.pytorch"``."""
-    return str(_compat.pl.__name__)
+from lightning_normreg._compat import pl
 
 
 def namespace_of(model_class: object, args: Any = None) -> str:
@@ -28,7 +21,8 @@ def namespace_of(model_class: object, args: Any = None) -> str:
         with suppress(Exception):  # the parser imports it again, and says what is wrong with it
             model_class = resolve_name(paths[-1]) if paths else None
     bases = model_class.__mro__ if isinstance(model_class, type) else ()
-    return OTHER if any(base.__module__.startswith("lightning.pytorch.") for base in bases) else default_namespace()
+    theirs = any(base.__module__.startswith("lightning.pytorch.") for base in bases)
+    return "lightning.pytorch" if theirs else pl.__name__
 
 
 def _model_paths(args: Any) -> Iterator[str]:

@@ -17,22 +17,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lightning_normreg.demos  # noqa: F401, so that its classes are known by their short names
+from lightning_normreg._compat import pl
 from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, message_for_user
 from lightning_normreg.cli._groups import CALLBACK_GROUPS, GROUP_OF_CALLBACK, DecayGroup
-from lightning_normreg.cli._namespace import default_namespace, namespace_of
+from lightning_normreg.cli._namespace import namespace_of
 from lightning_normreg.cli._parser import Parser, add_optional
 from lightning_normreg.cli._schedulers import MakeScheduler, natural_interval
 from lightning_normreg.cli._subcommands import SUMMARIES, epilog
 
+DEFAULT = pl.__name__
 if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
     Base = LightningCLI
-    DEFAULT = "pytorch_lightning"
 else:
     Base = object
-    DEFAULT = default_namespace()
     LightningCLI = import_module(f"{DEFAULT}.cli").LightningCLI
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
@@ -160,7 +159,7 @@ class Commands(Base):
             _configure_optimizers, self.model, make, decay, arguments.get("weight_decay"), made["lr_interval"]
         )
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the Trainer; what its callbacks name replaces a default of the same class."""
         made = self._settings("config_init")
         named = made["trainer"].get("callbacks") or []

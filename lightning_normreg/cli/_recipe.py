@@ -50,8 +50,8 @@ class Recipe:
         if self.optimizer in FAMILIES or self.optimizer in EXPONENTS:
             return self.optimizer
         rules = named_rules(self.optimizer, self.settings | {"weight_decay": self.weight_decay or 1.0})
-        known = {rule.family for rule in rules if isinstance(rule, UpdateRule)}
-        if len(known) != 1 or len(rules) != sum(isinstance(rule, UpdateRule) for rule in rules) or known == {""}:
+        known = {rule.family if isinstance(rule, UpdateRule) else "" for rule in rules}
+        if len(known) != 1 or known == {""}:
             families = ", ".join(dict.fromkeys([*FAMILIES, *EXPONENTS]))
             raise ValueError(
                 f"the equilibrium of {self.optimizer!r} with these settings is not known. Use a class of torch.optim, "
@@ -82,11 +82,9 @@ def converted(recipe: Recipe, to: Form, radius: float | None = None) -> Recipe:
     if recipe.form == to or "decay" not in (recipe.form, to):
         raise ValueError(f"a recipe with {recipe.form} is converted to {_OTHERS[recipe.form]}, got {to!r}.")
     if to == "projection":
-        lr = recipe.rate()
-        found = suggest_projection(
-            recipe.family, radius=radius, lr=lr, weight_decay=recipe.weight_decay, **recipe.arguments()
-        )
-        undo = {"weight_decay": recipe.weight_decay, "lr": lr}
+        lr, decay = recipe.rate(), recipe.weight_decay
+        found = suggest_projection(recipe.family, radius=radius, lr=lr, weight_decay=decay, **recipe.arguments())
+        undo = {"weight_decay": decay, "lr": lr}
         return replace(recipe, form=to, lr=found.lr, weight_decay=0.0, radius=found.radius, undo=undo)
     if to == "schedule":
         plain = without_decay(recipe.family, recipe.rates(), recipe.weight_decay, **_momentum(recipe))

@@ -70,7 +70,6 @@ class Filter:
 
     @classmethod
     def of(cls, newest: float, next_one: float, beta: float) -> Filter:
-        """Filter of given a₀, a₁ and β."""
         tail = next_one**2 / (1 - beta**2)
         power = newest**2 + tail
         return cls(power, (newest * next_one + beta * tail) / power, beta)
