@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from lightning_normreg._weights._pieces import Piece, gradient_of, groups_of, lies_whole, pieces_of
+from lightning_normreg._weights._plans import Plans
 from lightning_normreg._weights._watched import Watched
-from lightning_normreg.functional._device import BLOCK, accumulator, number_type, sum_type, way_of
+from lightning_normreg.functional._device import accumulator, number_type, way_of
 from lightning_normreg.functional._lengths import (
     Lengths,
     across_operations,
@@ -22,32 +23,16 @@ from lightning_normreg.functional._lengths import (
     lengths_of,
     product_operations,
     row_sums,
-    squared,
     totals,
     with_radial,
 )
-from lightning_normreg.functional._norms import Operation, cells_of, mended_norms, norm_operations, rescaled_norms
+from lightning_normreg.functional._norms import Operation, mended_norms, norm_operations, rescaled_norms
 from lightning_normreg.functional._projection import Limits, factors, scale_
 from lightning_normreg.functional._rotation import Mixture, blocks, mix_, mix_operations
 from lightning_normreg.functional._units import over_units
 
 Read = Callable[[Parameter], Tensor]
 """From a parameter to what this process holds of it, of its gradient, or of what it was before a step."""
-_Make = Callable[[int, Tensor], list[Operation]]
-"""From the number of a piece and the place of its numbers to the operations on it."""
-
-
-class _Plan(NamedTuple):
-    """Operations on tensors that lie at some addresses, and numbers of theirs by type, which stay in their place."""
-
-    addresses: list[int]
-    numbers: dict[torch.dtype, Tensor]
-    operations: list[Operation]
-
-    def run(self) -> None:
-        """Do them all."""
-        for operation in self.operations:
-            operation()
 
 
 class Norms(NamedTuple):
@@ -85,18 +70,11 @@ class Table:
         if any(piece.now()[1].device != self.device for piece in self._pieces):
             raise NotImplementedError("Weights must be on one device of a process. Use `include` for those of one.")
         self._place(found)
-        self._counts = [len(piece.units) for piece in self._pieces]
-        self._cells = [cells_of(piece.now()[1]) for piece in self._pieces]
-        self._rows = [slice(*pair) for pair in pairwise(accumulate(self._counts, initial=0))]
-        self._ends = torch.tensor([0, *accumulate(self._counts)], device=self.device)
-        # Of which row each cell is, where there is more than one of a row.
-        cells = torch.tensor(self._cells).repeat_interleave(torch.tensor(self._counts))
-        several = bool((cells != 1).any())
-        self._row_of_cell = torch.arange(len(cells)).repeat_interleave(cells).to(self.device) if several else None
-        self._shares = torch.zeros(len(cells), dtype=self.dtype, device=self.device)
-        self._plans: dict[str, _Plan] = {}
-        self._types = [accumulator(piece.parameter.dtype) for piece in self._pieces]
-        self._narrowest = min(self._types, key=lambda dtype: torch.finfo(dtype).bits)
+        self._plans = Plans(self._now())
+        self._rows = self._plans.rows
+        self._shares = torch.zeros(self._rows[-1].stop, dtype=self.dtype, device=self.device)
+        types = {accumulator(piece.parameter.dtype) for piece in self._pieces}
+        self._narrowest = min(types, key=lambda dtype: torch.finfo(dtype).bits)
 
     def _place(self, found: Sequence[tuple[int, Piece]]) -> None:
         """Note what does not change: the place of each row, and what is spread over which processes."""
@@ -147,10 +125,10 @@ class Table:
         Without ``wholes`` only of units.
         """
         rows = self._now() if read is None else [p.like(read(p.parameter)) for p in self._pieces]
-        made = self._sums("norms" if read is None else "gradients", 1, lambda n, out: norm_operations(rows[n], out[0]), rows)
-        norms = mended_norms(
-            made[0].sqrt(), self._narrowest, lambda odd: self._detour(odd, [rows], rescaled_norms)
-        )
+        what = "norms" if read is None else "gradients"
+        (squares,) = self._plans.sums(what, 1, lambda number, out: norm_operations(rows[number], out[0]), rows)
+        rescaled = partial(self._plans.detour, tensors=[rows], way=rescaled_norms)
+        norms = mended_norms(squares.sqrt(), self._narrowest, rescaled)
         return self._added(norms.square().unsqueeze(0), wholes)
 
     def compare(self, before: Read) -> Tensor:
@@ -174,59 +152,14 @@ class Table:
         def again(odd: Tensor | None, shares: Tensor) -> Tensor:
             if odd is None:
                 self._shares.copy_(shares)
-                return self._sums("across", 1, across, starts, ends)[0]
-            return self._detour(odd, [starts, ends], partial(exact_sums, update=update), shares)
+                return self._plans.sums("across", 1, across, starts, ends)[0]
+            return self._plans.detour(odd, [starts, ends], partial(exact_sums, update=update), shares)
 
-        raw = self._sums(what, 3, products, starts, ends)
+        raw = self._plans.sums(what, 3, products, starts, ends)
         return self._added(with_radial(row_sums(raw, self._narrowest, again, update=update)))
 
     def _now(self) -> list[Tensor]:
         return [piece.now()[1] for piece in self._pieces]
-
-    def _sums(self, what: str, lines: int, make: _Make, *tensors: Sequence[Tensor]) -> Tensor:
-        """Sums over rows from operations that write norms, of products in the third line, into their cells."""
-
-        def shaped(number: int, numbers: Tensor) -> list[Operation]:
-            return make(number, numbers.view(lines, self._counts[number], self._cells[number]))
-
-        counts = [rows * cells for rows, cells in zip(self._counts, self._cells, strict=True)]
-        plan = self._planned(what, lines, counts, [sum_type(rows) for rows in tensors[0]], shaped, *tensors)
-        plan.run()
-        first, *others = (numbers.to(self.dtype) for numbers in plan.numbers.values())
-        sums = squared(sum(others, first))
-        if self._row_of_cell is None:
-            return sums
-        return sums.new_zeros(lines, len(self._shares)).index_add_(1, self._row_of_cell, sums)
-
-    def _planned(
-        self,
-        what: str,
-        lines: int,
-        counts: Sequence[int],
-        types: Sequence[torch.dtype],
-        make: _Make,
-        *tensors: Sequence[Tensor],
-    ) -> _Plan:
-        """What was made for tensors that lie where they lay before, or a new plan, which gradients are not kept in."""
-        addresses = [tensor.data_ptr() for each in tensors for tensor in each]
-        plan = self._plans.get(what)
-        if plan is None or plan.addresses != addresses:
-            shape = {"size": (lines, sum(counts)), "device": self.device}
-            numbers = {t: torch.zeros(**shape, dtype=t) for t in dict.fromkeys(types)}
-            places = {t: torch.split(of_type, list(counts), 1) for t, of_type in numbers.items()}
-            operations = [op for n, t in enumerate(types) for op in make(n, places[t][n])]
-            plan = _Plan(addresses, numbers, operations)
-            if what != "gradients":
-                self._plans[what] = plan
-        return plan
-
-    def _write(self, what: str, columns: Sequence[Tensor], make: _Make, *tensors: Sequence[Tensor]) -> None:
-        """Change tensors by numbers for each row."""
-        plan = self._planned(what, len(columns), self._counts, self._types, make, *tensors)
-        for numbers in plan.numbers.values():
-            for place, column in zip(numbers, columns, strict=True):
-                place.copy_(column)
-        plan.run()
 
     def norms_of(self, sums: Tensor) -> Norms:
         """Norms from the shared sums, the squares of which come first."""
@@ -246,33 +179,6 @@ class Table:
             return units
         all_rows = rows.new_zeros(len(rows), tensors + 1).index_add_(1, self._owners, rows)[:, :-1]
         return torch.cat([units, all_rows], dim=1)
-
-    def _detour(self, odd: Tensor, tensors: Sequence[Sequence[Tensor]], way: Callable[..., Tensor], *more: Tensor) -> Tensor:
-        """What ``way`` gives for the marked rows and numbers of theirs, for small pieces with rows of one length at once."""
-        places = odd.nonzero().flatten()
-        bounds = torch.searchsorted(places, self._ends).tolist()
-        found: list[Tensor] = []
-        batch: list[list[Tensor]] = []
-        entries = done = 0
-
-        def flush(stop: int) -> None:
-            rows = batch[0] if len(batch) == 1 else [torch.cat(each) for each in zip(*batch, strict=True)]
-            found.append(way(*rows, *(m[done:stop] for m in more)))
-
-        for number, (low, high) in enumerate(pairwise(bounds)):
-            if low == high:
-                continue
-            own = [each[number] for each in tensors]
-            if high - low < self._counts[number]:  # else without a copy of them
-                own = [rows[places[low:high] - self._rows[number].start] for rows in own]
-            fits = batch and own[0].shape[1:] == batch[0][0].shape[1:] and own[0].dtype == batch[0][0].dtype
-            if batch and not (fits and entries + own[0].numel() <= BLOCK["host"]):
-                flush(low)
-                batch, entries, done = [], 0, low
-            batch.append(own)
-            entries += own[0].numel()
-        flush(len(places))
-        return torch.cat(found, dim=-1)
 
     def project(self, radius: float | Tensor) -> Tensor:
         """Put every unit at a radius; the norms before, which of units of other processes may be 0."""
@@ -294,20 +200,22 @@ class Table:
             view, kept = views[number]
             return [partial(part.mul_, v) for part, v in blocks(view, over_units(numbers[0], view, kept), size=2**21)]
 
-        self._write("scale", [rows], make, [view for view, _ in views])
+        self._plans.write("scale", [rows], make, [view for view, _ in views])
 
     def mix(self, mix: Mixture, before: Read) -> None:
         """Make each unit the mixture of what it was before and of its update."""
         own = mix if self._is_plain else mix.at(self._places)
         views = [piece.now()[0] for piece in self._pieces]
         starts = [piece.look("before", before(piece.parameter))[0][0] for piece in self._pieces]
-        plain = all(view.dtype == type_ for (view, _), type_ in zip(views, self._types, strict=True))
+        plain = all(view.dtype == accumulator(view.dtype) for view, _ in views)
         if plain and way_of(own.alone) == "host" and not own.alone.any():
 
             def make(number: int, numbers: Tensor) -> list[Operation]:
-                return mix_operations(views[number][0], starts[number], views[number][1], Mixture(*numbers, own.alone))
+                return mix_operations(
+                    views[number][0], starts[number], views[number][1], Mixture(numbers[0], numbers[1], own.alone)
+                )
 
-            self._write("mix", own[:2], make, [view for view, _ in views], starts)
+            self._plans.write("mix", own[:2], make, [view for view, _ in views], starts)
             return
         for (view, kept), start, at in zip(views, starts, self._rows, strict=True):
             mix_(view, start, kept, Mixture(*(values[at] for values in own)).to(accumulator(view.dtype)))

@@ -151,7 +151,11 @@ def _products(a: Tensor, b: Tensor, out: Tensor, size: int, update: bool) -> lis
         found += chunk_norms(first, out[0], size)
         if not update or way_of(a) != "narrow":
             found += chunk_norms(second, out[1], size)
-    return [*found, partial(torch.mul, first, second, out=both[1]), partial(torch.sum, both[1], dim=1, out=out[2][:, 0])]
+    return [
+        *found,
+        partial(torch.mul, first, second, out=both[1]),
+        partial(torch.sum, both[1], dim=1, out=out[2][:, 0]),
+    ]
 
 
 def squared(sums: Tensor) -> Tensor:
@@ -205,7 +209,11 @@ def exact_sums(start: Tensor, end: Tensor, shares: Tensor, *, update: bool = Tru
     if start.dtype == torch.float64:
         return _sums_of_float64(start, end, update)
     c = torch.where(shares.isfinite(), shares, 0.0) + update
-    norms, more, step = c.new_empty(2, len(c)), torch.empty_like(c), max(1, BLOCK["host"] // 2 // max(1, start.shape[1]))
+    norms, more, step = (
+        c.new_empty(2, len(c)),
+        torch.empty_like(c),
+        max(1, BLOCK["host"] // 2 // max(1, start.shape[1])),
+    )
     for last in (False, True):
         for top in range(0, len(c), step):
             at = slice(top, top + step)
