@@ -99,7 +99,7 @@ class Plans:
     def detour(
         self, odd: Tensor, tensors: Sequence[Sequence[Tensor]], way: Callable[..., Tensor], *more: Tensor
     ) -> Tensor:
-        """What ``way`` gives for the marked rows and numbers of theirs: small pieces with rows of one length at once."""
+        """What ``way`` gives for the marked rows and numbers of theirs: small pieces with equal rows at once."""
         places = odd.nonzero().flatten()
         bounds = torch.searchsorted(places, self._ends).tolist()
         found: list[Tensor] = []

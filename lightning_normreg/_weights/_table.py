@@ -56,8 +56,8 @@ class Table:
         layer: Number of the weight of each unit.
         limits: What the types of the weights allow, for each unit.
         present: Of which units this process holds anything.
-        spread: For each process group the places in sums over its processes, all of them, and those that are needed
-            by processes that do not hold all of a unit.
+        spread: For each process group the places in sums over its processes, all of them, and those of units that no
+            process holds all of.
     """
 
     def __init__(self, watched: Sequence[Watched]) -> None:
@@ -97,9 +97,8 @@ class Table:
         for group in dict.fromkeys(group for each in groups for group in each):
             all_of_it = torch.tensor([group in each for each in groups])
             needed = all_of_it & ~torch.tensor([lies_whole(w) for w in self.watched])
-            # Units first, then whole tensors.
-            everything, some = (torch.cat([m[layer], m]).nonzero().flatten() for m in (all_of_it, needed))
-            self.spread[group] = (everything.to(self.device), some.to(self.device))
+            everything = torch.cat([all_of_it[layer], all_of_it]).nonzero().flatten()  # units, then whole tensors
+            self.spread[group] = (everything.to(self.device), needed[layer].nonzero().flatten().to(self.device))
 
     def column(self, values: Sequence[float]) -> Tensor:
         """A number for each weight as one for each unit."""
@@ -109,9 +108,9 @@ class Table:
         """A column weight by weight."""
         return list(torch.split(column, self.sizes))
 
-    def norms(self, *, everywhere: bool = True) -> Norms:
-        """Norms of the units and tensors as they stand; without ``everywhere`` 0 for units that others hold."""
-        (squares,) = share([(self, self.squares())], everywhere=everywhere)
+    def norms(self) -> Norms:
+        """Norms of the units and tensors as they stand."""
+        (squares,) = share([(self, self.squares())])
         return self.norms_of(squares)
 
     def lengths(self, before: Read) -> Lengths:

@@ -115,7 +115,7 @@ def chunk_norms(rows: Tensor, out: Tensor, size: int) -> list[Operation]:
         return [lambda: out[..., 0].copy_(rows.to(kept).square().sum(dim=-1).sqrt())]
     cells, whole = -(-entries // size), entries // size
     parts = out if cells == out.shape[-1] else rows.new_empty(*rows.shape[:-1], cells, dtype=kept)
-    found = []
+    found: list[Operation] = []
     if whole:
         found.append(partial(norm, rows.unfold(-1, size, size), dim=-1, dtype=kept, out=parts[..., :whole]))
     if whole < cells:
