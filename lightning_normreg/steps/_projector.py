@@ -14,7 +14,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import group_of, update_rule
-from lightning_normreg._weights import Table, Watched, norms_of
+from lightning_normreg._weights import Table, Watched, norms_of, share
 from lightning_normreg.functional._projection import check_radius
 from lightning_normreg.steps._step_hooks import of_mine
 from lightning_normreg.steps._subscriber import Phase, StepSubscriber
@@ -151,7 +151,11 @@ class Projector(StepSubscriber):
         found = zip(*(table.root_mean_squares(c).tolist() for c in (table.norms().units, radii)), strict=True)
         pairs = dict(zip([t.name for t in self.targets], found, strict=True))
         for other, norms in self._norms.items():
-            before = zip(other.watched, other.root_mean_squares(norms).tolist(), strict=True)
+            # A process has those of its units, and of all that have been shared.
+            mine = torch.stack([norms.masked_fill(~other.present, 0.0), other.present.to(norms.dtype)])
+            (sums,) = share([(other, torch.nn.functional.pad(mine, (0, len(other.sizes))))])
+            everywhere = (sums[0] / sums[1].clamp_min(1))[: len(norms)]
+            before = zip(other.watched, other.root_mean_squares(everywhere).tolist(), strict=True)
             pairs |= {w.name: (norm, pairs[w.name][1]) for w, norm in before if w.name in pairs}
         return pairs
 

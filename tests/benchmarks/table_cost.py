@@ -49,9 +49,9 @@ def seconds(act: Callable[[], object]) -> float:
     """The shortest of three."""
     found = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.thread_time()
         act()
-        found.append(time.perf_counter() - start)
+        found.append(time.thread_time() - start)
     return min(found)
 
 
