@@ -50,6 +50,11 @@ def classify(weight: EulerSums, biases: Mapping[str, EulerSums], limits: Thresho
     return ScaleInvariance("none", z=z, reason=reason)
 
 
+def open_axes(found: EulerSums, tol: float) -> list[Axis]:
+    """Axes along which one draw leaves units possible: beyond rows and columns only single slices make sense."""
+    return [a for i, (a, table) in enumerate(found.tables.items()) if i < 2 or bool((_z(table) <= tol).all())]
+
+
 def _by_axis(tables: Tables, tol: float) -> Iterator[ScaleInvariance]:
     for index, (axis, table) in enumerate(tables.items()):
         if index < 2 or bool((_z(table) <= tol).all()):  # beyond rows and columns only single slices make sense
@@ -70,5 +75,5 @@ def _largest_z(table: Table, verdict: ScaleInvariance) -> float:
 
 def _z(table: Table) -> Tensor:
     """``|S|/√Q``, with the floor that keeps nearly dead slices from being judged by their roundoff."""
-    scale = table.squares.sqrt() + FLOOR * table.squares.mean(1, keepdim=True).sqrt()
+    scale = table.squares.sqrt() + FLOOR * table.squares.mean(-1, keepdim=True).sqrt()
     return table.sums.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)

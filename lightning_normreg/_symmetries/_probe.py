@@ -15,11 +15,12 @@ from tqdm import tqdm
 from lightning_normreg._symmetries._biases import bias_candidates
 from lightning_normreg._symmetries._call import Loss, PrivateCall, ProbeError, check_callable
 from lightning_normreg._symmetries._certificate import certify
-from lightning_normreg._symmetries._classify import classify, inert_parameters
+from lightning_normreg._symmetries._classify import classify, inert_parameters, open_axes
 from lightning_normreg._symmetries._eps_share import with_eps_shares
 from lightning_normreg._symmetries._euler import EulerSums, euler_draw
 from lightning_normreg._symmetries._generic_point import AMOUNT, LADDER, magnitudes
 from lightning_normreg._symmetries._reasons import FROZEN, INERT, demoted, explain
+from lightning_normreg._symmetries._slices import axes
 from lightning_normreg._symmetries._thresholds import THRESHOLDS
 from lightning_normreg._weights import Evidence, ScaleInvariance, named_roles
 
@@ -111,6 +112,7 @@ def _probe(
         drawn = []
         for index in range(draws):
             drawn.append(_draw(setup, index))
+            setup.axes = {name: open_axes(sums, setup.limits.z) for name, sums in drawn[-1].items()}
             bar.update()
         verdicts = _confirmed(setup, _euler_verdicts(setup, drawn))
         bar.update()
@@ -137,6 +139,7 @@ class _Setup:
         self.names = {name: (clean, role) for name, (clean, _, role) in zip(raw, named, strict=True)}
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.roles = {name: self.names[name][1] for name in trainable}
+        self.axes = {name: axes(p.shape, self.roles[name]) for name, p in trainable.items()}
         self.biases = bias_candidates(self.roles, {name: p.shape for name, p in trainable.items()})
         self.narrow = next((p.dtype for p in trainable.values()), torch.float32).to_real()
         self.call = PrivateCall(module, forward, batch, dtype)
@@ -167,7 +170,7 @@ def _draw(setup: _Setup, index: int) -> dict[str, EulerSums]:
     losses = []
     for attempt in range(_ATTEMPTS):
         point, seed = setup.point(index, attempt)
-        loss, sums = euler_draw(setup.call, point, setup.roles, seed=seed, shrink=setup.limits.shrink)
+        loss, sums = euler_draw(setup.call, point, setup.axes, seed=seed, shrink=setup.limits.shrink)
         if math.isfinite(loss) and all(bool(s.total.isfinite()) for s in sums.values()):
             return sums
         losses.append(loss)
