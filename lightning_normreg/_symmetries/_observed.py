@@ -36,7 +36,9 @@ class Observed:
     def of(weight: Tensor, gradient: Tensor, looked_at: Sequence[Axis]) -> Observed:
         """Sum over the slices of some axes, in float32 at least."""
         entries = euler_entries(weight, gradient, accumulator(weight.dtype))
-        return Observed(Table.along(entries, looked_at), torch.linalg.vector_norm(gradient.detach(), dtype=entries.dtype))
+        return Observed(
+            Table.along(entries, looked_at), torch.linalg.vector_norm(gradient.detach(), dtype=entries.dtype)
+        )
 
     @staticmethod
     def stack(steps: Sequence[Observed]) -> Observed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection
 from dataclasses import replace
@@ -22,6 +23,7 @@ from lightning_normreg._symmetries._generic_point import AMOUNT, LADDER, magnitu
 from lightning_normreg._symmetries._reasons import FROZEN, INERT, demoted, explain
 from lightning_normreg._symmetries._slices import axes
 from lightning_normreg._symmetries._thresholds import THRESHOLDS
+from lightning_normreg._symmetries._vocabulary import reached_rows, shrink_tables
 from lightning_normreg._weights import Evidence, ScaleInvariance, named_roles
 
 ProbeType = Literal["auto", "float64", "float32"]
@@ -105,12 +107,25 @@ def _check_arguments(dtype: str, seed: int, draws: int) -> None:
 def _probe(
     module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int
 ) -> dict[str, ScaleInvariance]:
-    """All steps, in one type; a bar shows them where that takes longer than a moment."""
-    silent = getattr(rank_zero_only, "rank", 0) != 0
-    with tqdm(desc="Scale invariance", total=draws + 2, delay=_MOMENT, leave=False, disable=silent) as bar:
+    """All steps, in one type, with huge embeddings made small where that works."""
+    reached = reached_rows(module, forward, batch)
+    if reached:
         setup = _Setup(module, batch, forward, dtype, seed=seed, draws=draws)
+        shrink_tables(setup.call.module, reached)
+        with contextlib.suppress(ProbeError):
+            verdicts = _ask(setup)
+            small = [verdicts[setup.names[f"{name}.weight"][0]] for name in reached]
+            if not any(v.dim == 0 and (v.kind == "block" or v.slices) for v in small):  # which would be other rows
+                return verdicts
+    return _ask(_Setup(module, batch, forward, dtype, seed=seed, draws=draws))
+
+
+def _ask(setup: _Setup) -> dict[str, ScaleInvariance]:
+    """The steps; a bar shows them where that takes longer than a moment."""
+    silent = getattr(rank_zero_only, "rank", 0) != 0
+    with tqdm(desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=silent) as bar:
         drawn = []
-        for index in range(draws):
+        for index in range(setup.draws):
             drawn.append(_draw(setup, index))
             setup.axes = {name: open_axes(sums, setup.limits.z) for name, sums in drawn[-1].items()}
             bar.update()
@@ -118,7 +133,7 @@ def _probe(
         bar.update()
         verdicts = with_eps_shares(setup.call, verdicts, setup.roles, shrink=setup.limits.shrink, narrow=setup.narrow)
         bar.update()
-    evidence: Evidence = "float64" if dtype == torch.float64 else "float32"
+    evidence: Evidence = "float64" if setup.call.dtype == torch.float64 else "float32"
     result = {}
     for raw, (clean, _) in setup.names.items():
         verdict = verdicts.get(raw, FROZEN)
