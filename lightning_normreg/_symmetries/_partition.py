@@ -46,13 +46,13 @@ def finest_partition(sums: Tensor, squares: Tensor, tol: float) -> Partition:
     live = torch.nonzero(~dead).flatten()
     if not len(live):
         return Partition([], live)
-    prefix, weight = _prefix(sums[:, live]), _prefix(squares[:, live])
+    sought = _Sought(_prefix(sums[:, live]), _prefix(squares[:, live]), tol, floor[:, None])
     last = len(live)
     first = torch.arange(last)
-    best = _closed(prefix, weight, tol, floor, first, first + 1)
+    best = sought.closed(first, first + 1)
     if bool((best > last).any()):  # mostly each slice is a unit by itself, and nothing is left to search for
-        for i, j in _candidates(prefix, weight, tol, floor):
-            best = torch.minimum(best, _closed(prefix, weight, tol, floor, i, j))
+        for i, j in sought.candidates():
+            best = torch.minimum(best, sought.closed(i, j))
     return Partition(_chain(best.tolist()), live)
 
 
@@ -70,35 +70,43 @@ def _chain(following: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _closed(prefix: Tensor, weight: Tensor, tol: float, floor: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """For each position i the nearest j > i at which the prefix sums of all draws are back; none is beyond the end."""
-    far = (prefix[:, j] - prefix[:, i]).abs()
-    near = (far <= tol * (weight[:, j] - weight[:, i]).clamp_min(0).sqrt() + floor[:, None]).all(0) & (j > i)
-    best = torch.full((prefix.shape[1] - 1,), prefix.shape[1])
-    return best.scatter_reduce_(0, i[near], j[near], "amin")
+class _Sought(NamedTuple):
+    """Prefix sums of S and Q in every draw, shape ``(draws, slices + 1)``, and how small is zero."""
 
+    prefix: Tensor
+    weight: Tensor
+    tol: float
+    floor: Tensor
 
-def _candidates(prefix: Tensor, weight: Tensor, tol: float, floor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of positions at which the prefix sums may agree: never further apart than a window.
+    def closed(self, i: Tensor, j: Tensor) -> Tensor:
+        """For each i the nearest j > i at which the prefix sums of all draws are back; none is beyond the end."""
+        prefix, weight = self.prefix, self.weight
+        far = (prefix[:, j] - prefix[:, i]).abs()
+        near = (far <= self.tol * (weight[:, j] - weight[:, i]).clamp_min(0).sqrt() + self.floor).all(0) & (j > i)
+        best = torch.full((prefix.shape[1] - 1,), prefix.shape[1])
+        return best.scatter_reduce_(0, i[near], j[near], "amin")
 
-    Few positions are compared in one draw, all with all. For more, every draw is one coordinate of a grid whose cells
-    are two windows wide; in one of the 2^draws grids that are shifted by half a cell both lie in the same cell, so only
-    members of a cell are looked at.
-    """
-    draws, positions = prefix.shape
-    window = tol * weight[:, -1:].clamp_min(0).sqrt() + floor[:, None]
-    if positions <= _PAIRS:
-        near = (prefix[0] - prefix[0, :, None]).abs_() <= window[0]
-        i, j = torch.nonzero(near.triu_(1), as_tuple=True)
-        yield i, j
-        return
-    scaled = prefix / (2 * window.clamp_min(torch.finfo(prefix.dtype).tiny))
-    for shift in range(2 ** min(draws, 4)):  # four coordinates separate well enough; the comparison uses all draws
-        keys = _cells(scaled[:4], shift)
-        order = torch.argsort(keys, stable=True)
-        for lag in range(1, min(_LAGS + 1, positions)):
-            same = keys[order[:-lag]] == keys[order[lag:]]
-            yield order[:-lag][same], order[lag:][same]
+    def candidates(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of positions at which the prefix sums may agree: never further apart than a window.
+
+        Few positions are compared in one draw, all with all. For more, every draw is one coordinate of a grid whose
+        cells are two windows wide; in one of the 2^draws grids that are shifted by half a cell both lie in the same
+        cell, so only members of a cell are looked at.
+        """
+        prefix, (draws, positions) = self.prefix, self.prefix.shape
+        window = self.tol * self.weight[:, -1:].clamp_min(0).sqrt() + self.floor
+        if positions <= _PAIRS:
+            near = (prefix[0] - prefix[0, :, None]).abs_() <= window[0]
+            i, j = torch.nonzero(near.triu_(1), as_tuple=True)
+            yield i, j
+            return
+        scaled = prefix / (2 * window.clamp_min(torch.finfo(prefix.dtype).tiny))
+        for shift in range(2 ** min(draws, 4)):  # four coordinates separate well enough; the comparison uses all draws
+            keys = _cells(scaled[:4], shift)
+            order = torch.argsort(keys, stable=True)
+            for lag in range(1, min(_LAGS + 1, positions)):
+                same = keys[order[:-lag]] == keys[order[lag:]]
+                yield order[:-lag][same], order[lag:][same]
 
 
 def _cells(scaled: Tensor, shift: int) -> Tensor:

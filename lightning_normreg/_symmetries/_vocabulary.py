@@ -43,12 +43,12 @@ def reached_rows(module: nn.Module, loss: Loss | None, batch: Any) -> dict[str, 
         # The first two as well, so that there is more than one: a single row cannot tell a row from all of them.
         always = [0, 1, getattr(m, "padding_idx", None) or 0]
         found[name] = [torch.tensor(always, device=m.weight.device)]  # type: ignore[arg-type]
-        m.register_forward_pre_hook(lambda _m, args, name=name: found[name].append(args[0].flatten()))  # type: ignore[misc]
+        m.register_forward_pre_hook(lambda _m, args, name=name: found[name].append(args[0].flatten()))
     try:
         call.run(dict(call.module.named_parameters()), lambda loss: None, seed=0)
     except ProbeError:
         return {}
-    return {name: torch.cat(rows).unique() for name, rows in found.items() if len(rows) > 1}
+    return {name: torch.unique(torch.cat(rows)) for name, rows in found.items() if len(rows) > 1}
 
 
 def shrink_tables(copy: nn.Module, reached: Mapping[str, Tensor]) -> None:
@@ -59,7 +59,7 @@ def shrink_tables(copy: nn.Module, reached: Mapping[str, Tensor]) -> None:
         m.weight = nn.Parameter(weight.detach()[rows], requires_grad=weight.requires_grad)
         if m.padding_idx is not None:
             m.padding_idx = int(place(rows, rows.new_tensor(m.padding_idx)))  # type: ignore[assignment]
-        m.register_forward_pre_hook(lambda _m, args, rows=rows: (place(rows, args[0]), *args[1:]))  # type: ignore[misc]
+        m.register_forward_pre_hook(lambda _m, args, rows=rows: (place(rows, args[0]), *args[1:]))
 
 
 def place(rows: Tensor, ids: Tensor) -> Tensor:

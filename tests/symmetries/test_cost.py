@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_normreg import find_scale_invariance
 from lightning_normreg.demos import DemoConvNet
+from tests.symmetries._labels import label
 
 # Four draws, the certificate's base and two rescalings, and the eps shares with and without eps.
 CALLS = 4 + 3 + 2
@@ -92,9 +93,7 @@ def test_a_large_table_gets_the_verdict_of_a_small_one(padding_idx):
     large, small = Words(80_000, padding_idx=padding_idx), Words(40, padding_idx=padding_idx and 3)
     found = find_scale_invariance(large, words(80_000), forward=loss)
     expected = find_scale_invariance(small, words(40), forward=loss)
-    assert {name: (v.kind, v.slices) for name, v in found.items()} == {
-        n: (v.kind, v.slices) for n, v in expected.items()
-    }
+    assert {name: label(v) for name, v in found.items()} == {name: label(v) for name, v in expected.items()}
 
 
 def test_a_table_that_the_loss_uses_otherwise_is_asked_as_a_whole():
