@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_normreg._symmetries._call import PrivateCall, ProbeError
+from lightning_normreg._symmetries._call import PrivateCall
 from lightning_normreg._symmetries._dispatch import is_eps
 from lightning_normreg._symmetries._euler import EulerSums, euler_sums
+from lightning_normreg._symmetries._losses import ProbeError
 from lightning_normreg._symmetries._slices import Axis, unit_table
 from lightning_normreg._weights import ParameterRole, ScaleInvariance
 from lightning_normreg.functional._units import split_units, unit_rows
@@ -115,7 +116,7 @@ def with_eps_shares(
     def read(then: Callable[[list[_Reading]], T], shrink: float) -> T:
         with NormReader(torch.finfo(narrow).eps) as reader:
             # A copy, because what is done with the readings adds an eps as well, and is read in turn.
-            return call.run(point, lambda loss: then(list(reader.readings)), seed=0, shrink=shrink)
+            return call.run(point, lambda _losses: then(list(reader.readings)), seed=0, shrink=shrink)
 
     try:
         own = read(lambda readings: [_Reading(r.variance.detach(), r.eps) for r in readings], 1.0)

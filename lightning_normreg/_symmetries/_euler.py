@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_normreg._symmetries._call import PrivateCall, ProbeError
+from lightning_normreg._symmetries._call import PrivateCall
+from lightning_normreg._symmetries._losses import Gradients, Losses
 from lightning_normreg._symmetries._slices import Axis, Table, Tables
-
-Gradients = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,14 @@ class EulerSums:
         first = draws[0]
         tables = {axis: Table.stack([d.tables[axis] for d in draws]) for axis in draws[-1].tables}
         return EulerSums(tables, torch.stack([d.total for d in draws]), first.is_vector)
+
+
+class Draw(NamedTuple):
+    """What was found at one point."""
+
+    losses: list[float]
+    sums: dict[str, EulerSums]
+    reaching: dict[str, set[int]]  # numbers of the losses whose gradient counts
 
 
 def euler_sums(weight: Tensor, gradient: Tensor | None, looked_at: Sequence[Axis]) -> EulerSums:
@@ -64,35 +72,22 @@ def euler_entries(weight: Tensor, gradient: Tensor | None, dtype: torch.dtype) -
 
 def euler_draw(
     call: PrivateCall, point: Mapping[str, Tensor], axes: Mapping[str, Sequence[Axis]], *, seed: int, shrink: float
-) -> tuple[float, dict[str, EulerSums]]:
-    """One forward and backward pass at ``point``: the loss, and the sums of each parameter that ``axes`` names.
+) -> Draw:
+    """One forward and backward pass at ``point``, for each parameter that ``axes`` names.
 
     Raises:
         ProbeError: If the loss cannot be computed.
     """
     weights = [point[name] for name in axes]
 
-    def backward(loss: Tensor) -> tuple[Tensor, Gradients]:
-        if not loss.requires_grad:
-            raise ProbeError(
-                "The loss must depend on a trainable parameter, but it has no gradient. Return it undetached."
-            )
-        # Not loss.backward(), which would also leave gradients on whatever the user's code holds outside of the module.
-        # Only reentrant activation checkpointing insists on it.
-        return loss.detach(), torch.autograd.grad(loss, weights, allow_unused=True)
+    def backward(losses: Losses) -> tuple[list[float], Gradients, list[set[int]]]:
+        gradients = losses.gradients(weights)
+        return losses.values(), gradients, losses.reaching(weights)
 
-    def plain_backward(loss: Tensor) -> tuple[Tensor, Gradients]:
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), tuple(weight.grad for weight in weights)
-
-    try:
-        loss, gradients = call.run(point, backward, seed=seed, shrink=shrink)
-    except ProbeError as error:
-        if "use_reentrant" not in str(error.__cause__):
-            raise
-        loss, gradients = call.run(point, plain_backward, seed=seed, shrink=shrink)
+    values, gradients, reaching = call.run(point, backward, seed=seed, shrink=shrink)
     pairs = zip(axes, weights, gradients, strict=True)
-    return float(loss), {name: euler_sums(weight, gradient, axes[name]) for name, weight, gradient in pairs}
+    sums = {name: euler_sums(weight, gradient, axes[name]) for name, weight, gradient in pairs}
+    return Draw(values, sums, dict(zip(axes, reaching, strict=True)))
 
 
 def pooled_statistic(sums: Tensor, squares: Tensor) -> Tensor:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_normreg._symmetries._biases import bias_candidates
-from lightning_normreg._symmetries._call import Loss, PrivateCall, ProbeError, check_callable
+from lightning_normreg._symmetries._call import Loss, PrivateCall, check_callable
 from lightning_normreg._symmetries._certificate import certify
 from lightning_normreg._symmetries._classify import classify, inert_parameters, open_axes
 from lightning_normreg._symmetries._eps_share import with_eps_shares
-from lightning_normreg._symmetries._euler import EulerSums, euler_draw
+from lightning_normreg._symmetries._euler import Draw, EulerSums, euler_draw
 from lightning_normreg._symmetries._generic_point import AMOUNT, LADDER, magnitudes
-from lightning_normreg._symmetries._reasons import FROZEN, INERT, demoted, explain
+from lightning_normreg._symmetries._losses import ProbeError
+from lightning_normreg._symmetries._reasons import FROZEN, INERT, UNSTEADY, demoted, explain
 from lightning_normreg._symmetries._slices import axes
 from lightning_normreg._symmetries._thresholds import THRESHOLDS
 from lightning_normreg._symmetries._vocabulary import reached_rows, shrink_tables
@@ -91,8 +93,13 @@ def find_scale_invariance(
     except (ProbeError, RuntimeError, TypeError, MemoryError) as error:
         verdicts = _probe(module, batch, forward, torch.float32, seed=seed, draws=draws)
         why = str(error.__cause__ or error)[:200]
-        rank_zero_warn(f"Scale invariance was probed in float32, because float64 failed ({why}).")
+        if _is_first_rank():
+            warnings.warn(f"Scale invariance was probed in float32, because float64 failed ({why}).", stacklevel=2)
         return {name: replace(v, reason=f"{v.reason} Probed in float32: {why}") for name, v in verdicts.items()}
+
+
+def _is_first_rank() -> bool:
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)  # not set where Lightning was never imported
 
 
 def _check_arguments(dtype: str, seed: int, draws: int) -> None:
@@ -122,14 +129,16 @@ def _probe(
 
 def _ask(setup: _Setup) -> dict[str, ScaleInvariance]:
     """The steps; a bar shows them where that takes longer than a moment."""
-    silent = getattr(rank_zero_only, "rank", 0) != 0
-    with tqdm(desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=silent) as bar:
+    with tqdm(
+        desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=not _is_first_rank()
+    ) as bar:
         drawn = []
         for index in range(setup.draws):
             drawn.append(_draw(setup, index))
-            setup.axes = {name: open_axes(sums, setup.limits.z) for name, sums in drawn[-1].items()}
+            setup.axes = {name: open_axes(sums, setup.limits.z) for name, sums in drawn[-1].sums.items()}
             bar.update()
-        verdicts = _confirmed(setup, _euler_verdicts(setup, drawn))
+        reaching = {name: set().union(*(draw.reaching[name] for draw in drawn)) for name in setup.roles}
+        verdicts = _confirmed(setup, _euler_verdicts(setup, [draw.sums for draw in drawn]), reaching)
         bar.update()
         verdicts = with_eps_shares(setup.call, verdicts, setup.roles, shrink=setup.limits.shrink, narrow=setup.narrow)
         bar.update()
@@ -180,15 +189,15 @@ class _Setup:
         return self.call.generic_point(magnitude, seed=seed, amount=AMOUNT / 4**attempt), seed
 
 
-def _draw(setup: _Setup, index: int) -> dict[str, EulerSums]:
+def _draw(setup: _Setup, index: int) -> Draw:
     """The Euler sums at one generic point at which the loss is finite."""
     losses = []
     for attempt in range(_ATTEMPTS):
         point, seed = setup.point(index, attempt)
-        loss, sums = euler_draw(setup.call, point, setup.axes, seed=seed, shrink=setup.limits.shrink)
-        if math.isfinite(loss) and all(bool(s.total.isfinite()) for s in sums.values()):
-            return sums
-        losses.append(loss)
+        draw = euler_draw(setup.call, point, setup.axes, seed=seed, shrink=setup.limits.shrink)
+        if all(map(math.isfinite, draw.losses)) and all(bool(s.total.isfinite()) for s in draw.sums.values()):
+            return draw
+        losses.extend(draw.losses)
     raise ProbeError(
         f"The loss and its gradient must be finite, but at {_ATTEMPTS} points close to the module's weights the loss "
         f"was {', '.join(f'{loss:g}' for loss in losses)}. Check the batch for NaN and the loss for logarithms of zero."
@@ -211,12 +220,17 @@ def _euler_verdicts(setup: _Setup, drawn: list[dict[str, EulerSums]]) -> dict[st
     return verdicts
 
 
-def _confirmed(setup: _Setup, verdicts: dict[str, ScaleInvariance]) -> dict[str, ScaleInvariance]:
+def _confirmed(
+    setup: _Setup, verdicts: dict[str, ScaleInvariance], reaching: Mapping[str, set[int]]
+) -> dict[str, ScaleInvariance]:
     """The verdicts without those that the certificate refutes."""
     invariant = {name: v for name, v in verdicts.items() if v.is_invariant}
     for attempt in range(_ATTEMPTS):
         point, seed = setup.certificate_point(invariant.keys(), attempt)
-        changes = certify(setup.call, point, invariant, setup.limits, seed=seed)
-        if changes is not None:
-            return {name: demoted(v, changes[name]) if name in changes else v for name, v in verdicts.items()}
+        found = certify(setup.call, point, invariant, setup.limits, seed=seed, reaching=reaching)
+        if found is None:
+            continue
+        if not found.steady:
+            verdicts = {name: replace(v, reason=UNSTEADY) if v.is_invariant else v for name, v in verdicts.items()}
+        return {name: demoted(v, found.changes[name]) if name in found.changes else v for name, v in verdicts.items()}
     raise ProbeError(f"The loss must be finite close to the module's weights, but was not at {_ATTEMPTS} points there.")

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_normreg._symmetries._call import Loss, PrivateCall, ProbeError
+from lightning_normreg._symmetries._call import Loss, PrivateCall
+from lightning_normreg._symmetries._losses import ProbeError
 
 LARGE = 1_000_000
 """Entries of a table from which on a smaller one is worth its while."""

@@ -98,11 +98,11 @@ def test_a_training_step_that_needs_a_trainer_is_told_so():
         find_scale_invariance(Needy(), BATCH)
 
 
-def test_manual_optimization_is_told_to_pass_forward():
-    """Its training_step would step optimizers; a loss can be given instead."""
+def test_a_manual_training_step_must_go_backward():
+    """Else nothing is known of its losses; one can be given instead."""
     module = Module()
     module.automatic_optimization = False
-    with pytest.raises(ValueError, match=r"automatic_optimization=False.*pass `forward`"):
+    with pytest.raises(ProbeError, match="must call manual_backward or backward, but it did not"):
         find_scale_invariance(module, BATCH)
     assert find_scale_invariance(module, BATCH, forward=lambda m, b: loss(m.net, b))["net.0.weight"].kind == "neuron"
 
