@@ -67,9 +67,9 @@ def certify(
 ) -> Refuted | None:
     """Rescale the accepted parameters, and find those that change a loss that reaches them.
 
-    Costs a call, and two for each loss, when all is well. Otherwise the finding is repeated, and the set is halved until the culprits are
-    alone. The point must be a generic one that no draw has used; None where a loss there is not finite, and so says
-    nothing.
+    Costs a call, and two for each loss, when all is well. Otherwise the finding is repeated, and the set is halved
+    until the culprits are alone. The point must be a generic one that no draw has used; None where a loss there is not
+    finite, and so says nothing.
     """
     if not accepted:
         return Refuted({})

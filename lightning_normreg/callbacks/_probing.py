@@ -74,8 +74,11 @@ def say_lost(lost: Mapping[str, float]) -> None:
 
 
 def few_samples(batch: Any) -> Any:
-    """The first samples of a batch of tensors that agree on their number; any other batch as it is."""
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    """The first samples of a batch of plain values and tensors that agree on their number; any other one as it is."""
+    leaves = tree_leaves(batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
+        return batch
     lengths = {t.shape[0] if t.ndim else 0 for t in tensors}
     if len(lengths) != 1 or lengths == {0}:
         return batch
