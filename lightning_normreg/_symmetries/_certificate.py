@@ -100,6 +100,24 @@ def certify(
     return Refuted(found)
 
 
+def moving(
+    call: PrivateCall, point: Mapping[str, Tensor], other: Mapping[str, Tensor], names: list[str], *, shrink: float
+) -> set[str]:
+    """Those of some parameters that change a loss when they are as at another point; roundoff is no change."""
+
+    def losses_at(where: Mapping[str, Tensor]) -> list[float]:
+        leaves = {name: t.detach().requires_grad_(point[name].requires_grad) for name, t in where.items()}
+        return call.run(leaves, lambda losses: losses.values(), seed=0, shrink=shrink)
+
+    base = losses_at(point)
+
+    def change(names: list[str]) -> float:
+        moved = losses_at({**point, **{name: other[name] for name in names}})
+        return max(_relative(moved, base, index) for index in range(len(base)))
+
+    return set(_culprits(names, change, 1e3 * torch.finfo(call.dtype).eps)) if names else set()
+
+
 def _culprits(names: list[str], change: Callable[[list[str]], float], limit: float) -> dict[str, float]:
     moved = change(names)
     if moved <= limit:

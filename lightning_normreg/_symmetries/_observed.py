@@ -96,11 +96,11 @@ def observed_verdict(weight: Observed, biases: Mapping[str, Observed], limits: O
     steps = int(useful.sum())
     if steps < FEWEST_STEPS:
         reason = f"A gradient reached it in {steps} of the observed steps, too few to say anything."
-        return ScaleInvariance("none", evidence="observer", reason=reason)
+        return ScaleInvariance("unknown", evidence="observer", reason=reason)
     biases = {name: bias for name, bias in biases.items() if len(bias.gradient)}
     if any(bias.gradient.shape != useful.shape for bias in biases.values()):
         reason = f"It was not seen in the same steps as {', '.join(biases)}, which may belong to it."
-        return ScaleInvariance("none", evidence="observer", reason=reason)
+        return ScaleInvariance("unknown", evidence="observer", reason=reason)
     biases = {name: bias.where(useful) for name, bias in biases.items()}
     weight = weight.where(useful)
     live = {name: bias for name, bias in biases.items() if (bias.gradient > limits.live * weight.gradient).any()}

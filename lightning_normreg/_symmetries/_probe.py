@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from lightning_normreg._symmetries._biases import bias_candidates
 from lightning_normreg._symmetries._call import Loss, PrivateCall, check_callable
-from lightning_normreg._symmetries._certificate import certify
-from lightning_normreg._symmetries._classify import classify, inert_parameters, open_axes
+from lightning_normreg._symmetries._certificate import certify, moving
+from lightning_normreg._symmetries._classify import classify, dead_parameters, open_axes, unreached
 from lightning_normreg._symmetries._eps_share import with_eps_shares
 from lightning_normreg._symmetries._euler import Draw, EulerSums, euler_draw
 from lightning_normreg._symmetries._generic_point import AMOUNT, LADDER, magnitudes
 from lightning_normreg._symmetries._losses import ProbeError
-from lightning_normreg._symmetries._reasons import FROZEN, INERT, UNSTEADY, demoted, explain
+from lightning_normreg._symmetries._reasons import FROZEN, INERT, UNREACHED, UNSTEADY, VANISHED, demoted, explain
 from lightning_normreg._symmetries._slices import axes
 from lightning_normreg._symmetries._thresholds import THRESHOLDS
 from lightning_normreg._symmetries._vocabulary import reached_rows, shrink_tables
@@ -61,7 +61,7 @@ def find_scale_invariance(
         draws: Generic points, at least 2. Each costs a forward and a backward pass.
 
     Returns:
-        Clean name → verdict, in the order of ``parameter_roles(module)``. Frozen parameters are not tested.
+        Clean name → verdict, in the order of ``parameter_roles(module)``. Frozen parameters are unknown.
 
     Raises:
         ValueError: If an argument is out of its range, ``module`` is not in training mode, or there is no way to get at
@@ -206,18 +206,41 @@ def _draw(setup: _Setup, index: int) -> Draw:
 
 def _euler_verdicts(setup: _Setup, drawn: list[dict[str, EulerSums]]) -> dict[str, ScaleInvariance]:
     found = {name: EulerSums.stack([sums[name] for sums in drawn]) for name in setup.roles}
-    dead = inert_parameters(found, setup.limits)
-    if found and len(dead) == len(found):
+    away = unreached(found)
+    if found and len(away) == len(found):
         raise ProbeError(
             "The loss must depend on the parameters of a private copy of the module, but none of them reaches it: a "
             "function that is kept in an attribute or a closure may be bound to the module itself. Pass `forward`, a "
             "function of (module, batch) that returns the loss."
         )
+    small = dead_parameters(found, found.keys() - away, setup.limits)
+    inert = {name for name in small if name in dead_parameters(_beside(name, found), [name], setup.limits)}
+    vanished = _vanished(setup, [name for name in found if name in small - inert])
     verdicts = {}
     for name, sums in found.items():
-        biases = {bias: found[bias] for bias in setup.biases[name] if bias not in dead}
-        verdicts[name] = INERT if name in dead else classify(sums, biases, setup.limits)
+        biases = {bias: found[bias] for bias in setup.biases[name] if bias not in away | inert | vanished}
+        known = {INERT: inert, UNREACHED: away, VANISHED: vanished}
+        verdict = next((v for v, names in known.items() if name in names), None)
+        verdicts[name] = verdict or classify(sums, biases, setup.limits)
     return verdicts
+
+
+def _beside(name: str, found: Mapping[str, EulerSums]) -> dict[str, EulerSums]:
+    """A parameter and the others of its module.
+
+    Beside a live weight a bias without a gradient is inert. Where the whole module has next to none, it may have
+    vanished on the way there.
+    """
+    owner = name.rpartition(".")[0]
+    return {n: sums for n, sums in found.items() if n.rpartition(".")[0] == owner}
+
+
+def _vanished(setup: _Setup, names: list[str]) -> set[str]:
+    """Those of some parameters with next to no gradient that do not change the loss by more than roundoff either."""
+    if not names:
+        return set()
+    (point, _), (other, _) = setup.point(0), setup.point(1)
+    return set(names) - moving(setup.call, point, other, names, shrink=setup.limits.shrink)
 
 
 def _confirmed(

@@ -7,7 +7,15 @@ from dataclasses import replace
 from lightning_normreg._weights import ScaleInvariance
 
 INERT = ScaleInvariance("inert", reason="The loss does not depend on it, as on a bias in front of BatchNorm.")
-FROZEN = ScaleInvariance("none", reason="It is frozen (requires_grad=False), so it was not tested.")
+FROZEN = ScaleInvariance("unknown", reason="It is frozen (requires_grad=False), so it was not tested.")
+UNREACHED = ScaleInvariance(
+    "unknown",
+    reason="No gradient reached it: the loss of these samples does not use it, or its optimizer did not step.",
+)
+VANISHED = ScaleInvariance(
+    "unknown",
+    reason="Its gradient, and what the loss changes with it, drown in the roundoff of the others.",
+)
 
 UNSTEADY = (
     "This rests on Euler's relation alone: two calls of the loss at the same weights differ, so rescaling them proves "

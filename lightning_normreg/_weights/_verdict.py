@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Kind = Literal["neuron", "block", "column", "dim", "layer", "inert", "none"]
+Kind = Literal["neuron", "block", "column", "dim", "layer", "inert", "none", "unknown"]
 Evidence = Literal["float64", "float32", "observer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 EVIDENCE: tuple[Evidence, ...] = get_args(Evidence)
@@ -20,8 +20,9 @@ class ScaleInvariance:
         kind: ``"neuron"``: each neuron (row, or column of a transposed convolution) is a unit. ``"block"``: runs of
             neighbouring slices are. ``"column"``: each slice along dimension 1 is. ``"dim"``: each slice along another
             dimension is. ``"layer"``: only the whole tensor is. ``"inert"``: the loss does not depend on the
-            parameter. ``"none"``: no unit of it is scale-invariant by itself.
-        dim: Dimension that the units run along; None for ``"layer"``, ``"inert"`` and ``"none"``.
+            parameter. ``"none"``: no unit of it is scale-invariant by itself. ``"unknown"``: not found out, because it
+            is frozen, no gradient reached it, or too little was seen of it.
+        dim: Dimension that the units run along; None for ``"layer"`` and where there are no units.
         groups: Groups that the slices are spread over, for transposed convolutions; else 1.
         block_size: Slices per unit, 1 for single slices; None where units differ in size, or have no dimension.
         slices: Ranges ``(start, stop)`` along ``dim`` that are scale-invariant; None for all. Where ``block_size`` is
@@ -54,7 +55,12 @@ class ScaleInvariance:
     @property
     def is_invariant(self) -> bool:
         """Whether there are units, and so something to project."""
-        return self.kind not in ("inert", "none")
+        return self.kind not in ("inert", "none", "unknown")
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it is worth asking again, with other samples or later in training."""
+        return self.kind == "unknown"
 
 
 def strong(verdicts: Mapping[str, ScaleInvariance]) -> dict[str, ScaleInvariance]:
@@ -73,15 +79,18 @@ function, not only on the learning rate.'
     """
     invariant = sum(v.is_invariant for v in verdicts.values())
     inert = sum(v.kind == "inert" for v in verdicts.values())
+    unknown = sum(v.is_unknown for v in verdicts.values())
+    more = f", {unknown} {'is' if unknown == 1 else 'are'} unknown" if unknown else ""
     if not invariant:
-        rest = len(verdicts) - inert
+        rest = len(verdicts) - inert - unknown
         return (
             f"No parameter is scale-invariant by itself ({rest} {'is' if rest == 1 else 'are'} not, {inert} "
-            f"{_do(inert)} not reach the loss): here weight decay acts on the function, not only on the learning rate."
+            f"{_do(inert)} not reach the loss{more}): here weight decay acts on the function, not only on the learning "
+            "rate."
         )
     return (
         f"{invariant} of {len(verdicts)} parameters {'has' if invariant == 1 else 'have'} scale-invariant units "
-        f"({inert} {_do(inert)} not reach the loss)."
+        f"({inert} {_do(inert)} not reach the loss{more})."
     )
 
 

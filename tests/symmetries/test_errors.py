@@ -172,6 +172,17 @@ def test_nothing_invariant_is_said_in_words():
     assert summarize(verdicts).startswith("No parameter is scale-invariant by itself (4 are not, 0 do not reach")
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_vanished_gradients_are_not_called_inert(bias):
+    """In a deep plain chain the first layers have next to no gradient; nothing is said that is not known."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(30) for part in (nn.Linear(6, 6, bias=bias), nn.Sigmoid())]
+    verdicts = find_scale_invariance(nn.Sequential(*layers, nn.Linear(6, 3)), BATCH, forward=loss)
+    assert {v.kind for v in verdicts.values()} == {"none", "unknown"}
+    assert verdicts["60.weight"].kind == "none"
+    assert "drown in the roundoff" in verdicts["0.weight"].reason
+
+
 def test_the_certificate_demotes_what_euler_could_not_see():
     """A step in the loss has no gradient, so Euler's relation holds; rescaling by powers of two finds it."""
 

@@ -149,7 +149,8 @@ def exp_loss(module, x):
     [
         lambda: torch.zeros(3), lambda: torch.ones(2, requires_grad=True), lambda: torch.tensor([0.5, 1]),
         lambda: torch.as_tensor(0.1), lambda: torch.full((2,), 0.5), lambda: torch.linspace(0, 1, 3),
-        lambda: torch.eye(2), lambda: torch.arange(3.0), lambda: torch.arange(3) / 2, lambda: torch.arange(3) * 0.5, lambda: torch.rand(2),
+        lambda: torch.eye(2), lambda: torch.arange(3.0),
+        lambda: torch.arange(3) / 2, lambda: torch.arange(3) * 0.5, lambda: torch.rand(2),
         lambda: torch.randn(2), lambda: torch.normal(0.0, 1.0, (2,)), lambda: torch.arange(3).sqrt(),
         lambda: torch.where(torch.tensor(True), 0.5, 1.0), lambda: nn.Linear(2, 2).weight, lambda: torch.empty(2),
         lambda: torch.arange(3).float(), lambda: torch.zeros(2, dtype=torch.float32), lambda: torch.Tensor([1.0, 2.0]),
