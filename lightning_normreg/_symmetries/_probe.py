@@ -50,7 +50,11 @@ def find_scale_invariance(
     :math:`\langle w, \partial L/\partial w\rangle = 0` holds at every point. Here it is tested at a few generic points,
     where nothing vanishes by accident, with every eps of a normalization made negligible; then all units that passed
     are rescaled at once, which must leave the loss alone. The work is done on a private copy: the module, its buffers,
-    metrics, Trainer, and the random states of torch, NumPy and Python stay as they are.
+    metrics, Trainer, optimizers, schedulers and loggers, and the random states of torch, NumPy and Python stay as they
+    are; no other thread sees another default type. Each call has a fresh copy. Three things are out of reach: objects
+    that a closure holds, ``torch.get_default_dtype()``, which is the user's, and what scripted code chooses as types.
+    Under manual optimization each backward pass is a loss of its own, and a weight is scale-invariant if it is so under
+    all whose gradient reaches it before its optimizer steps.
 
     Args:
         module: In training mode. A LightningModule (anything with a ``training_step``) is asked for its own loss.
@@ -65,7 +69,7 @@ def find_scale_invariance(
 
     Raises:
         ValueError: If an argument is out of its range, ``module`` is not in training mode, or there is no way to get at
-            its loss: no ``training_step``, manual optimization, no batch.
+            its loss: no ``training_step``, no batch.
         ProbeError: If the module cannot be copied, or its loss cannot be computed on the copy, is no scalar, or is not
             finite.
 

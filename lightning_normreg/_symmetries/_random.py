@@ -39,7 +39,7 @@ def drawn(func: Any, args: Any, kwargs: Mapping[str, Any], generator: torch.Gene
     name = "generator" if func._overloadname == "default" else f"{func._overloadname}_generator"
     if not _takes_generator(func) and hasattr(packet, name):
         func = getattr(packet, name)
-    if _takes_generator(func) and kwargs.get("generator") is None:
+    if _takes_generator(func) and kwargs.get("generator") in (None, torch.default_generator):
         kwargs = {**kwargs, "generator": generator}
     return func(*args, **kwargs)
 

@@ -34,7 +34,7 @@ def keep_batch_norms(
 
     Raises:
         ProbeError: If the module's loss cannot be computed on a private copy.
-        ValueError: If it must not be tried: a manual ``training_step`` would step the real optimizers.
+        ValueError: If the module is not in training mode, or has no ``training_step``.
     """
     norms = {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm) and m.training}
     if not norms:
