@@ -1,10 +1,11 @@
 """Finding what may be rescaled; README.md says in which order to read it."""
 
 from lightning_normreg._symmetries._biases import bias_candidates as bias_candidates
-from lightning_normreg._symmetries._call import NoLossError as NoLossError
+from lightning_normreg._symmetries._call import OwnStep as OwnStep
 from lightning_normreg._symmetries._call import PrivateCall as PrivateCall
-from lightning_normreg._symmetries._call import ProbeError as ProbeError
 from lightning_normreg._symmetries._call import check_callable as check_callable
+from lightning_normreg._symmetries._losses import NoLossError as NoLossError
+from lightning_normreg._symmetries._losses import ProbeError as ProbeError
 from lightning_normreg._symmetries._observed import Observed as Observed
 from lightning_normreg._symmetries._observed import observed_axes as observed_axes
 from lightning_normreg._symmetries._observed import observed_verdict as observed_verdict

@@ -2,64 +2,84 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Mapping
-from types import MethodType
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
+from lightning_normreg._symmetries._copies import cast, copied, copied_module
 from lightning_normreg._symmetries._dispatch import ProbeMode
 from lightning_normreg._symmetries._generic_point import generic_point
-from lightning_normreg._symmetries._quiet import quiet, silence
+from lightning_normreg._symmetries._losses import Losses, ManualLosses, NoLossError, OneLoss, PlainBackward, ProbeError
+from lightning_normreg._symmetries._quiet import quiet
+from lightning_normreg._symmetries._random import seed_all
+from lightning_normreg._symmetries._stand_ins import attach
 
 Loss = Callable[[nn.Module, Any], Any]
 T = TypeVar("T")
 
 
-class ProbeError(RuntimeError):
-    """The module's loss could not be computed on a private copy."""
+class OwnStep:
+    """The module's own ``training_step``, as Lightning calls it for batch number ``index``."""
 
+    def __init__(self, index: int = 0) -> None:
+        self._index = index
 
-class NoLossError(ProbeError):
-    """This batch has no loss; another one may have."""
+    def __call__(self, module: nn.Module, batch: Any) -> Any:
+        """Its loss, whatever it has to return."""
+        parameters = inspect.signature(module.training_step).parameters  # type: ignore[arg-type]
+        if "dataloader_iter" in parameters:
+            raise ValueError("a training_step that fetches its own batches (dataloader_iter) cannot be given one")
+        # As Lightning does: the index of the batch comes second, whatever its name.
+        kinds = [parameter.kind for parameter in parameters.values()]
+        second = kinds[1:2] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] or inspect.Parameter.VAR_POSITIONAL in kinds
+        return module.training_step(batch, *([self._index] if second else []))  # type: ignore[operator]
 
 
 class PrivateCall:
     """Computes the loss of a private copy at any point, and hands it to a continuation.
 
+    Each call has a fresh copy, so that a step that keeps state starts from the same one every time.
+
     Args:
         module: Is copied, never called.
         loss: Called as ``loss(copy, batch)``; None for the module's own ``training_step``.
-        batch: Tensors in it are copied for every call.
+        batch: Is copied for every call.
         dtype: Type that everything is computed in.
+
+    Raises:
+        ProbeError: If the module cannot be copied.
     """
 
     def __init__(self, module: nn.Module, loss: Loss | None, batch: Any, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.module = private_copy(module)
-        self._what = "`forward`" if loss else "`module.training_step`"
-        self._loss = loss or _training_step
+        self.module = self._copy(module, None, 0)
+        self._names = {id(p): name for name, p in module.named_parameters()}
+        self._real = module
+        self._loss = loss or OwnStep()
+        own = isinstance(self._loss, OwnStep)
+        self._what = "`module.training_step`" if own else "`forward`"
+        self._is_manual = own and getattr(module, "automatic_optimization", True) is False
         self._batch = batch
+        self._one = OneLoss
 
     def own_point(self) -> dict[str, Tensor]:
         """The module's parameters, in the probe's type; they share no memory with the copy's."""
-        return {name: self._cast(p) for name, p in self.module.named_parameters()}
+        return {name: cast(p, self.dtype) for name, p in self.module.named_parameters()}
 
     def generic_point(self, magnitude: Mapping[str, float], *, seed: int, amount: float) -> dict[str, Tensor]:
         """Parameters that ``magnitude`` names are drawn anew, and require a gradient; the others are as they were."""
         own = dict(self.module.named_parameters())
-        rest = {name: self._cast(p) for name, p in own.items() if name not in magnitude}
+        rest = {name: cast(p, self.dtype) for name, p in own.items() if name not in magnitude}
         drawn = generic_point({name: own[name] for name in magnitude}, magnitude, self.dtype, seed=seed, amount=amount)
         return {**rest, **{name: t.requires_grad_() for name, t in drawn.items()}}
 
-    def run(self, point: Mapping[str, Tensor], then: Callable[[Tensor], T], *, seed: int, shrink: float = 1.0) -> T:
-        """Compute the loss at ``point`` and return ``then(loss)``.
+    def run(self, point: Mapping[str, Tensor], then: Callable[[Losses], T], *, seed: int, shrink: float = 1.0) -> T:
+        """Compute the loss at ``point`` and return ``then`` of it.
 
         ``then``, for example the backward pass, runs inside of the same functional call: activation checkpointing
         recomputes the forward pass during the backward pass, and would otherwise see the copy's parameters.
@@ -73,23 +93,71 @@ class PrivateCall:
         Raises:
             ProbeError: If the loss raises, or is no scalar.
         """
-        buffers = {name: self._cast(b) for name, b in self.module.named_buffers()}
-        constants = [b for b in buffers.values() if b.ndim == 0 and b.is_floating_point()]
-        devices = {t.device for t in point.values() if t.device.type != "cpu"}
-        tensors = {f"inner.{name}": t for name, t in {**buffers, **point}.items()}
-        call = _Call(self.module, self._scalar_loss, then)
         try:
-            with quiet(self.dtype, devices, seed), ProbeMode(self.dtype, shrink, constants):
-                result: T = functional_call(call, tensors, (self._cast(self._batch),))
+            return self._run(point, then, seed, shrink)
         except ProbeError:
             raise
         except Exception as error:  # whatever the user's code raises, here or in its backward pass
+            if "use_reentrant" in str(error) and self._one is OneLoss:
+                self._one = PlainBackward
+                return self.run(point, then, seed=seed, shrink=shrink)
             raise ProbeError(
                 f"{self._what} must be callable on a private copy of the module, but it raised {_shortly(error)}. If "
                 "it needs a Trainer, probe where one is attached, for example in a callback's on_train_batch_start; "
                 "else pass `forward`, a function of (module, batch) that returns the loss."
             ) from error
+
+    def _run(self, point: Mapping[str, Tensor], then: Callable[[Losses], T], seed: int, shrink: float) -> T:
+        twin = self._copy(self.module, self.dtype, seed)
+        buffers = {name: cast(b, self.dtype) for name, b in self.module.named_buffers()}
+        constants = [b for b in buffers.values() if b.ndim == 0 and b.is_floating_point()]
+        devices = {t.device for t in point.values() if t.device.type != "cpu"}
+        tensors = {f"inner.{name}": t for name, t in {**buffers, **point}.items()}
+        generator = torch.Generator().manual_seed(seed)
+        manual = ManualLosses(list(point.values())) if self._is_manual else None
+        points = {key: point[name] for key, name in self._names.items()}
+
+        def losses(module: nn.Module, batch: Any) -> T:
+            if manual is None:
+                return then(self._one(self._scalar_loss(module, batch)))
+            with manual:
+                self._loss(module, batch)
+                manual.finish()
+                return then(manual)
+
+        with quiet(devices, generator), ProbeMode(self.dtype, shrink, constants, generator):
+            attach(twin, self._trainer(), points, self._real, manual)
+            batch = copied(self._batch, self.dtype, {})
+            result: T = functional_call(_Call(twin, losses), tensors, (batch,))
         return result
+
+    def _copy(self, module: nn.Module, dtype: torch.dtype | None, seed: int) -> nn.Module:
+        try:
+            twin, objects = copied_module(module, dtype)
+        except Exception as error:
+            raise ProbeError(
+                f"`module` must survive copy.deepcopy, because the probe works on a private copy, but "
+                f"{type(module).__name__} raised {_shortly(error)}. Drop what cannot be copied (open files, locks, "
+                f"generators) from its attributes, or give it a `__deepcopy__`."
+            ) from error
+        if dtype is not None:
+            seed_all(objects, seed)
+        return twin
+
+    def _trainer(self) -> Any:
+        """The real Trainer; where a manual step has none, something with optimizers."""
+        try:
+            trainer = getattr(self._real, "trainer", None)
+        except RuntimeError:  # Lightning's way to say that there is none
+            trainer = None
+        if trainer is None and self._is_manual:
+            optimizers, schedulers = configured(self._real.configure_optimizers())  # type: ignore[operator]
+            trainer = SimpleNamespace(
+                optimizers=optimizers, lr_scheduler_configs=[SimpleNamespace(scheduler=s) for s in schedulers],
+                strategy=SimpleNamespace(_lightning_optimizers=optimizers), logger=None, loggers=[], current_epoch=0,
+                global_step=0, is_global_zero=True,
+            )  # fmt: skip
+        return trainer
 
     def _scalar_loss(self, module: nn.Module, batch: Any) -> Tensor:
         result = self._loss(module, batch)
@@ -106,65 +174,26 @@ class PrivateCall:
             f"{got}. Pass a batch for which it does, or `forward`, a function of (module, batch) that returns the loss."
         )
 
-    def _cast(self, batch: Any) -> Any:
-        return apply_to_collection(batch, Tensor, lambda t: _to(t, self.dtype))
-
 
 class _Call(nn.Module):
-    def __init__(self, inner: nn.Module, loss: Loss, then: Callable[[Tensor], Any]) -> None:
+    def __init__(self, inner: nn.Module, losses: Callable[[nn.Module, Any], Any]) -> None:
         super().__init__()
         self.inner = inner
-        self._loss, self._then = loss, then
+        self._losses = losses
 
     def forward(self, batch: Any) -> Any:
-        return self._then(self._loss(self.inner, batch))
+        return self._losses(self.inner, batch)
 
 
-def private_copy(module: nn.Module) -> nn.Module:
-    """Deep copy that logs nowhere; a LightningModule keeps seeing its Trainer, which it may only read.
-
-    Parameters share their memory with the module's, as long as nobody but :class:`PrivateCall` calls the copy.
-
-    Raises:
-        ProbeError: If the module cannot be copied.
-    """
-    try:
-        twin = copy.deepcopy(module, _copied_already(module))
-    except Exception as error:
-        raise ProbeError(
-            f"`module` must survive copy.deepcopy, because the probe works on a private copy, but "
-            f"{type(module).__name__} raised {_shortly(error)}. Drop what cannot be copied (open files, locks, "
-            f"generators) from its attributes, or give it a `__deepcopy__`."
-        ) from error
-    _rebind_compiled(twin, module)
-    silence(twin, module)
-    return twin
-
-
-def _rebind_compiled(twin: nn.Module, module: nn.Module) -> None:
-    # A compiled method that is kept in an attribute, as Lightning does for torch.compile(module), is copied with the
-    # module that it is bound to: the copy would compute the original's loss, which none of its parameters reaches.
-    for original, part in zip(module.modules(), twin.modules(), strict=True):
-        for name, value in list(vars(part).items()):
-            method = getattr(value, "_torchdynamo_orig_callable", None)
-            if inspect.ismethod(method) and method.__self__ is original:
-                vars(part)[name] = MethodType(method.__func__, part)
-
-
-def _copied_already(module: nn.Module) -> dict[int, Any]:
-    """What deepcopy shall not copy itself, by id."""
-    # Every call replaces all parameters by a point, so these are only ever read: a second set would be a waste.
-    memo: dict[int, Any] = {}
-    for p in module.parameters():
-        if type(p) is nn.Parameter:
-            alias = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
-            vars(alias).update(vars(p))
-            memo[id(p)] = alias
-    # Tensors in the middle of a graph, such as the weight that legacy weight_norm leaves behind, refuse to be copied.
-    # The next forward pass makes them anew.
-    leaves = [leaf for m in module.modules() for leaf in tree_leaves(vars(m))]
-    memo.update({id(t): t.detach().clone() for t in leaves if isinstance(t, Tensor) and not t.is_leaf})
-    return memo
+def configured(result: Any) -> tuple[list[Any], list[Any]]:
+    """Optimizers and schedulers in what ``configure_optimizers`` returns, in any of the forms that Lightning knows."""
+    if isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Sequence) for part in result):
+        optimizers, schedulers = result
+        return list(optimizers), [s["scheduler"] if isinstance(s, Mapping) else s for s in schedulers]
+    each = list(result) if isinstance(result, Sequence) else [result] if result else []
+    optimizers = [e["optimizer"] if isinstance(e, Mapping) else e for e in each]
+    schedulers = [e["lr_scheduler"] for e in each if isinstance(e, Mapping) and "lr_scheduler" in e]
+    return optimizers, [s["scheduler"] if isinstance(s, Mapping) else s for s in schedulers]
 
 
 def check_callable(module: nn.Module, batch: Any, loss: Loss | None) -> None:
@@ -176,37 +205,13 @@ def check_callable(module: nn.Module, batch: Any, loss: Loss | None) -> None:
             f"`module` must be in training mode, because scale invariance is asked of the loss that is trained, but "
             f"{name}.training is False. Call module.train() first; submodules may stay in eval mode."
         )
-    if loss is not None:
+    if loss is not None and not isinstance(loss, OwnStep):
         return
     if not callable(getattr(module, "training_step", None)):
         raise ValueError(f"`module` must have a training_step, or `forward` be given, but {name} has none: {remedy}")
-    if getattr(module, "automatic_optimization", True) is False:
-        raise ValueError(
-            f"`module` must use automatic optimization, or `forward` be given: the training_step of {name} steps its "
-            f"optimizers itself (automatic_optimization=False). To probe one loss of it, {remedy}"
-        )
     if batch is None:
         raise ValueError(f"`batch` must be given, so that the training_step of {name} can be called. A few samples do.")
 
 
-def _training_step(module: nn.Module, batch: Any) -> Any:
-    parameters = inspect.signature(module.training_step).parameters  # type: ignore[arg-type]
-    if "dataloader_iter" in parameters:
-        raise ValueError("a training_step that fetches its own batches (dataloader_iter) cannot be given one")
-    # As Lightning does: the index of the batch comes second, whatever its name.
-    kinds = [parameter.kind for parameter in parameters.values()]
-    second = kinds[1:2] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] or inspect.Parameter.VAR_POSITIONAL in kinds
-    index = [0] if second else []
-    return module.training_step(batch, *index)  # type: ignore[operator]
-
-
 def _shortly(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:200]}".rstrip(": ")
-
-
-def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.is_complex():
-        dtype = dtype.to_complex()
-    elif not tensor.is_floating_point():
-        dtype = tensor.dtype
-    return tensor.detach().to(dtype, copy=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,13 @@ def _scale(tensor: Tensor, factors: Tensor, verdict: ScaleInvariance) -> Tensor:
     return (view * over_units(factors, view, (0, verdict.dim + 1))).reshape(tensor.shape)
 
 
+class Refuted(NamedTuple):
+    """What the certificate found."""
+
+    changes: dict[str, float]  # name → relative change of the loss, of the parameters that do change it after all
+    steady: bool = True  # False where two calls at the same point differ, so that nothing can be compared
+
+
 def certify(
     call: PrivateCall,
     point: Mapping[str, Tensor],
@@ -55,28 +63,59 @@ def certify(
     limits: Thresholds,
     *,
     seed: int,
-) -> dict[str, float] | None:
-    """Name → relative change of the loss, for the accepted parameters that do change it after all.
+    reaching: Mapping[str, set[int]],
+) -> Refuted | None:
+    """Rescale the accepted parameters, and find those that change a loss that reaches them.
 
-    Costs three forward passes when all is well. Otherwise the set is halved until the culprits are alone. The point
-    must be a generic one that no draw has used; None where the loss there is not finite, and so says nothing.
+    Costs a call, and two for each loss, when all is well. Otherwise the finding is repeated, and the set is halved
+    until the culprits are alone. The point must be a generic one that no draw has used; None where a loss there is not
+    finite, and so says nothing.
     """
     if not accepted:
-        return {}
+        return Refuted({})
 
-    def loss_at(where: Mapping[str, Tensor]) -> float:
+    def losses_at(where: Mapping[str, Tensor]) -> list[float]:
         leaves = {name: t.detach().requires_grad_(point[name].requires_grad) for name, t in where.items()}
-        return call.run(leaves, lambda loss: float(loss.detach()), seed=seed, shrink=limits.shrink)
+        return call.run(leaves, lambda losses: losses.values(), seed=seed, shrink=limits.shrink)
 
-    base = loss_at(point)
-    if not math.isfinite(base):
+    base = losses_at(point)
+    if not all(map(math.isfinite, base)):
         return None
 
-    def change(names: list[str]) -> float:
-        part = {name: accepted[name] for name in names}
-        return max(_relative(loss_at(rescaled(point, part, seed + r)), base) for r in range(ROUNDS))
+    found: dict[str, float] = {}
+    for index in range(len(base)):  # mostly there is only one
 
-    return _culprits(list(accepted), change, limits.certificate)
+        def change(names: list[str], index: int = index) -> float:
+            part = {name: accepted[name] for name in names}
+            return max(_relative(losses_at(rescaled(point, part, seed + r)), base, index) for r in range(ROUNDS))
+
+        names = [name for name in accepted if index in reaching[name]]
+        if change(names) <= limits.certificate:
+            continue
+        # Of two changes that differ, or a base that does not come back, one at least is not the weights' doing.
+        again = _relative(losses_at(point), base, index)
+        if again > limits.certificate or change(names) <= limits.certificate:
+            return Refuted({}, steady=False)
+        found |= _culprits(names, change, limits.certificate)
+    return Refuted(found)
+
+
+def moving(
+    call: PrivateCall, point: Mapping[str, Tensor], other: Mapping[str, Tensor], names: list[str], *, shrink: float
+) -> set[str]:
+    """Those of some parameters that change a loss when they are as at another point; roundoff is no change."""
+
+    def losses_at(where: Mapping[str, Tensor]) -> list[float]:
+        leaves = {name: t.detach().requires_grad_(point[name].requires_grad) for name, t in where.items()}
+        return call.run(leaves, lambda losses: losses.values(), seed=0, shrink=shrink)
+
+    base = losses_at(point)
+
+    def change(names: list[str]) -> float:
+        moved = losses_at({**point, **{name: other[name] for name in names}})
+        return max(_relative(moved, base, index) for index in range(len(base)))
+
+    return set(_culprits(names, change, 1e3 * torch.finfo(call.dtype).eps)) if names else set()
 
 
 def _culprits(names: list[str], change: Callable[[list[str]], float], limit: float) -> dict[str, float]:
@@ -91,8 +130,11 @@ def _culprits(names: list[str], change: Callable[[list[str]], float], limit: flo
     return found or dict.fromkeys(names, moved)
 
 
-def _relative(loss: float, base: float) -> float:
-    if loss == base:
+def _relative(losses: list[float], base: list[float], index: int) -> float:
+    """Relative change of one of the losses; infinite where there are more or fewer of them."""
+    if len(losses) != len(base):
+        return float("inf")
+    if losses[index] == base[index]:
         return 0.0
-    change = abs(loss - base) / max(abs(base), torch.finfo(torch.float32).tiny)
+    change = abs(losses[index] - base[index]) / max(abs(base[index]), torch.finfo(torch.float32).tiny)
     return float("inf") if math.isnan(change) else change

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,17 +16,17 @@ from lightning_normreg._symmetries._thresholds import Thresholds
 from lightning_normreg._weights import ScaleInvariance
 
 
-def inert_parameters(found: Mapping[str, EulerSums], limits: Thresholds) -> set[str]:
-    """Parameters that the loss does not depend on: ``√Σ E²`` is nothing against the largest tensor, in every draw.
+def unreached(found: Mapping[str, EulerSums]) -> set[str]:
+    """Parameters that had no gradient at all, in any draw."""
+    return {name for name, sums in found.items() if not bool(sums.total.any())}
 
-    This comes first, because the z of such a parameter is a ratio of two roundoffs.
-    """
+
+def dead_parameters(found: Mapping[str, EulerSums], names: Iterable[str], limits: Thresholds) -> set[str]:
+    """Those of some parameters whose ``√Σ E²`` is nothing against the largest of ``found``, in every draw."""
     if not found:
         return set()
-    totals = torch.stack([sums.total.sqrt() for sums in found.values()])
-    largest = totals.amax(0)
-    inert = (totals <= limits.inert * largest).all(1).tolist()
-    return {name for name, is_inert in zip(found, inert, strict=True) if is_inert}
+    largest = torch.stack([sums.total.sqrt() for sums in found.values()]).amax(0)
+    return {name for name in names if bool((found[name].total.sqrt() <= limits.inert * largest).all())}
 
 
 def classify(weight: EulerSums, biases: Mapping[str, EulerSums], limits: Thresholds) -> ScaleInvariance:
@@ -50,6 +50,11 @@ def classify(weight: EulerSums, biases: Mapping[str, EulerSums], limits: Thresho
     return ScaleInvariance("none", z=z, reason=reason)
 
 
+def open_axes(found: EulerSums, tol: float) -> list[Axis]:
+    """Axes along which one draw leaves units possible: beyond rows and columns only single slices make sense."""
+    return [a for i, (a, table) in enumerate(found.tables.items()) if i < 2 or bool((_z(table) <= tol).all())]
+
+
 def _by_axis(tables: Tables, tol: float) -> Iterator[ScaleInvariance]:
     for index, (axis, table) in enumerate(tables.items()):
         if index < 2 or bool((_z(table) <= tol).all()):  # beyond rows and columns only single slices make sense
@@ -70,5 +75,5 @@ def _largest_z(table: Table, verdict: ScaleInvariance) -> float:
 
 def _z(table: Table) -> Tensor:
     """``|S|/√Q``, with the floor that keeps nearly dead slices from being judged by their roundoff."""
-    scale = table.squares.sqrt() + FLOOR * table.squares.mean(1, keepdim=True).sqrt()
+    scale = table.squares.sqrt() + FLOOR * table.squares.mean(-1, keepdim=True).sqrt()
     return table.sums.abs() / scale.clamp_min(torch.finfo(scale.dtype).tiny)

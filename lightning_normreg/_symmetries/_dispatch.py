@@ -1,4 +1,4 @@
-"""Rewriting single operators while the private copy runs: wider types, and an eps of next to nothing."""
+"""Rewriting single operators while the private copy runs: wider types, random numbers, an eps of next to nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_normreg._symmetries._random import drawn, is_random, on_cpu
 
 aten = torch.ops.aten
 
@@ -30,18 +33,24 @@ _WIDER = {
 class ProbeMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Below autograd, so that it also reaches what activation checkpointing recomputes during the backward pass.
 
-    Three changes: a cast to a narrower type becomes a cast to the probe's type (models that compute norms or softmax
-    "in float32", inner autocast); every eps is multiplied by ``shrink``; and rows of an embedding under ``padding_idx``
-    get the gradient that they have by calculus, which torch leaves out although the loss depends on them.
+    Four changes: a cast to a narrower type becomes a cast to the probe's type (models that compute norms or softmax
+    "in float32", inner autocast), and what has torch's default type because no other was there to choose (factories,
+    quotients of integers) gets it too; random numbers of the CPU come from ``generator``; every eps is multiplied by
+    ``shrink``; and rows of an embedding under ``padding_idx`` get the gradient that they have by calculus, which torch
+    leaves out although the loss depends on them.
 
     Args:
         dtype: The probe's type.
         shrink: Factor on every eps, 1 to keep them.
         constants: 0-dimensional buffers, which are how some models keep their eps.
+        generator: Of the CPU.
     """
 
-    def __init__(self, dtype: torch.dtype, shrink: float = 1.0, constants: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, dtype: torch.dtype, shrink: float, constants: Sequence[Tensor], generator: torch.Generator
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._dtype, self._generator = dtype, generator
         self._wider = _WIDER[dtype]
         self._shrink = shrink
         self._constants = constants
@@ -54,7 +63,22 @@ class ProbeMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args = (*args[:3], -1, *args[4:])
         elif self._shrink != 1.0:
             args, kwargs = self._shrunk(func, args, kwargs)
-        return func(*args, **kwargs)
+        if is_random(func) and on_cpu(args, kwargs):
+            result = drawn(func, args, kwargs, self._generator)
+        else:
+            result = func(*args, **kwargs)
+        return self._typed(func, args, result)
+
+    def _typed(self, func: Any, args: Any, result: Any) -> Any:
+        """The result in the probe's type, where it has the default one for want of another."""
+        default = torch.get_default_dtype()
+        if default == self._dtype or not isinstance(result, Tensor) or result.dtype != default:
+            return result
+        # lift_fresh is what torch.tensor ends with.
+        chosen = func is not aten.lift_fresh.default and any(
+            leaf.is_floating_point() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)
+        )
+        return result if chosen else result.to(self._dtype)
 
     def _shrunk(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if func in _ADDS:

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_normreg._symmetries._call import PrivateCall, ProbeError
+from lightning_normreg._symmetries._call import PrivateCall
 from lightning_normreg._symmetries._dispatch import is_eps
 from lightning_normreg._symmetries._euler import EulerSums, euler_sums
-from lightning_normreg._symmetries._slices import unit_table
+from lightning_normreg._symmetries._losses import ProbeError
+from lightning_normreg._symmetries._slices import Axis, unit_table
 from lightning_normreg._weights import ParameterRole, ScaleInvariance
 from lightning_normreg.functional._units import split_units, unit_rows
 
@@ -109,17 +110,18 @@ def with_eps_shares(
         return found
     wanted = invariant.keys() | {v.needs_bias for v in invariant.values()}
     roles = {name: role for name, role in roles.items() if name in wanted}
+    looked_at = {name: [_axis(invariant.get(name))] for name in roles}
     point = {name: t.requires_grad_(name in roles) for name, t in call.own_point().items()}
 
     def read(then: Callable[[list[_Reading]], T], shrink: float) -> T:
         with NormReader(torch.finfo(narrow).eps) as reader:
             # A copy, because what is done with the readings adds an eps as well, and is read in turn.
-            return call.run(point, lambda loss: then(list(reader.readings)), seed=0, shrink=shrink)
+            return call.run(point, lambda _losses: then(list(reader.readings)), seed=0, shrink=shrink)
 
     try:
         own = read(lambda readings: [_Reading(r.variance.detach(), r.eps) for r in readings], 1.0)
         shares = [r.eps / (r.variance + r.eps) for r in own]
-        complete, met, places = read(lambda readings: _degrees(readings, shares, point, roles), shrink)
+        complete, met, places = read(lambda readings: _degrees(readings, shares, point, looked_at), shrink)
     except ProbeError:
         return found
     for name, verdict in invariant.items():
@@ -131,7 +133,9 @@ def with_eps_shares(
 
 def _is_standardized(weight: Tensor, role: ParameterRole, readings: Sequence[_Reading]) -> bool:
     """Whether a normalization divides by the variance of the weight's own rows, or adds its eps to their deviation."""
-    if weight.is_complex():
+    neurons = weight.shape[role.dim] * role.groups if weight.ndim > 1 else 1
+    readings = [r for r in readings if r.variance.numel() == neurons]
+    if weight.is_complex() or not readings:
         return False
     rows = unit_rows(*split_units(weight, "neuron", role.dim, role.groups))
     variances = [rows.var(1, correction=correction) for correction in (0, 1)]
@@ -140,18 +144,17 @@ def _is_standardized(weight: Tensor, role: ParameterRole, readings: Sequence[_Re
         torch.allclose(r.variance.flatten(), own, rtol=close, atol=0.0)
         for r in readings
         for own in (*variances, *(v.sqrt() for v in variances))
-        if r.variance.numel() == own.numel()
     )
 
 
 def _degrees(
-    readings: list[_Reading], shares: list[Tensor], point: dict[str, Tensor], roles: Mapping[str, ParameterRole]
+    readings: list[_Reading], shares: list[Tensor], point: dict[str, Tensor], axes: Mapping[str, Sequence[Axis]]
 ) -> tuple[bool, dict[str, EulerSums], dict[str, EulerSums]]:
     """Whether all variances are in the graph, and ``w·∂Φ_c/∂w`` of each parameter, with c = ρ and with c = 1."""
     if [r.variance.shape for r in readings] != [share.shape for share in shares]:
         raise ProbeError("The normalizations differ from one call to the next.")
     pairs = [(r.variance, share) for r, share in zip(readings, shares, strict=True) if r.variance.requires_grad]
-    weights = [point[name] for name in roles]
+    weights = [point[name] for name in axes]
 
     def degrees(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, EulerSums]:
         # v/(2·constant v) has the gradient of ½ log v, but no trouble where v is 0.
@@ -159,7 +162,7 @@ def _degrees(
         gradients: Sequence[Tensor | None] = [None] * len(weights)
         if isinstance(phi, Tensor):
             gradients = torch.autograd.grad(phi, weights, retain_graph=True, allow_unused=True)
-        return {n: euler_sums(w, g, roles[n]) for n, w, g in zip(roles, weights, gradients, strict=True)}
+        return {n: euler_sums(w, g, axes[n]) for n, w, g in zip(axes, weights, gradients, strict=True)}
 
     ones = [(variance, torch.ones_like(share)) for variance, share in pairs]
     return len(pairs) == len(shares), degrees(pairs), degrees(ones)
@@ -168,6 +171,11 @@ def _degrees(
 def _per_unit(verdict: ScaleInvariance, name: str, degrees: Mapping[str, EulerSums]) -> Tensor:
     bias = degrees[verdict.needs_bias].tables if verdict.needs_bias is not None else None
     return unit_table(verdict, degrees[name].tables, bias).sums
+
+
+def _axis(verdict: ScaleInvariance | None) -> Axis:
+    """The axis that the units of a verdict run along; that of a vector for a bias, which has no other."""
+    return Axis(0) if verdict is None or verdict.dim is None else Axis(verdict.dim, verdict.groups)
 
 
 def _summary(met: Tensor, places: Tensor, complete: bool) -> tuple[float, float] | tuple[None, None]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_normreg._symmetries._call import PrivateCall, ProbeError
-from lightning_normreg._symmetries._slices import Table, Tables, axes
-from lightning_normreg._weights import ParameterRole
-
-Gradients = tuple[Tensor | None, ...]
+from lightning_normreg._symmetries._call import PrivateCall
+from lightning_normreg._symmetries._losses import Gradients, Losses
+from lightning_normreg._symmetries._slices import Axis, Table, Tables
 
 
 @dataclass(frozen=True)
@@ -27,20 +26,27 @@ class EulerSums:
     def stack(draws: list[EulerSums]) -> EulerSums:
         """Put several draws of the same parameter into one."""
         first = draws[0]
-        tables = {axis: Table.stack([d.tables[axis] for d in draws]) for axis in first.tables}
+        tables = {axis: Table.stack([d.tables[axis] for d in draws]) for axis in draws[-1].tables}
         return EulerSums(tables, torch.stack([d.total for d in draws]), first.is_vector)
 
 
-def euler_sums(weight: Tensor, gradient: Tensor | None, role: ParameterRole) -> EulerSums:
-    """Sum ``E = w·g`` and ``E²`` over the slices of every dimension.
+class Draw(NamedTuple):
+    """What was found at one point."""
+
+    losses: list[float]
+    sums: dict[str, EulerSums]
+    reaching: dict[str, set[int]]  # numbers of the losses whose gradient counts
+
+
+def euler_sums(weight: Tensor, gradient: Tensor | None, looked_at: Sequence[Axis]) -> EulerSums:
+    """Sum ``E = w·g`` and ``E²`` over the slices along some axes.
 
     Accumulates in float64, because E cancels. For complex weights E is Re(w̄·g), by torch's convention of gradients.
 
     Examples:
         >>> from lightning_normreg._symmetries import Axis
-        >>> role = ParameterRole("weight", "", "Linear")
         >>> weight = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
-        >>> sums = euler_sums(weight, torch.tensor([[4.0, -3.0], [1.0, 1.0]]), role)
+        >>> sums = euler_sums(weight, torch.tensor([[4.0, -3.0], [1.0, 1.0]]), [Axis(0)])
         >>> sums.tables[Axis(0)].sums  # the first row's gradient is at a right angle to it
         tensor([0., 2.], dtype=torch.float64)
 
@@ -49,8 +55,8 @@ def euler_sums(weight: Tensor, gradient: Tensor | None, role: ParameterRole) -> 
     """
     wide = torch.float64 if weight.device.type != "mps" else torch.float32
     entries = euler_entries(weight, gradient, wide)
-    tables = {axis: Table(*(v.cpu() for v in Table.of(entries, axis))) for axis in axes(entries.shape, role)}
-    return EulerSums(tables, torch.linalg.vector_norm(entries).square().cpu(), weight.ndim < 2)
+    tables = {axis: Table(*(v.cpu() for v in table)) for axis, table in Table.along(entries, looked_at).items()}
+    return EulerSums(tables, next(iter(tables.values())).squares.sum(), weight.ndim < 2)
 
 
 def euler_entries(weight: Tensor, gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -65,36 +71,23 @@ def euler_entries(weight: Tensor, gradient: Tensor | None, dtype: torch.dtype) -
 
 
 def euler_draw(
-    call: PrivateCall, point: Mapping[str, Tensor], roles: Mapping[str, ParameterRole], *, seed: int, shrink: float
-) -> tuple[float, dict[str, EulerSums]]:
-    """One forward and backward pass at ``point``: the loss, and the sums of each parameter that ``roles`` names.
+    call: PrivateCall, point: Mapping[str, Tensor], axes: Mapping[str, Sequence[Axis]], *, seed: int, shrink: float
+) -> Draw:
+    """One forward and backward pass at ``point``, for each parameter that ``axes`` names.
 
     Raises:
         ProbeError: If the loss cannot be computed.
     """
-    weights = [point[name] for name in roles]
+    weights = [point[name] for name in axes]
 
-    def backward(loss: Tensor) -> tuple[Tensor, Gradients]:
-        if not loss.requires_grad:
-            raise ProbeError(
-                "The loss must depend on a trainable parameter, but it has no gradient. Return it undetached."
-            )
-        # Not loss.backward(), which would also leave gradients on whatever the user's code holds outside of the module.
-        # Only reentrant activation checkpointing insists on it.
-        return loss.detach(), torch.autograd.grad(loss, weights, allow_unused=True)
+    def backward(losses: Losses) -> tuple[list[float], Gradients, list[set[int]]]:
+        gradients = losses.gradients(weights)
+        return losses.values(), gradients, losses.reaching(weights)
 
-    def plain_backward(loss: Tensor) -> tuple[Tensor, Gradients]:
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach(), tuple(weight.grad for weight in weights)
-
-    try:
-        loss, gradients = call.run(point, backward, seed=seed, shrink=shrink)
-    except ProbeError as error:
-        if "use_reentrant" not in str(error.__cause__):
-            raise
-        loss, gradients = call.run(point, plain_backward, seed=seed, shrink=shrink)
-    pairs = zip(roles, weights, gradients, strict=True)
-    return float(loss), {name: euler_sums(weight, gradient, roles[name]) for name, weight, gradient in pairs}
+    values, gradients, reaching = call.run(point, backward, seed=seed, shrink=shrink)
+    pairs = zip(axes, weights, gradients, strict=True)
+    sums = {name: euler_sums(weight, gradient, axes[name]) for name, weight, gradient in pairs}
+    return Draw(values, sums, dict(zip(axes, reaching, strict=True)))
 
 
 def pooled_statistic(sums: Tensor, squares: Tensor) -> Tensor:

@@ -58,8 +58,9 @@ def _redraw(tensor: Tensor, magnitude: float, amount: float, generator: torch.Ge
         return tensor.add_(noise, alpha=2 * amount)
     fan_in = max(1, tensor[0].numel())
     rms = magnitude / math.sqrt(fan_in)
-    actual = float(tensor.abs().square().mean().sqrt()) if tensor.numel() else 0.0
+    actual = float(torch.linalg.vector_norm(tensor)) / math.sqrt(max(1, tensor.numel()))
     if actual < 1e-3 / math.sqrt(fan_in):  # zero or a tiny layer scale: there is no direction to keep
         return noise.to(tensor.dtype).mul_(rms)
     tensor.mul_(rms / actual)
-    return tensor.add_(noise * tensor.abs().square_().add_(rms**2).sqrt_(), alpha=amount)
+    spread = (tensor * tensor.conj()).real.add_(rms**2).sqrt_()
+    return tensor.addcmul_(noise, spread, value=amount)

@@ -36,8 +36,9 @@ class Observed:
     def of(weight: Tensor, gradient: Tensor, looked_at: Sequence[Axis]) -> Observed:
         """Sum over the slices of some axes, in float32 at least."""
         entries = euler_entries(weight, gradient, accumulator(weight.dtype))
-        tables = {axis: Table.of(entries, axis) for axis in looked_at}
-        return Observed(tables, torch.linalg.vector_norm(gradient.detach(), dtype=entries.dtype))
+        return Observed(
+            Table.along(entries, looked_at), torch.linalg.vector_norm(gradient.detach(), dtype=entries.dtype)
+        )
 
     @staticmethod
     def stack(steps: Sequence[Observed]) -> Observed:
@@ -95,11 +96,11 @@ def observed_verdict(weight: Observed, biases: Mapping[str, Observed], limits: O
     steps = int(useful.sum())
     if steps < FEWEST_STEPS:
         reason = f"A gradient reached it in {steps} of the observed steps, too few to say anything."
-        return ScaleInvariance("none", evidence="observer", reason=reason)
+        return ScaleInvariance("unknown", evidence="observer", reason=reason)
     biases = {name: bias for name, bias in biases.items() if len(bias.gradient)}
     if any(bias.gradient.shape != useful.shape for bias in biases.values()):
         reason = f"It was not seen in the same steps as {', '.join(biases)}, which may belong to it."
-        return ScaleInvariance("none", evidence="observer", reason=reason)
+        return ScaleInvariance("unknown", evidence="observer", reason=reason)
     biases = {name: bias.where(useful) for name, bias in biases.items()}
     weight = weight.where(useful)
     live = {name: bias for name, bias in biases.items() if (bias.gradient > limits.live * weight.gradient).any()}

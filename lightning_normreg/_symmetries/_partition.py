@@ -5,6 +5,7 @@ Prefix sums turn this into a search for values that come back: slices a..b-1 sum
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 FLOOR = 1e-2
 """Of the threshold, times the root mean square slice: below that a sum counts as zero, however small the slice."""
+
+_PAIRS = 1200
+"""Up to so many positions all pairs are compared at once, which is faster than sorting them into cells."""
 
 _LAGS = 4
 """How many later members of a cell are tried. Others get there by accident, less than one of them."""
@@ -42,8 +46,14 @@ def finest_partition(sums: Tensor, squares: Tensor, tol: float) -> Partition:
     live = torch.nonzero(~dead).flatten()
     if not len(live):
         return Partition([], live)
-    prefix, weight = _prefix(sums[:, live]), _prefix(squares[:, live])
-    return Partition(_chain(_next_returns(prefix, weight, tol, floor)), live)
+    sought = _Sought(_prefix(sums[:, live]), _prefix(squares[:, live]), tol, floor[:, None])
+    last = len(live)
+    first = torch.arange(last)
+    best = sought.closed(first, first + 1)
+    if bool((best > last).any()):  # mostly each slice is a unit by itself, and nothing is left to search for
+        for i, j in sought.candidates():
+            best = torch.minimum(best, sought.closed(i, j))
+    return Partition(_chain(best.tolist()), live)
 
 
 def _prefix(values: Tensor) -> Tensor:
@@ -53,37 +63,50 @@ def _prefix(values: Tensor) -> Tensor:
 def _chain(following: list[int]) -> list[tuple[int, int]]:
     runs, at = [], 0
     while at < len(following):
-        if following[at]:
-            runs.append((at, following[at]))
-            at = following[at]
-        else:
-            at += 1
+        stop = following[at]
+        if stop <= len(following):
+            runs.append((at, stop))
+        at = stop if stop <= len(following) else at + 1
     return runs
 
 
-def _next_returns(prefix: Tensor, weight: Tensor, tol: float, floor: Tensor) -> list[int]:
-    """For each position the nearest later one at which the prefix sums of all draws are back; 0 where there is none.
+class _Sought(NamedTuple):
+    """Prefix sums of S and Q in every draw, shape ``(draws, slices + 1)``, and how small is zero."""
 
-    Positions that agree are never further apart than a window. Every draw is one coordinate of a grid whose cells are
-    two windows wide; in one of the 2^draws grids that are shifted by half a cell both lie in the same cell. Only
-    members of a cell are compared.
-    """
-    draws, positions = prefix.shape
-    window = tol * weight[:, -1:].clamp_min(0).sqrt() + floor[:, None]
-    scaled = prefix / (2 * window.clamp_min(torch.finfo(prefix.dtype).tiny))
-    best = torch.full((positions,), positions)
-    for shift in range(2 ** min(draws, 4)):  # four coordinates separate well enough; the comparison uses all draws
-        keys = _cells(scaled[:4], shift)
-        order = torch.argsort(keys, stable=True)
-        for lag in range(1, min(_LAGS + 1, positions)):
-            i, j = order[:-lag], order[lag:]
-            same = keys[i] == keys[j]
-            i, j = i[same], j[same]
-            far = (prefix[:, j] - prefix[:, i]).abs()
-            near = far <= tol * (weight[:, j] - weight[:, i]).clamp_min(0).sqrt() + floor[:, None]
-            hit = near.all(0)
-            best[i[hit]] = torch.minimum(best[i[hit]], j[hit])
-    return torch.where(best < positions, best, 0)[:-1].tolist()
+    prefix: Tensor
+    weight: Tensor
+    tol: float
+    floor: Tensor
+
+    def closed(self, i: Tensor, j: Tensor) -> Tensor:
+        """For each i the nearest j > i at which the prefix sums of all draws are back; none is beyond the end."""
+        prefix, weight = self.prefix, self.weight
+        far = (prefix[:, j] - prefix[:, i]).abs()
+        near = (far <= self.tol * (weight[:, j] - weight[:, i]).clamp_min(0).sqrt() + self.floor).all(0) & (j > i)
+        best = torch.full((prefix.shape[1] - 1,), prefix.shape[1])
+        return best.scatter_reduce_(0, i[near], j[near], "amin")
+
+    def candidates(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of positions at which the prefix sums may agree: never further apart than a window.
+
+        Few positions are compared in one draw, all with all. For more, every draw is one coordinate of a grid whose
+        cells are two windows wide; in one of the 2^draws grids that are shifted by half a cell both lie in the same
+        cell, so only members of a cell are looked at.
+        """
+        prefix, (draws, positions) = self.prefix, self.prefix.shape
+        window = self.tol * self.weight[:, -1:].clamp_min(0).sqrt() + self.floor
+        if positions <= _PAIRS:
+            near = (prefix[0] - prefix[0, :, None]).abs_() <= window[0]
+            i, j = torch.nonzero(near.triu_(1), as_tuple=True)
+            yield i, j
+            return
+        scaled = prefix / (2 * window.clamp_min(torch.finfo(prefix.dtype).tiny))
+        for shift in range(2 ** min(draws, 4)):  # four coordinates separate well enough; the comparison uses all draws
+            keys = _cells(scaled[:4], shift)
+            order = torch.argsort(keys, stable=True)
+            for lag in range(1, min(_LAGS + 1, positions)):
+                same = keys[order[:-lag]] == keys[order[lag:]]
+                yield order[:-lag][same], order[lag:][same]
 
 
 def _cells(scaled: Tensor, shift: int) -> Tensor:

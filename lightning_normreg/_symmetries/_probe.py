@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_normreg._symmetries._biases import bias_candidates
-from lightning_normreg._symmetries._call import Loss, PrivateCall, ProbeError, check_callable
-from lightning_normreg._symmetries._certificate import certify
-from lightning_normreg._symmetries._classify import classify, inert_parameters
+from lightning_normreg._symmetries._call import Loss, PrivateCall, check_callable
+from lightning_normreg._symmetries._certificate import certify, moving
+from lightning_normreg._symmetries._classify import classify, dead_parameters, open_axes, unreached
 from lightning_normreg._symmetries._eps_share import with_eps_shares
-from lightning_normreg._symmetries._euler import EulerSums, euler_draw
+from lightning_normreg._symmetries._euler import Draw, EulerSums, euler_draw
 from lightning_normreg._symmetries._generic_point import AMOUNT, LADDER, magnitudes
-from lightning_normreg._symmetries._reasons import FROZEN, INERT, demoted, explain
+from lightning_normreg._symmetries._losses import ProbeError
+from lightning_normreg._symmetries._reasons import FROZEN, INERT, UNREACHED, UNSTEADY, VANISHED, demoted, explain
+from lightning_normreg._symmetries._slices import axes
 from lightning_normreg._symmetries._thresholds import THRESHOLDS
+from lightning_normreg._symmetries._vocabulary import reached_rows, shrink_tables
 from lightning_normreg._weights import Evidence, ScaleInvariance, named_roles
 
 ProbeType = Literal["auto", "float64", "float32"]
@@ -45,7 +50,11 @@ def find_scale_invariance(
     :math:`\langle w, \partial L/\partial w\rangle = 0` holds at every point. Here it is tested at a few generic points,
     where nothing vanishes by accident, with every eps of a normalization made negligible; then all units that passed
     are rescaled at once, which must leave the loss alone. The work is done on a private copy: the module, its buffers,
-    metrics, Trainer, and the random states of torch, NumPy and Python stay as they are.
+    metrics, Trainer, optimizers, schedulers and loggers, and the random states of torch, NumPy and Python stay as they
+    are; no other thread sees another default type. Each call has a fresh copy. Three things are out of reach: objects
+    that a closure holds, ``torch.get_default_dtype()``, which is the user's, and what scripted code chooses as types.
+    Under manual optimization each backward pass is a loss of its own, and a weight is scale-invariant if it is so under
+    all whose gradient reaches it before its optimizer steps.
 
     Args:
         module: In training mode. A LightningModule (anything with a ``training_step``) is asked for its own loss.
@@ -56,11 +65,11 @@ def find_scale_invariance(
         draws: Generic points, at least 2. Each costs a forward and a backward pass.
 
     Returns:
-        Clean name → verdict, in the order of ``parameter_roles(module)``. Frozen parameters are not tested.
+        Clean name → verdict, in the order of ``parameter_roles(module)``. Frozen parameters are unknown.
 
     Raises:
         ValueError: If an argument is out of its range, ``module`` is not in training mode, or there is no way to get at
-            its loss: no ``training_step``, manual optimization, no batch.
+            its loss: no ``training_step``, no batch.
         ProbeError: If the module cannot be copied, or its loss cannot be computed on the copy, is no scalar, or is not
             finite.
 
@@ -88,8 +97,13 @@ def find_scale_invariance(
     except (ProbeError, RuntimeError, TypeError, MemoryError) as error:
         verdicts = _probe(module, batch, forward, torch.float32, seed=seed, draws=draws)
         why = str(error.__cause__ or error)[:200]
-        rank_zero_warn(f"Scale invariance was probed in float32, because float64 failed ({why}).")
+        if _is_first_rank():
+            warnings.warn(f"Scale invariance was probed in float32, because float64 failed ({why}).", stacklevel=2)
         return {name: replace(v, reason=f"{v.reason} Probed in float32: {why}") for name, v in verdicts.items()}
+
+
+def _is_first_rank() -> bool:
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)  # not set where Lightning was never imported
 
 
 def _check_arguments(dtype: str, seed: int, draws: int) -> None:
@@ -104,25 +118,41 @@ def _check_arguments(dtype: str, seed: int, draws: int) -> None:
 def _probe(
     module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int
 ) -> dict[str, ScaleInvariance]:
-    """All steps, in one type; a bar shows them where that takes longer than a moment."""
-    silent = getattr(rank_zero_only, "rank", 0) != 0
-    with tqdm(desc="Scale invariance", total=draws + 2, delay=_MOMENT, leave=False, disable=silent) as bar:
+    """All steps, in one type, with huge embeddings made small where that works."""
+    reached = reached_rows(module, forward, batch)
+    if reached:
         setup = _Setup(module, batch, forward, dtype, seed=seed, draws=draws)
+        shrink_tables(setup.call.module, reached)
+        with contextlib.suppress(ProbeError):
+            verdicts = _ask(setup)
+            small = [verdicts[setup.names[f"{name}.weight"][0]] for name in reached]
+            if not any(v.dim == 0 and (v.kind == "block" or v.slices) for v in small):  # which would be other rows
+                return verdicts
+    return _ask(_Setup(module, batch, forward, dtype, seed=seed, draws=draws))
+
+
+def _ask(setup: _Setup) -> dict[str, ScaleInvariance]:
+    """The steps; a bar shows them where that takes longer than a moment."""
+    with tqdm(
+        desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=not _is_first_rank()
+    ) as bar:
         drawn = []
-        for index in range(draws):
+        for index in range(setup.draws):
             drawn.append(_draw(setup, index))
+            setup.axes = {name: open_axes(sums, setup.limits.z) for name, sums in drawn[-1].sums.items()}
             bar.update()
-        verdicts = _confirmed(setup, _euler_verdicts(setup, drawn))
+        reaching = {name: set().union(*(draw.reaching[name] for draw in drawn)) for name in setup.roles}
+        verdicts = _confirmed(setup, _euler_verdicts(setup, [draw.sums for draw in drawn]), reaching)
         bar.update()
         verdicts = with_eps_shares(setup.call, verdicts, setup.roles, shrink=setup.limits.shrink, narrow=setup.narrow)
         bar.update()
-    evidence: Evidence = "float64" if dtype == torch.float64 else "float32"
+    evidence: Evidence = "float64" if setup.call.dtype == torch.float64 else "float32"
     result = {}
     for raw, (clean, _) in setup.names.items():
         verdict = verdicts.get(raw, FROZEN)
         bias = setup.names[verdict.needs_bias][0] if verdict.needs_bias else None
         verdict = replace(verdict, evidence=evidence, needs_bias=bias)
-        result[clean] = explain(verdict) if verdict.is_invariant else verdict
+        result[clean] = explain(verdict) if verdict.has_units else verdict
     return result
 
 
@@ -137,6 +167,7 @@ class _Setup:
         self.names = {name: (clean, role) for name, (clean, _, role) in zip(raw, named, strict=True)}
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.roles = {name: self.names[name][1] for name in trainable}
+        self.axes = {name: axes(p.shape, self.roles[name]) for name, p in trainable.items()}
         self.biases = bias_candidates(self.roles, {name: p.shape for name, p in trainable.items()})
         self.narrow = next((p.dtype for p in trainable.values()), torch.float32).to_real()
         self.call = PrivateCall(module, forward, batch, dtype)
@@ -162,15 +193,15 @@ class _Setup:
         return self.call.generic_point(magnitude, seed=seed, amount=AMOUNT / 4**attempt), seed
 
 
-def _draw(setup: _Setup, index: int) -> dict[str, EulerSums]:
+def _draw(setup: _Setup, index: int) -> Draw:
     """The Euler sums at one generic point at which the loss is finite."""
     losses = []
     for attempt in range(_ATTEMPTS):
         point, seed = setup.point(index, attempt)
-        loss, sums = euler_draw(setup.call, point, setup.roles, seed=seed, shrink=setup.limits.shrink)
-        if math.isfinite(loss) and all(bool(s.total.isfinite()) for s in sums.values()):
-            return sums
-        losses.append(loss)
+        draw = euler_draw(setup.call, point, setup.axes, seed=seed, shrink=setup.limits.shrink)
+        if all(map(math.isfinite, draw.losses)) and all(bool(s.total.isfinite()) for s in draw.sums.values()):
+            return draw
+        losses.extend(draw.losses)
     raise ProbeError(
         f"The loss and its gradient must be finite, but at {_ATTEMPTS} points close to the module's weights the loss "
         f"was {', '.join(f'{loss:g}' for loss in losses)}. Check the batch for NaN and the loss for logarithms of zero."
@@ -179,26 +210,54 @@ def _draw(setup: _Setup, index: int) -> dict[str, EulerSums]:
 
 def _euler_verdicts(setup: _Setup, drawn: list[dict[str, EulerSums]]) -> dict[str, ScaleInvariance]:
     found = {name: EulerSums.stack([sums[name] for sums in drawn]) for name in setup.roles}
-    dead = inert_parameters(found, setup.limits)
-    if found and len(dead) == len(found):
+    away = unreached(found)
+    if found and len(away) == len(found):
         raise ProbeError(
             "The loss must depend on the parameters of a private copy of the module, but none of them reaches it: a "
             "function that is kept in an attribute or a closure may be bound to the module itself. Pass `forward`, a "
             "function of (module, batch) that returns the loss."
         )
+    small = dead_parameters(found, found.keys() - away, setup.limits)
+    inert = {name for name in small if name in dead_parameters(_beside(name, found), [name], setup.limits)}
+    vanished = _vanished(setup, [name for name in found if name in small - inert])
     verdicts = {}
     for name, sums in found.items():
-        biases = {bias: found[bias] for bias in setup.biases[name] if bias not in dead}
-        verdicts[name] = INERT if name in dead else classify(sums, biases, setup.limits)
+        biases = {bias: found[bias] for bias in setup.biases[name] if bias not in away | inert | vanished}
+        known = {INERT: inert, UNREACHED: away, VANISHED: vanished}
+        verdict = next((v for v, names in known.items() if name in names), None)
+        verdicts[name] = verdict or classify(sums, biases, setup.limits)
     return verdicts
 
 
-def _confirmed(setup: _Setup, verdicts: dict[str, ScaleInvariance]) -> dict[str, ScaleInvariance]:
+def _beside(name: str, found: Mapping[str, EulerSums]) -> dict[str, EulerSums]:
+    """A parameter and the others of its module.
+
+    Beside a live weight a bias without a gradient is inert. Where the whole module has next to none, it may have
+    vanished on the way there.
+    """
+    owner = name.rpartition(".")[0]
+    return {n: sums for n, sums in found.items() if n.rpartition(".")[0] == owner}
+
+
+def _vanished(setup: _Setup, names: list[str]) -> set[str]:
+    """Those of some parameters with next to no gradient that do not change the loss by more than roundoff either."""
+    if not names:
+        return set()
+    (point, _), (other, _) = setup.point(0), setup.point(1)
+    return set(names) - moving(setup.call, point, other, names, shrink=setup.limits.shrink)
+
+
+def _confirmed(
+    setup: _Setup, verdicts: dict[str, ScaleInvariance], reaching: Mapping[str, set[int]]
+) -> dict[str, ScaleInvariance]:
     """The verdicts without those that the certificate refutes."""
     invariant = {name: v for name, v in verdicts.items() if v.is_invariant}
     for attempt in range(_ATTEMPTS):
         point, seed = setup.certificate_point(invariant.keys(), attempt)
-        changes = certify(setup.call, point, invariant, setup.limits, seed=seed)
-        if changes is not None:
-            return {name: demoted(v, changes[name]) if name in changes else v for name, v in verdicts.items()}
+        found = certify(setup.call, point, invariant, setup.limits, seed=seed, reaching=reaching)
+        if found is None:
+            continue
+        if not found.steady:
+            verdicts = {name: replace(v, reason=UNSTEADY) if v.is_invariant else v for name, v in verdicts.items()}
+        return {name: demoted(v, found.changes[name]) if name in found.changes else v for name, v in verdicts.items()}
     raise ProbeError(f"The loss must be finite close to the module's weights, but was not at {_ATTEMPTS} points there.")

@@ -8,6 +8,19 @@ from lightning_normreg._weights import ScaleInvariance
 
 INERT = ScaleInvariance("inert", reason="The loss does not depend on it, as on a bias in front of BatchNorm.")
 FROZEN = ScaleInvariance("unknown", reason="It is frozen (requires_grad=False), so it was not tested.")
+UNREACHED = ScaleInvariance(
+    "unknown",
+    reason="No gradient reached it: the loss of these samples does not use it, or its optimizer did not step.",
+)
+VANISHED = ScaleInvariance(
+    "unknown",
+    reason="Its gradient, and what the loss changes with it, drown in the roundoff of the others.",
+)
+
+UNSTEADY = (
+    "This rests on Euler's relation alone: two calls of the loss at the same weights differ, so rescaling them proves "
+    "nothing."
+)
 
 
 def explain(verdict: ScaleInvariance) -> ScaleInvariance:
@@ -19,7 +32,8 @@ def explain(verdict: ScaleInvariance) -> ScaleInvariance:
     along = f", together with {verdict.needs_bias}," if verdict.needs_bias else ""
     number = "a" if verdict.kind == "layer" or _is_one_run(verdict) else "its own"
     what = f"{_unit(verdict)}{_where(verdict)}{along}"
-    return replace(verdict, reason=f"{what} can be multiplied by {number} positive number without changing the loss.")
+    sentence = f"{what} can be multiplied by {number} positive number without changing the loss."
+    return replace(verdict, reason=f"{sentence} {verdict.reason}".rstrip())
 
 
 def _unit(verdict: ScaleInvariance) -> str:

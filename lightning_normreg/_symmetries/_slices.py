@@ -26,14 +26,11 @@ class Table(NamedTuple):
     squares: Tensor
 
     @staticmethod
-    def of(entries: Tensor, axis: Axis) -> Table:
-        """Sum over the entries of each slice, without a copy of the tensor; real tensors only."""
-        if entries.ndim == 1:
-            return Table(entries, entries.square())
-        view, kept = split_units(entries, "neuron", *axis)
-        others = [d for d in range(view.ndim) if d not in kept]
-        norms: Tensor = torch.linalg.vector_norm(view, dim=others)
-        return Table(view.sum(others).flatten(), norms.square().flatten())
+    def along(entries: Tensor, looked_at: Sequence[Axis]) -> dict[Axis, Table]:
+        """Sum over the entries of each slice; they are squared in place."""
+        sums = _slice_sums(entries.clone() if entries.ndim == 1 else entries, looked_at)
+        squares = _slice_sums(entries.square_(), looked_at)
+        return {axis: Table(*both) for axis, *both in zip(looked_at, sums, squares, strict=True)}
 
     @staticmethod
     def stack(draws: Sequence[Table]) -> Table:
@@ -59,6 +56,20 @@ class Table(NamedTuple):
             return torch.stack(rows).reshape(*values.shape[:-1], count)
 
         return Table(*map(pooled, self))
+
+
+def _slice_sums(entries: Tensor, looked_at: Sequence[Axis]) -> list[Tensor]:
+    if entries.ndim == 1:
+        return [entries]
+    plane = entries
+    if entries.ndim > 2:  # once for rows and columns; for a few entries each, a product is faster than a sum
+        inner = entries.flatten(2)
+        plane = inner @ inner.new_ones(inner.shape[2])
+    found = []
+    for axis in looked_at:
+        view, kept = split_units(plane if axis.dim < 2 else entries, "neuron", *axis)
+        found.append(view.sum([d for d in range(view.ndim) if d not in kept]).flatten())
+    return found
 
 
 Tables = Mapping[Axis, Table]

@@ -22,9 +22,9 @@ class ScaleInvariance:
         kind: ``"neuron"``: each neuron (row, or column of a transposed convolution) is a unit. ``"block"``: runs of
             neighbouring slices are. ``"column"``: each slice along dimension 1 is. ``"dim"``: each slice along another
             dimension is. ``"layer"``: only the whole tensor is. ``"inert"``: the loss does not depend on the
-            parameter. ``"none"``: no unit of it is scale-invariant by itself. ``"unknown"``: nothing can be said yet;
-            it is frozen, or no gradient has reached it.
-        dim: Dimension that the units run along; None where there are no units, and for ``"layer"``.
+            parameter. ``"none"``: no unit of it is scale-invariant by itself. ``"unknown"``: not found out, because it
+            is frozen, no gradient reached it, or too little was seen of it.
+        dim: Dimension that the units run along; None for ``"layer"`` and where there are no units.
         groups: Groups that the slices are spread over, for transposed convolutions; else 1.
         block_size: Slices per unit, 1 for single slices; None where units differ in size, or have no dimension.
         slices: Ranges ``(start, stop)`` along ``dim`` that are scale-invariant; None for all. Where ``block_size`` is
@@ -109,10 +109,11 @@ function, not only on the learning rate.'
     open_ = f", of {unknown} nothing is known yet" if unknown else ""
     if not invariant:
         rest = len(verdicts) - inert - unknown
+        are = "is" if rest == 1 else "are"
         if unknown:
-            return f"No parameter is known to be scale-invariant by itself ({rest} are not{open_})."
+            return f"No parameter is known to be scale-invariant by itself ({rest} {are} not{open_})."
         return (
-            f"No parameter is scale-invariant by itself ({rest} {'is' if rest == 1 else 'are'} not, {inert} "
+            f"No parameter is scale-invariant by itself ({rest} {are} not, {inert} "
             f"{_do(inert)} not reach the loss): here weight decay acts on the function, not only on the learning rate."
         )
     return (

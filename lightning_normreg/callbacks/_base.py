@@ -86,7 +86,7 @@ class StepCallback(CallbackBase):
         run = run_of(trainer)
         run.begin_batch(trainer, self)
         if self._given is None:
-            known = run.knowledge.ask(trainer, pl_module, batch, observe=self.waits_for_observer)
+            known = run.knowledge.ask(trainer, pl_module, batch, batch_idx, observe=self.waits_for_observer)
             if known is None or (self.waits_for_observer and not known):
                 return
         else:

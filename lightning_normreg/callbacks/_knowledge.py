@@ -48,18 +48,21 @@ class Knowledge:
         self._is_due = bool(still_open - self._open) or (again and (self.verdict is None or bool(still_open)))
         self._open, self._epoch = still_open, trainer.current_epoch
 
-    def ask(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *, observe: bool) -> Verdict | None:
+    def ask(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *, observe: bool
+    ) -> Verdict | None:
         """What is known by now; the same object as long as nothing new is.
 
         Args:
             trainer: The Trainer.
             pl_module: Its module.
             batch: The coming batch.
+            batch_idx: Its number.
             observe: Watch gradients of training where nothing can be found out otherwise.
         """
         if self._is_due:
             self._is_due = False
-            found = probe(trainer, pl_module, batch, give_up=self._batch >= AGAIN[-1])
+            found = probe(trainer, pl_module, batch, batch_idx, give_up=self._batch >= AGAIN[-1])
             if found is not None:
                 self._learn(found, "Scale invariance")
             self._open = self._unknown(trainer)

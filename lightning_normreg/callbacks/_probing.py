@@ -15,6 +15,7 @@ from lightning_normreg._symmetries import (
     WIDE_OBSERVER,
     NoLossError,
     ObserverThresholds,
+    OwnStep,
     ProbeError,
     find_scale_invariance,
     load_verdict,
@@ -32,7 +33,9 @@ LARGEST = 500_000_000
 """Parameters of a model that is still copied: the probe takes five times their memory in float64."""
 
 
-def probe(trainer: Trainer, pl_module: LightningModule, batch: Any, *, give_up: bool = True) -> Verdict | None:
+def probe(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *, give_up: bool = True
+) -> Verdict | None:
     """Ask the module's own ``training_step`` on a few samples; every rank takes what rank 0 finds, empty if nothing.
 
     None where another batch may tell: this one has no loss, and it is not yet time to ``give_up``.
@@ -40,7 +43,7 @@ def probe(trainer: Trainer, pl_module: LightningModule, batch: Any, *, give_up: 
     started = time.perf_counter()
     verdict: Verdict | None = {}
     try:
-        verdict = _on_few_samples(pl_module, batch)
+        verdict = _on_few_samples(pl_module, batch, OwnStep(batch_idx))
         seconds = time.perf_counter() - started
         if seconds > LONG_SECONDS:
             rank_zero_info(f"The probe for scale invariance took {seconds:.0f} s.")
@@ -81,15 +84,18 @@ def say_lost(lost: Mapping[str, float]) -> None:
 
 
 def few_samples(batch: Any) -> Any:
-    """The first samples of a batch of tensors that agree on their number; any other batch as it is."""
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    """The first samples of a batch of plain values and tensors that agree on their number; any other one as it is."""
+    leaves = tree_leaves(batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
+        return batch
     lengths = {t.shape[0] if t.ndim else 0 for t in tensors}
     if len(lengths) != 1 or lengths == {0}:
         return batch
     return tree_map(lambda leaf: leaf[:SAMPLES] if isinstance(leaf, Tensor) else leaf, batch)
 
 
-def _on_few_samples(pl_module: LightningModule, batch: Any) -> Verdict:
+def _on_few_samples(pl_module: LightningModule, batch: Any, step: OwnStep) -> Verdict:
     size = sum(p.numel() for p in pl_module.parameters())
     if size > LARGEST:
         raise ProbeError(f"{size / 1e6:.0f} million parameters are too many to probe on a copy.")
@@ -97,13 +103,13 @@ def _on_few_samples(pl_module: LightningModule, batch: Any) -> Verdict:
         raise ProbeError("The model is sharded, so no process has all of it.")
     few = few_samples(batch)
     try:
-        verdict = find_scale_invariance(pl_module, few)
+        verdict = find_scale_invariance(pl_module, few, forward=step)
     except ProbeError:
         if few is batch:
             raise
-        return find_scale_invariance(pl_module, batch)  # a loss that wants the whole batch
+        return find_scale_invariance(pl_module, batch, forward=step)  # a loss that wants the whole batch
     trained = {name for name, p, _ in named_roles(pl_module) if p.requires_grad}
     if few is not batch and any(v.is_unknown for name, v in verdict.items() if name in trained):
-        whole = find_scale_invariance(pl_module, batch)  # experts that few samples do not reach
+        whole = find_scale_invariance(pl_module, batch, forward=step)  # experts that few samples do not reach
         verdict |= {name: whole[name] for name, v in verdict.items() if v.is_unknown}
     return verdict

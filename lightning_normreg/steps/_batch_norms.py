@@ -34,7 +34,7 @@ def keep_batch_norms(
 
     Raises:
         ProbeError: If the module's loss cannot be computed on a private copy.
-        ValueError: If it must not be tried: a manual ``training_step`` would step the real optimizers.
+        ValueError: If the module is not in training mode, or has no ``training_step``.
     """
     norms = {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm) and m.training}
     if not norms:
@@ -67,7 +67,7 @@ def _batch_statistics(call: PrivateCall, module: nn.Module) -> Statistics:
     hooks = []
     for name, part in call.module.named_modules():
         if isinstance(part, _BatchNorm):
-            hooks.append(part.register_forward_pre_hook(_Recorder(name, found)))
+            hooks.append(part.register_forward_pre_hook(_recorder(name, found)))
     try:
         call.run(point, lambda loss: None, seed=0)
     finally:
@@ -76,13 +76,14 @@ def _batch_statistics(call: PrivateCall, module: nn.Module) -> Statistics:
     return found
 
 
-class _Recorder:
-    def __init__(self, name: str, found: Statistics) -> None:
-        self._name, self._found = name, found
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _recorder(name: str, found: Statistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def record(
+        module: nn.Module, args: tuple[Tensor, ...]
+    ) -> None:  # a function, because it survives deepcopy as it is
         values = args[0].detach().transpose(0, 1).flatten(1).cpu().double()  # not every device has float64
-        self._found.setdefault(self._name, (values.mean(dim=1), values.var(dim=1, correction=0)))
+        found.setdefault(name, (values.mean(dim=1), values.var(dim=1, correction=0)))
+
+    return record
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ CANNOT = "could not be found out on a private copy"
 
 
 class Manual(Net):
-    """Steps its optimizer itself, by Lightning's wrapper or by hand."""
+    """Steps its optimizer itself, by Lightning's wrapper or by hand, and cannot be called on a copy."""
 
     def __init__(self, wrapped: bool = True) -> None:
         super().__init__(sgd(momentum=0.9), schedule=False)
@@ -26,6 +26,7 @@ class Manual(Net):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One step."""
         self.last_start = self.up.weight.detach().clone()
+        _only_on_the_real_thing(self)
         optimizer = self.optimizers(use_pl_optimizer=self.wrapped)
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
@@ -38,9 +39,13 @@ class Refuses(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Cross entropy."""
         self.last_start = self.up.weight.detach().clone()
-        if not isinstance(self.conv1.weight, nn.Parameter):
-            raise RuntimeError("only on the real thing")
+        _only_on_the_real_thing(self)
         return super().training_step(batch, batch_idx)
+
+
+def _only_on_the_real_thing(net: Net) -> None:
+    if not isinstance(net.conv1.weight, nn.Parameter):
+        raise RuntimeError("only on the real thing")
 
 
 def large(monkeypatch: pytest.MonkeyPatch) -> Net:
@@ -60,8 +65,8 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch) -> Net:
 
 
 MODELS = {
-    "manual": (lambda patch: Manual(), "uses? automatic optimization|must use automatic optimization"),
-    "by hand": (lambda patch: Manual(wrapped=False), "must use automatic optimization"),
+    "manual": (lambda patch: Manual(), "only on the real thing"),
+    "by hand": (lambda patch: Manual(wrapped=False), "only on the real thing"),
     "refuses": (lambda patch: Refuses(sgd()), "only on the real thing"),
     "large": (large, "too many to probe on a copy"),
     "memory": (out_of_memory, "Tried to allocate"),

@@ -20,7 +20,7 @@ def mlp_without_norm() -> Case:
 
 @case
 def unused_and_frozen() -> Case:
-    """What the loss never sees is inert; what is not trained is not tested."""
+    """What these samples never reach, or what is not trained, is unknown."""
 
     class Partly(nn.Module):
         def __init__(self) -> None:
@@ -31,7 +31,7 @@ def unused_and_frozen() -> Case:
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(self.used(self.frozen(x)))
 
-    labels = {"used.weight": "neuron", "unused.weight": "inert", "unused.bias": "inert"}
+    labels = {"used.weight": "neuron", "unused.weight": "unknown", "unused.bias": "unknown", "frozen.weight": "unknown"}
     return Case(Partly(), vectors(), cross_entropy, labels)
 
 

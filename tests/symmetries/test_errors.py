@@ -98,11 +98,11 @@ def test_a_training_step_that_needs_a_trainer_is_told_so():
         find_scale_invariance(Needy(), BATCH)
 
 
-def test_manual_optimization_is_told_to_pass_forward():
-    """Its training_step would step optimizers; a loss can be given instead."""
+def test_a_manual_training_step_must_go_backward():
+    """Else nothing is known of its losses; one can be given instead."""
     module = Module()
     module.automatic_optimization = False
-    with pytest.raises(ValueError, match=r"automatic_optimization=False.*pass `forward`"):
+    with pytest.raises(ProbeError, match="must call manual_backward or backward, but it did not"):
         find_scale_invariance(module, BATCH)
     assert find_scale_invariance(module, BATCH, forward=lambda m, b: loss(m.net, b))["net.0.weight"].kind == "neuron"
 
@@ -170,6 +170,17 @@ def test_nothing_invariant_is_said_in_words():
     net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     verdicts = find_scale_invariance(net, BATCH, forward=loss)
     assert summarize(verdicts).startswith("No parameter is scale-invariant by itself (4 are not, 0 do not reach")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_vanished_gradients_are_not_called_inert(bias):
+    """In a deep plain chain the first layers have next to no gradient; nothing is said that is not known."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(30) for part in (nn.Linear(6, 6, bias=bias), nn.Sigmoid())]
+    verdicts = find_scale_invariance(nn.Sequential(*layers, nn.Linear(6, 3)), BATCH, forward=loss)
+    assert {v.kind for v in verdicts.values()} == {"none", "unknown"}
+    assert verdicts["60.weight"].kind == "none"
+    assert "drown in the roundoff" in verdicts["0.weight"].reason
 
 
 def test_the_certificate_demotes_what_euler_could_not_see():

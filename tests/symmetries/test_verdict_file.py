@@ -15,6 +15,7 @@ VERDICT = {
         "block", dim=0, block_size=4, slices=((0, 8), (12, 16)), needs_bias="qkv.bias", z=1e-9
     ),
     "head.weight": ScaleInvariance("none", z=0.7, evidence="float32"),
+    "frozen.weight": ScaleInvariance("unknown", reason="It is frozen."),
 }
 
 
@@ -25,6 +26,15 @@ def test_a_verdict_survives_the_disk(tmp_path):
     assert load_verdict(str(tmp_path / "verdict.json")) == VERDICT
     assert load_verdict(json.loads((tmp_path / "verdict.json").read_text())) == VERDICT
     assert load_verdict(VERDICT) == VERDICT
+
+
+def test_a_file_of_before_there_was_unknown_is_read():
+    """What is written there is what is taken: frozen parameters were "none"."""
+    content = verdict_to_dict({"a": ScaleInvariance("none", reason="It is frozen (requires_grad=False).")})
+    (loaded,) = load_verdict(json.loads(json.dumps(content))).values()
+    assert (loaded.kind, loaded.is_invariant, loaded.is_unknown) == ("none", False, False)
+    assert not ScaleInvariance("unknown").is_invariant
+    assert ScaleInvariance("unknown").is_unknown
 
 
 def changed(**changes):

@@ -1,0 +1,149 @@
+"""What a loss, or the several losses of a manual training_step, say at one point: values, and gradients that count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class ProbeError(RuntimeError):
+    """The module's loss could not be computed on a private copy."""
+
+
+class NoLossError(ProbeError):
+    """This batch has no loss; another one may have."""
+
+
+class Losses(Protocol):
+    """Inside of the call that computed them."""
+
+    def values(self) -> list[float]:
+        """One number for each loss."""
+
+    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
+        """Sum over the losses, for each weight those whose gradient reaches it before its optimizer steps."""
+
+    def reaching(self, weights: Sequence[Tensor]) -> list[set[int]]:
+        """For each weight the numbers of those losses."""
+
+
+class OneLoss:
+    """What an automatic training_step, or ``forward``, returns."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self._loss = loss
+
+    def values(self) -> list[float]:
+        """See :class:`Losses`."""
+        return [float(self._loss.detach())]
+
+    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
+        """See :class:`Losses`."""
+        if not self._loss.requires_grad:
+            raise ProbeError(
+                "The loss must depend on a trainable parameter, but it has no gradient. Return it undetached."
+            )
+        # Not loss.backward(), which would also leave gradients on whatever the user's code holds outside of the module.
+        return torch.autograd.grad(self._loss, weights, allow_unused=True)
+
+    def reaching(self, weights: Sequence[Tensor]) -> list[set[int]]:
+        """See :class:`Losses`."""
+        return [{0} for _ in weights]
+
+
+class PlainBackward(OneLoss):
+    """By ``loss.backward()``, on which reentrant activation checkpointing insists."""
+
+    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
+        """See :class:`Losses`."""
+        self._loss.backward()  # type: ignore[no-untyped-call]
+        return tuple(weight.grad for weight in weights)
+
+
+_BACKWARDS = {torch.autograd.backward, Tensor.backward}
+_ARGUMENTS = ("gradient", "retain_graph", "create_graph", "inputs")
+
+
+class ManualLosses(TorchFunctionMode):
+    """Notes each backward pass of a manual training_step that runs inside of it, and which gradients optimizers take.
+
+    Args:
+        weights: Leaves that the step's gradients go to.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._values: list[Tensor] = []
+        self._taken: dict[int, Tensor] = {}
+        self._waiting: dict[int, set[int]] = {}
+        self._reaching: dict[int, set[int]] = {}
+        self._trained = [(w, w.requires_grad) for w in weights]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> ManualLosses:
+        for weight, is_trained in self._trained:
+            weight.grad = None
+            if is_trained:
+                self._hooks.append(weight.register_post_accumulate_grad_hook(self._note))  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+        for weight, is_trained in self._trained:
+            weight.grad = None
+            weight.requires_grad_(is_trained)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _BACKWARDS:
+            losses = args[0] if args else kwargs["tensors"]
+            self._values.extend(t.detach().sum() for t in ([losses] if isinstance(losses, Tensor) else losses))
+            if func is Tensor.backward:  # the graph is kept, because the eps shares go back through it once more
+                args, kwargs = args[:1], {**dict(zip(_ARGUMENTS, args[1:], strict=False)), **kwargs}
+                kwargs["retain_graph"] = True
+        return func(*args, **kwargs)
+
+    def _note(self, weight: Tensor) -> None:
+        self._waiting.setdefault(id(weight), set()).add(len(self._values) - 1)
+
+    def step(self, parameters: Sequence[Tensor]) -> None:
+        """An optimizer takes the gradients of these parameters."""
+        for p in parameters:
+            if p.grad is not None:
+                before = self._taken.get(id(p))
+                self._taken[id(p)] = p.grad.detach().clone() if before is None else before + p.grad.detach()
+                self._reaching.setdefault(id(p), set()).update(self._waiting.get(id(p), set()))
+
+    def clear(self, parameters: Sequence[Tensor]) -> None:
+        """The gradients of these parameters are dropped."""
+        for p in parameters:
+            p.grad = None
+            self._waiting.pop(id(p), None)
+
+    def finish(self) -> None:
+        """Gradients of a step in which no optimizer steps are accumulated for a later one, and count as well."""
+        if not self._values:
+            raise ProbeError("A manual training_step must call manual_backward or backward, but it did not.")
+        if not self._taken:
+            self.step([weight for weight, _ in self._trained])
+
+    def values(self) -> list[float]:
+        """See :class:`Losses`."""
+        return [float(value) for value in self._values]
+
+    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
+        """See :class:`Losses`."""
+        return tuple(self._taken.get(id(weight)) for weight in weights)
+
+    def reaching(self, weights: Sequence[Tensor]) -> list[set[int]]:
+        """See :class:`Losses`."""
+        return [self._reaching.get(id(weight), set()) for weight in weights]
