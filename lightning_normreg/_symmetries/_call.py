@@ -68,8 +68,8 @@ class PrivateCall:
         self._one = OneLoss
 
     def own_point(self) -> dict[str, Tensor]:
-        """The module's parameters, in the probe's type; they share no memory with the copy's."""
-        return {name: cast(p, self.dtype) for name, p in self.module.named_parameters()}
+        """The module's parameters, in the probe's type, trained or frozen; they share no memory with the copy's."""
+        return {n: cast(p, self.dtype).requires_grad_(p.requires_grad) for n, p in self.module.named_parameters()}
 
     def generic_point(self, magnitude: Mapping[str, float], *, seed: int, amount: float) -> dict[str, Tensor]:
         """Parameters that ``magnitude`` names are drawn anew, and require a gradient; the others are as they were."""

@@ -63,7 +63,7 @@ def _callable_with(module: nn.Module, batches: list[Any]) -> tuple[PrivateCall, 
 
 def _batch_statistics(call: PrivateCall, module: nn.Module) -> Statistics:
     found: Statistics = {}
-    point = {name: p.detach().to(call.dtype) for name, p in module.named_parameters()}
+    point = {name: p.detach().to(call.dtype).requires_grad_(p.requires_grad) for name, p in module.named_parameters()}
     hooks = []
     for name, part in call.module.named_modules():
         if isinstance(part, _BatchNorm):
