@@ -155,7 +155,18 @@ class Table:
             return self._plans.detour(odd, [starts, ends], partial(exact_sums, update=update), shares)
 
         raw = self._plans.sums(what, 3, products, starts, ends)
-        return self._added(with_radial(row_sums(raw, self._narrowest, again, update=update)))
+        rows = with_radial(row_sums(raw, self._narrowest, again, update=update))
+        sums = self._added(rows)
+        return sums if self._is_plain else self._joined(rows, sums)
+
+    def _joined(self, rows: Tensor, sums: Tensor) -> Tensor:
+        """Add what is across between rows of a unit, by their shares: as a difference of sums it would lose digits."""
+        count = sum(self.sizes)
+        mine, all_of_it = (x[1] / torch.where(x[0] > 0, x[0], 1.0) for x in (rows, sums[:, :count]))
+        between = rows[0] * (mine - torch.cat([all_of_it, all_of_it.new_zeros(1)])[self._adds]).square()
+        sums[2, :count] += between.new_zeros(count + 1).index_add_(0, self._adds, between)[:-1]
+        sums[:, :count] = with_radial(sums[:4, :count])
+        return sums
 
     def _now(self) -> list[Tensor]:
         return [piece.now()[1] for piece in self._pieces]

@@ -52,8 +52,8 @@ class EffectiveLRMonitor(Monitor):
     :meth:`history`. Nothing for a weight that was not updated.
 
     What it costs: memory for one copy of the watched weights, taken at the start; on logged steps that copy,
-    six operations for each tensor of at most 2¹⁷ entries on a CPU (of any size five on a device with float64), one on
-    its gradient, and one transfer; on others a note of the learning rate.
+    five operations for each tensor (on a CPU for each 2¹⁷ entries; seven on a device without float64), one on its
+    gradient and four or five for alignments, and one transfer; on others a note of the learning rate.
 
     Args:
         every_n_steps: Batches between logged ones; by default the Trainer's ``log_every_n_steps``.

@@ -24,8 +24,8 @@ class NormProjection(NormHolder):
 
     What it logs: nothing; units that cannot be projected (zero, infinite, NaN) are reported once.
 
-    What it costs: per step two reads and one write of the projected weights, by three operations for each tensor on
-    a CPU, two on a device with float64, which sums in it. No transfer.
+    What it costs: per step two reads and one write of the projected weights, by two operations for each tensor; on
+    other devices with float64 the sums are made in it, which may cost four passes more. No transfer.
 
     Args:
         radius: ``"auto"``: 1 for a neuron or column, √k for a layer of k neurons, √fan_in for a neuron under weight
