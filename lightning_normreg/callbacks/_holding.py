@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import is_named
-from lightning_normreg._symmetries import ProbeError
+from lightning_normreg._symmetries import OwnStep, ProbeError
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed, reshard, strong
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
 from lightning_normreg.callbacks._probing import few_samples
@@ -152,7 +153,8 @@ class NormHolder(WeightCallback):
             moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
             projector.announce(moved, optimizers_of(trainer))
             if moved:
-                _keep_the_function(trainer, pl_module, batch, lambda: projector.start(moved, optimizers_of(trainer)))
+                start = partial(projector.start, moved, optimizers_of(trainer))
+                _keep_the_function(trainer, pl_module, batch, OwnStep(batch_idx), start)
             projector.report()
         interval = log_interval(trainer)
         projector.looking = interval > 0 and (batches_that_stepped(trainer) + 1) % interval == 0
@@ -211,9 +213,11 @@ def held_norms(trainer: Trainer) -> dict[str, tuple[float, float]]:
     return {name: norms for holder in holders for name, norms in holder.held().items()}
 
 
-def _keep_the_function(trainer: Trainer, pl_module: LightningModule, batch: Any, project: Callable[[], None]) -> None:
+def _keep_the_function(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, step: OwnStep, project: Callable[[], None]
+) -> None:
     try:
-        keep_batch_norms(pl_module, [batch, few_samples(batch)], project, share=trainer.strategy.broadcast)
+        keep_batch_norms(pl_module, [batch, few_samples(batch)], project, trainer.strategy.broadcast, step)
     except (ProbeError, ValueError) as error:
         project()  # again, where the error came after it: what is at its radius does not move
         rank_zero_warn(
