@@ -45,7 +45,7 @@ class Plans:
         self._ends = torch.tensor([0, *accumulate(self._counts)], device=device)
         # Of which row each cell is, where there is more than one of a row.
         cells = torch.tensor(self._cells).repeat_interleave(torch.tensor(self._counts))
-        several = bool((cells != 1).any())
+        several = any(count != 1 for count in self._cells)
         self._row_of_cell = torch.arange(len(cells)).repeat_interleave(cells).to(device) if several else None
         self._plans: dict[str, _Plan] = {}
 
@@ -101,7 +101,7 @@ class Plans:
     ) -> Tensor:
         """What ``way`` gives for the marked rows and numbers of theirs: small pieces with equal rows at once."""
         places = odd.nonzero().flatten()
-        bounds = torch.searchsorted(places, self._ends).tolist()
+        bounds = torch.searchsorted(places, self._ends).cpu().numpy().tolist()
         found: list[Tensor] = []
         batch: list[list[Tensor]] = []
         entries = done = 0
