@@ -51,10 +51,10 @@ def find_scale_invariance(
     where nothing vanishes by accident, with every eps of a normalization made negligible; then all units that passed
     are rescaled at once, which must leave the loss alone. The work is done on a private copy: the module, its buffers,
     metrics, Trainer, optimizers, schedulers and loggers, and the random states of torch, NumPy and Python stay as they
-    are; no other thread sees another default type. Each call has a fresh copy. Three things are out of reach: objects
-    that a closure holds, ``torch.get_default_dtype()``, which is the user's, and what scripted code chooses as types.
-    Under manual optimization each backward pass is a loss of its own, and a weight is scale-invariant if it is so under
-    all whose gradient reaches it before its optimizer steps.
+    are; no other thread sees another default type. Each call has a fresh copy. Out of reach are objects that a closure
+    holds, and ``torch.get_default_dtype()``, which stays the user's. Under manual optimization each backward pass is a
+    loss of its own, and a weight is scale-invariant if it is so under all whose gradient reaches it before its
+    optimizer steps.
 
     Args:
         module: In training mode. A LightningModule (anything with a ``training_step``) is asked for its own loss.
