@@ -217,8 +217,10 @@ def _euler_verdicts(setup: _Setup, drawn: list[dict[str, EulerSums]]) -> dict[st
             "function that is kept in an attribute or a closure may be bound to the module itself. Pass `forward`, a "
             "function of (module, batch) that returns the loss."
         )
-    small = dead_parameters(found, found.keys() - away, setup.limits)
-    inert = {name for name in small if name in dead_parameters(_beside(name, found), [name], setup.limits)}
+    small = dead_parameters(found, found.keys() - away, setup.limits.inert)
+    # Beside the weight of its own module, which may have less of the gradient than others; what has vanished on the
+    # way there has about as much as that weight.
+    inert = {name for name in small if dead_parameters(_beside(name, found), [name], 100 * setup.limits.inert)}
     vanished = _vanished(setup, [name for name in found if name in small - inert])
     verdicts = {}
     for name, sums in found.items():
