@@ -51,10 +51,10 @@ def find_scale_invariance(
     where nothing vanishes by accident, with every eps of a normalization made negligible; then all units that passed
     are rescaled at once, which must leave the loss alone. The work is done on a private copy: the module, its buffers,
     metrics, Trainer, optimizers, schedulers and loggers, and the random states of torch, NumPy and Python stay as they
-    are; no other thread sees another default type. Each call has a fresh copy. Three things are out of reach: objects
-    that a closure holds, ``torch.get_default_dtype()``, which is the user's, and what scripted code chooses as types.
-    Under manual optimization each backward pass is a loss of its own, and a weight is scale-invariant if it is so under
-    all whose gradient reaches it before its optimizer steps.
+    are; no other thread sees another default type. Each call has a fresh copy. Out of reach are objects that a closure
+    holds, and ``torch.get_default_dtype()``, which stays the user's. Under manual optimization each backward pass is a
+    loss of its own, and a weight is scale-invariant if it is so under all whose gradient reaches it before its
+    optimizer steps.
 
     Args:
         module: In training mode. A LightningModule (anything with a ``training_step``) is asked for its own loss.
@@ -217,8 +217,10 @@ def _euler_verdicts(setup: _Setup, drawn: list[dict[str, EulerSums]]) -> dict[st
             "function that is kept in an attribute or a closure may be bound to the module itself. Pass `forward`, a "
             "function of (module, batch) that returns the loss."
         )
-    small = dead_parameters(found, found.keys() - away, setup.limits)
-    inert = {name for name in small if name in dead_parameters(_beside(name, found), [name], setup.limits)}
+    small = dead_parameters(found, found.keys() - away, setup.limits.inert)
+    # Beside the weight of its own module, which may have less of the gradient than others; what has vanished on the
+    # way there has about as much as that weight.
+    inert = {name for name in small if dead_parameters(_beside(name, found), [name], 100 * setup.limits.inert)}
     vanished = _vanished(setup, [name for name in found if name in small - inert])
     verdicts = {}
     for name, sums in found.items():
