@@ -109,9 +109,9 @@ class GradientObserver(GradientWatch):
         return self._steps.get(index, 0) in self.STEPS
 
     @property
-    def is_done(self) -> bool:
-        """Whether an optimizer has made all of the steps."""
-        return self.steps > self.STEPS[-1]
+    def done(self) -> int:
+        """How many optimizers have made all of the steps; of what the others have too little has been seen."""
+        return sum(steps > self.STEPS[-1] for steps in self._steps.values())
 
     def verdict(self) -> dict[str, ScaleInvariance]:
         """What was seen, for every parameter; reads the device."""
