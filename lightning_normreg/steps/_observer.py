@@ -120,7 +120,7 @@ class GradientObserver(GradientWatch):
         for name in self._names:
             if name not in self._matrices:
                 reason = "It is no matrix, or frozen: the observer of gradients does not look at these."
-                found[name] = ScaleInvariance("none", evidence="observer", reason=reason)
+                found[name] = ScaleInvariance("unknown", evidence="observer", reason=reason)
                 continue
             biases = {bias: seen.get(bias, nothing) for bias in self._biases[name]}
             found[name] = observed_verdict(seen.get(name, nothing), biases, self._limits)
