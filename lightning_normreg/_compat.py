@@ -21,11 +21,7 @@ def is_named(thing: object, *names: str) -> bool:
 
 
 def optional_import(module: str, extra: str = "plot") -> Any:
-    """Import a module of an extra.
-
-    Raises:
-        ModuleNotFoundError: With the line that installs it.
-    """
+    """Import a module of an extra; where it is missing, the error has the line that installs it."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
@@ -38,21 +34,16 @@ def __getattr__(name: str) -> Any:
     """Lightning when it is asked for: ``pl``, the first namespace that is there, and a base for callbacks of all."""
     if name not in ("pl", "CallbackBase"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    namespaces = _installed()
-    # A callback that derives from both classes is accepted by both Trainers and both command lines.
-    callbacks = tuple(dict.fromkeys(namespace.Callback for namespace in namespaces))
-    globals().update(pl=namespaces[0], CallbackBase=type("CallbackBase", callbacks, {"__module__": __name__}))
-    return globals()[name]
-
-
-def _installed() -> list[Any]:
-    found = []
+    namespaces = []
     for namespace in ("pytorch_lightning", "lightning.pytorch"):
         try:
-            found.append(import_module(namespace))
+            namespaces.append(import_module(namespace))
         except ModuleNotFoundError as error:
             if error.name is None or not namespace.startswith(error.name):
                 raise
-    if not found:
+    if not namespaces:
         raise ModuleNotFoundError("Lightning is not installed. Install it by: pip install pytorch-lightning")
-    return found
+    # A callback that derives from both classes is accepted by both Trainers and both command lines.
+    callbacks = tuple(dict.fromkeys(module.Callback for module in namespaces))
+    globals().update(pl=namespaces[0], CallbackBase=type("CallbackBase", callbacks, {"__module__": __name__}))
+    return globals()[name]

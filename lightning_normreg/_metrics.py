@@ -8,21 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Curve:
-    """One logged quantity; its tag is ``weights/key/<parameter>``.
+    """One logged quantity; its tag is ``weights/key/<parameter>``."""
 
-    Attributes:
-        key: Middle part of the tag.
-        symbol: What the formula calls it.
-        unit: Unit of the values; "w" stands for the unit of the weight.
-        formula: How it is computed, with w_u a unit before the step, U the number of units, Δ = after − before.
-        summary: Name of the summary over layers, or "" where there is none.
-    """
-
-    key: str
-    symbol: str
-    unit: str
-    formula: str
-    summary: str = ""
+    key: str  # middle part of the tag
+    symbol: str  # what the formula calls it
+    unit: str  # of the values; "w" stands for the unit of the weight
+    formula: str  # how it is computed, with w_u a unit before the step, U the number of units, Δ = after − before
+    summary: str = ""  # name of the summary over layers, or "" where there is none
 
 
 WEIGHT_NORM = Curve("weight_norm", "‖w‖", "w", "√Σ_u ‖w_u‖², of the whole tensor")
@@ -65,24 +57,8 @@ EQUILIBRIUM_RATIO = Curve(
     summary="equilibrium_ratio",
 )
 
-CURVES = (
-    WEIGHT_NORM,
-    UNIT_NORM_RMS,
-    UNIT_NORM_MIN,
-    UNIT_NORM_MAX,
-    EFFECTIVE_LR,
-    EFFECTIVE_LR_NOT_INVARIANT,
-    ROTATION,
-    ROTATION_FACTOR,
-    RELATIVE_UPDATE,
-    GRADIENT_NORM,
-    GRADIENT_ALIGNMENT,
-    SCALE_EXPONENT,
-    EQUILIBRIUM_ROTATION,
-    EQUILIBRIUM_NORM,
-    EQUILIBRIUM_HALF_LIFE,
-    EQUILIBRIUM_RATIO,
-)
+CURVES = tuple(value for value in list(globals().values()) if isinstance(value, Curve))
+"""All of them, in this order."""
 
 PREFIX = "weights"
 """First part of every tag, unless a callback is given another: one group in TensorBoard, below train, val and test."""
@@ -100,12 +76,10 @@ EQUILIBRIUM_TOLERANCE = 0.15
 
 
 def tag(curve: Curve, parameter: str, prefix: str = PREFIX) -> str:
-    """Tag of one layer's curve."""
     return joined(prefix, curve.key, parameter)
 
 
 def summary_tag(curve: Curve, statistic: str, prefix: str = PREFIX) -> str:
-    """Tag of one summary over layers."""
     return joined(prefix, SUMMARY_GROUP, f"{curve.summary}_{statistic}")
 
 

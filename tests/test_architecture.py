@@ -76,7 +76,16 @@ PUBLIC_FUNCTIONAL = {
     "without_decay",
 }
 PUBLIC_DEMOS = {"DemoConvNet", "DigitsDataModule"}
-PUBLIC_STEPS = {"NormTracker", "Projector", "RotationTracker", "Rotator", "StepDispatcher", "tags", "watch"}
+PUBLIC_STEPS = {
+    "NormTracker",
+    "Projector",
+    "RotationTracker",
+    "Rotator",
+    "StepDispatcher",
+    "StepSubscriber",
+    "tags",
+    "watch",
+}
 
 
 PUBLIC_CLI = {"NormRegCLI", "SchedulerChain", "SchedulerSequence", "main"}

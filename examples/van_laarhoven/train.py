@@ -62,7 +62,7 @@ def train(net: ConvNet, cell: Cell, settings: Settings, images: Images) -> tuple
     schedule = make_schedule(optimizer, steps)
     first = images.batch(torch.arange(settings.batch_size))
     watched = watch(net, find_scale_invariance(net, first, forward=loss_of), include=["blocks.*.weight"])
-    rotation, norms = RotationTracker(watched), NormTracker(watched)
+    rotation, norms = RotationTracker(watched, gradient=True), NormTracker(watched)
     dispatcher = StepDispatcher()
     for tracker in (rotation, norms):
         dispatcher.subscribe(tracker)
@@ -80,7 +80,7 @@ def train(net: ConvNet, cell: Cell, settings: Settings, images: Images) -> tuple
             tracker.arm(due)
         optimizer.zero_grad()
         loss_of(net, images.batch(order[step % batches])).backward()
-        rotation.record_gradients(0, optimizer)
+        dispatcher.gradients_ready(0, optimizer)
         optimizer.step()
         schedule.step()
         if due:

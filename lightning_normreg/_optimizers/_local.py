@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers._lookup import acting, group_of, update_rule
-from lightning_normreg._optimizers._rule import Group, Local, UpdateRule
+from lightning_normreg._optimizers._rule import Group, Local
 from lightning_normreg._weights import is_sharded, local
 from lightning_normreg.functional._device import accumulator
 
@@ -31,24 +31,22 @@ def scale_exponent(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
     """
     group, state = group_of(optimizer, parameter), optimizer.state.get(parameter, {})
     rule = None if group is None else update_rule(optimizer, group)
-    if group is None or rule is None or rule.local == "unknown" or (rule.local != "exact" and not state):
+    if group is None or rule is None or rule.local == "unknown":
         return None
-    if rule.local != "exact" and (acting(optimizer) is not optimizer or is_sharded(parameter)):
+    if rule.local == "exact":
+        return _real(local(parameter)).new_full((), float(rule.exponent))
+    if not state or acting(optimizer) is not optimizer or is_sharded(parameter):
         return None  # each process has the state of its own share only
     if rule.local in ("nadam", "rmsprop", "adagrad", "adadelta") and parameter.grad is None:
         return None
-    return _FORMULAS[rule.local](rule, group, state, parameter)
+    return _FORMULAS[rule.local](group, state, parameter)
 
 
-def _exact(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:
-    return _real(local(parameter)).new_full((), float(rule.exponent))
-
-
-def _adam(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:
+def _adam(group: Group, state: State, parameter: Tensor) -> Tensor:
     return _with_share(group["eps"], _corrected_root(group, state), _real(state["exp_avg"]))
 
 
-def _radam(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:
+def _radam(group: Group, state: State, parameter: Tensor) -> Tensor:
     # The bias of its root is corrected after eps was added, and only once ρ_t > 5.
     beta, step = float(group["betas"][1]), _step(state, parameter)
     longest = 2 / (1 - beta) - 1
@@ -57,7 +55,7 @@ def _radam(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> T
     return torch.where(length > 5, adapted, torch.full_like(adapted, 2.0))
 
 
-def _nadam(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:
+def _nadam(group: Group, state: State, parameter: Tensor) -> Tensor:
     beta, step, product = float(group["betas"][0]), _step(state, parameter), state["mu_product"].to(parameter.device)
     now, then = (beta * (1 - 0.5 * 0.96 ** (s * group["momentum_decay"])) for s in (step, step + 1))
     momentum = then / (1 - product * then) * state["exp_avg"]
@@ -68,7 +66,7 @@ def _nadam(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> T
     )
 
 
-def _rmsprop(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:
+def _rmsprop(group: Group, state: State, parameter: Tensor) -> Tensor:
     variance = _real(state["square_avg"])
     if group["centered"]:
         variance = variance - _real(state["grad_avg"]) ** 2
@@ -78,13 +76,14 @@ def _rmsprop(rule: UpdateRule, group: Group, state: State, parameter: Tensor) ->
     return _with_share(group["eps"], root, _real(_gradient(group, parameter)))
 
 
-def _adagrad(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor | None:
-    if parameter.grad is None or parameter.grad.is_sparse or group["initial_accumulator_value"]:
+def _adagrad(group: Group, state: State, parameter: Tensor) -> Tensor | None:
+    gradient = _gradient(group, parameter)
+    if gradient.is_sparse or group["initial_accumulator_value"]:
         return None
-    return _with_share(group["eps"], _real(state["sum"]).sqrt(), _real(_gradient(group, parameter)))
+    return _with_share(group["eps"], _real(state["sum"]).sqrt(), _real(gradient))
 
 
-def _adadelta(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:
+def _adadelta(group: Group, state: State, parameter: Tensor) -> Tensor:
     eps, rho = group["eps"], group["rho"]
     scale = _real(state["square_avg"]) + eps
     ratio = _real(_gradient(group, parameter)) ** 2 / scale
@@ -93,7 +92,7 @@ def _adadelta(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -
     return _one_and_mean(eps / scale, (before + eps) * ratio)
 
 
-def _adafactor(rule: UpdateRule, group: Group, state: State, parameter: Tensor) -> Tensor:
+def _adafactor(group: Group, state: State, parameter: Tensor) -> Tensor:
     weight = _real(parameter)
     below: Tensor = weight.square().mean().sqrt() < group["eps"][1]
     return below.to(weight.dtype)
@@ -132,8 +131,7 @@ def _real(tensor: Tensor) -> Tensor:
     return real.to(accumulator(real.dtype))
 
 
-_FORMULAS: dict[Local, Callable[[UpdateRule, Group, State, Tensor], Tensor | None]] = {
-    "exact": _exact,
+_FORMULAS: dict[Local, Callable[[Group, State, Tensor], Tensor | None]] = {
     "adam": _adam,
     "radam": _radam,
     "nadam": _nadam,

@@ -16,12 +16,10 @@ _REGISTERED: dict[type[Optimizer], UpdateRule] = {}
 
 
 def update_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule | None:
-    """Rule of an optimizer, or None for one that nobody has described.
+    """Rule of an optimizer in a parameter group, by default its first, or None where nobody has described it.
 
     A subclass shares the rule of its parent only while it shares its ``step``: one that computes its own step may
     scale differently, and no number is better than a wrong one.
-
-    The rule may depend on the settings of a parameter group; by default it is that of the first.
     """
     rule = find_rule(optimizer, group)
     return rule if isinstance(rule, UpdateRule) else None
@@ -34,18 +32,20 @@ def why_no_rule(optimizer: Optimizer, group: Group | None = None) -> str:
 
 
 def group_of(optimizer: Optimizer, parameter: Tensor) -> Group | None:
-    """The parameter group that a parameter is in."""
     return next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
 
 
 def find_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule | NoRule | None:
     """Rule of an optimizer, or what is known instead."""
     optimizer = acting(optimizer)
-    for parent in type(optimizer).__mro__:
+    lineage: tuple[type[Optimizer], ...] = type(optimizer).__mro__
+    for parent in lineage:
         rule = _REGISTERED.get(parent) or _listed(_dotted(parent))
         if rule is not None:
             group = optimizer.param_groups[0] if group is None else group
-            return _in_group(rule, optimizer, group) if _same_step(type(optimizer), parent) else None
+            # torch wraps `step` in a profiler hook once per class, hence the unwrapping.
+            same_step = inspect.unwrap(type(optimizer).step) is inspect.unwrap(parent.step)
+            return _in_group(rule, optimizer, group) if same_step else None
     return None
 
 
@@ -96,11 +96,6 @@ def _in_group(rule: UpdateRule | NoRule, optimizer: Optimizer, group: Group) -> 
             if group.get(key, getattr(optimizer, key, False)):
                 return _in_group(variant, optimizer, group)
     return rule
-
-
-def _same_step(cls: type[Optimizer], parent: type[Optimizer]) -> bool:
-    # torch wraps `step` in a profiler hook once per class, hence the unwrapping.
-    return inspect.unwrap(cls.step) is inspect.unwrap(parent.step)
 
 
 def register_update_rule(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lightning_normreg._optimizers import _torch
-from lightning_normreg._optimizers._rule import FamilyOrNone, NoRule, UpdateRule
+from lightning_normreg._optimizers._rule import NoRule, UpdateRule
 from lightning_normreg._optimizers._torch import ADAM, ADAMW, EPS, LION, MUON, RADAMW, RMSPROP, SGD
 
 
@@ -19,11 +19,11 @@ def _unpredicted_if(rule: UpdateRule, *conditions: str) -> UpdateRule:
     return rule.given(**dict.fromkeys(conditions, replace(rule, family="")))
 
 
-def _either(decoupled: UpdateRule, coupled: FamilyOrNone = "", key: str = "weight_decouple") -> UpdateRule:
+def _either(decoupled: UpdateRule, key: str = "weight_decouple") -> UpdateRule:
     """A rule with a switch for decoupled decay, which may also be fixed: that leaves the learning rate out of it."""
     fixed = replace(decoupled, family="", decay_degree=0, variants=())
-    rule = replace(decoupled, decay="coupled", family=coupled, decay_degree=None, variants=())
-    return rule.given(**{key: decoupled.given(fixed_decay=fixed)})
+    coupled = replace(decoupled, decay="coupled", family="", decay_degree=None, variants=())
+    return coupled.given(**{key: decoupled.given(fixed_decay=fixed)})
 
 
 def _corrected(rule: UpdateRule) -> UpdateRule:
@@ -46,9 +46,7 @@ _ADOPT = UpdateRule(1, "decoupled", state_degrees=_SECOND, group_degrees=EPS)
 # The momentum of LARS is of steps, which are proportional to the weight; LAMB's is of gradients. Both add the decay
 # before they make the step as long as the weight.
 _LARS = replace(_SGDW, exponent=0, decay="coupled", local="unknown", state_degrees={"momentum_buffer": 1})
-_LAMB = UpdateRule(
-    0, "coupled", "lamb", decay_degree=-1, state_degrees={"exp_avg": -1, "exp_avg_sq": -2}, group_degrees=EPS
-)
+_LAMB = UpdateRule(0, "coupled", "lamb", decay_degree=-1, state_degrees=ADAM, group_degrees=EPS)
 _LAMB_DECOUPLED = replace(_LAMB, decay="decoupled", family="", decay_degree=None)
 _CLAMPED = "is proportional to lr/‖w‖ where the weight's norm is over the bound of its trust ratio"
 _CLIPPED_TRUST = NoRule(
@@ -170,10 +168,8 @@ RULES: Mapping[str, Mapping[str, UpdateRule | NoRule]] = {
     # With `decoupled_weight_decay` the decay is in units of the first learning rate.
     "lion_pytorch": {"Lion": _unpredicted_if(LION, "decoupled_wd"), "cautious_lion.Lion": replace(LION, family="")},
     "muon": {
-        "Muon": _MUON,
-        "SingleDeviceMuon": _MUON,
-        "MuonWithAuxAdam": ADAMW.given(use_muon=_MUON),
-        "SingleDeviceMuonWithAuxAdam": ADAMW.given(use_muon=_MUON),
+        **dict.fromkeys(("Muon", "SingleDeviceMuon"), _MUON),
+        **dict.fromkeys(("MuonWithAuxAdam", "SingleDeviceMuonWithAuxAdam"), ADAMW.given(use_muon=_MUON)),
     },
     "prodigyopt": {"Prodigy": _either(_PRODIGY, key="decouple")},
     "pytorch_optimizer": {

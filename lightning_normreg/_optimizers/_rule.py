@@ -15,7 +15,6 @@ Group = dict[str, Any]
 Degree = int | tuple[int, ...] | Callable[[Group], float]
 StateDegree = int | Callable[[int], float]
 Local = Literal["exact", "adam", "radam", "nadam", "rmsprop", "adagrad", "adadelta", "adafactor", "unknown"]
-FamilyOrNone = FamilyName | Literal[""]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class UpdateRule:
 
     exponent: int  # p: the update of a scale-invariant weight is proportional to ‖w‖^(1−p), its rotation to lr/‖w‖^p
     decay: Decay  # "coupled": added to the gradient; "decoupled": shrinks the weight itself
-    family: FamilyOrNone = ""  # formulas by which its equilibrium with decay is computed
+    family: FamilyName | Literal[""] = ""  # formulas by which its equilibrium with decay is computed
     lr_key: str = "lr"  # of the parameter group, under which the learning rate is set
     used_lr_key: str = ""  # under which the optimizer keeps the learning rate of its last step, where that differs
     lr_factor_keys: tuple[str, ...] = ()  # of further factors of the learning rate
@@ -38,9 +37,8 @@ class UpdateRule:
     # Degrees of entries of the state, where need be as a function of the weight's number of dimensions; None where the
     # state cannot be rescaled.
     state_degrees: Mapping[str, StateDegree] | None = field(default_factory=dict)
-    rate_degrees: Mapping[str, int] = field(
-        default_factory=dict
-    )  # of state that is, or is proportional to, a learning rate
+    # Of state that is, or is proportional to, a learning rate.
+    rate_degrees: Mapping[str, int] = field(default_factory=dict)
     lr_degree: int | None = None  # None for p
     decay_degree: int | None = None  # None for −2 (coupled) and −p (decoupled)
     group_degrees: Mapping[str, Degree] = field(default_factory=dict)  # of other settings, or of each of a tuple

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_normreg._optimizers import Group, UpdateRule, update_rule
+from lightning_normreg._param_groups._rescale import multiply_state
 from lightning_normreg.functional._recipes import EXPONENTS, Shrinkage
 
 
@@ -90,6 +91,10 @@ class DecayFreeLR(LRScheduler):
             self._step_schedule()
         return [self._converted(i) for i in range(len(self.scales))]
 
+    def _converted(self, i: int) -> float:
+        exponent = EXPONENTS[self._rules[i].family]
+        return self._rates[i] / (self.scales[i] ** (exponent - 1) * self._shrunk(i).scale)
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, the inner schedule included: plain numbers."""
         left_out = ("optimizer", "schedule", "_rules")
@@ -134,8 +139,8 @@ class DecayFreeLR(LRScheduler):
         # Under coupled decay the momentum is that of a run without decay, and only projection rescales it.
         coupled = rule.decay == "coupled"
         factor = 1 / self._growths[i] if coupled else before / self.scales[i]
-        if factor != 1.0:
-            _rescale_state(self.optimizer, group, rule, factor)
+        for weight in group["params"] if factor != 1.0 else ():
+            multiply_state(self.optimizer, weight, rule, factor)
         for key, degree in rule.group_degrees.items():
             assert isinstance(degree, int)
             group[key] = self._constants[i][key] * self.scales[i] ** -degree
@@ -158,10 +163,6 @@ class DecayFreeLR(LRScheduler):
                 group["lr"] = rate
         self.schedule.step()
         self._rates = [float(group["lr"]) for group in groups]
-
-    def _converted(self, i: int) -> float:
-        exponent = EXPONENTS[self._rules[i].family]
-        return self._rates[i] / (self.scales[i] ** (exponent - 1) * self._shrunk(i).scale)
 
 
 def _convertible(optimizer: Optimizer, group: Group) -> UpdateRule:
@@ -191,12 +192,3 @@ def _radius(group: Group) -> float:
 
 def _norm(weight: Tensor) -> float:
     return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-
-
-def _rescale_state(optimizer: Optimizer, group: Group, rule: UpdateRule, factor: float) -> None:
-    """State as it would be had every weight been so many times as large in all steps."""
-    for weight in group["params"]:
-        for key, power in rule.state_powers(weight.dim()).items():
-            value = optimizer.state[weight].get(key)
-            if isinstance(value, Tensor):
-                value.mul_(factor**power)

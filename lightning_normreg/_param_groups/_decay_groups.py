@@ -10,18 +10,9 @@ from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
-from torch.nn.parameter import Parameter
 
 from lightning_normreg._param_groups._regroup import load_by_name
-from lightning_normreg._weights import (
-    ROLES,
-    ParameterRole,
-    clean_name,
-    find_flat_pieces,
-    match,
-    named_roles,
-    whole_shape,
-)
+from lightning_normreg._weights import ROLES, clean_name, find_flat_pieces, match, named_roles, whole_shape
 
 
 def decay_groups(
@@ -92,6 +83,7 @@ def decay_groups(
     forced = _forced(module, {name: role.aliases for name, _, role in found}, wanted)
 
     groups: dict[tuple[str, float], dict[str, Any]] = {}
+    bare = []
     for name, parameter, role in sorted(trainable, key=lambda entry: ROLES.index(entry[2].role)):
         base = by_role.get(role.role)
         usual = weight_decay if base is None or base == "auto" else base
@@ -103,7 +95,9 @@ def decay_groups(
         )
         group["params"].append(parameter)
         group["param_names"].append(name)
-    _say(list(groups.values()), trainable, [name for name, p, _ in found if not p.requires_grad])
+        if role.role == "other" and decay:
+            bare.append(f"{name} ({'×'.join(map(str, whole_shape(parameter))) or 'scalar'})")
+    _say(list(groups.values()), bare, [name for name, p, _ in found if not p.requires_grad])
     return list(groups.values())
 
 
@@ -181,14 +175,9 @@ def _no_weight_decay(module: nn.Module, names: Mapping[str, tuple[str, ...]]) ->
                     yield name
 
 
-def _say(
-    groups: list[dict[str, Any]], trainable: list[tuple[str, Parameter, ParameterRole]], frozen: list[str]
-) -> None:
-    role = {name: r.role for name, _, r in trainable}
-    shape = {name: "×".join(map(str, whole_shape(p))) or "scalar" for name, p, _ in trainable}
+def _say(groups: list[dict[str, Any]], bare: list[str], frozen: list[str]) -> None:
     sizes = ", ".join(f"{g['name']} {g['weight_decay']:g} ({len(g['params'])} parameters)" for g in groups)
     rank_zero_info(f"Decay groups: {sizes}.")
-    bare = [f"{n} ({shape[n]})" for g in groups if g["weight_decay"] for n in g["param_names"] if role[n] == "other"]
     if bare:
         rank_zero_info(
             f"Decayed although neither weight nor embedding: {', '.join(bare)}. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -27,23 +28,23 @@ def load_by_name(
     A state whose groups are as long as the optimizer's, and have the same names if any, is loaded as it is. Schedulers
     come with the states that they are going to load, which are changed in place.
     """
-    named = [(clean_name(name), p) for name, p in module.named_parameters()]
-    hook = _Regroup(named, schedulers)
+    hook = _Regroup([(clean_name(name), p) for name, p in module.named_parameters()], schedulers)
     return [optimizer.register_load_state_dict_pre_hook(hook) for optimizer in optimizers]
 
 
+@dataclass
 class _Regroup:
-    def __init__(
-        self, named: Sequence[tuple[str, nn.Parameter]], schedulers: Sequence[tuple[Scheduler, State]]
-    ) -> None:
-        self._named = list(named)
-        self._names = {p: name for name, p in named}
-        self._schedulers = list(schedulers)
+    named: Sequence[tuple[str, nn.Parameter]]
+    schedulers: Sequence[tuple[Scheduler, State]]
 
     def __call__(self, optimizer: Optimizer, state: State) -> State | None:
-        wanted = [[self._names.get(p, "") for p in group["params"]] for group in optimizer.param_groups]
-        saved = _saved_names(state)
-        same_lengths = [len(g["params"]) for g in state["param_groups"]] == [len(names) for names in wanted]
+        names_of = {p: name for name, p in self.named}
+        wanted = [[names_of.get(p, "") for p in group["params"]] for group in optimizer.param_groups]
+        groups = state["param_groups"]
+        saved = None
+        if all(len(g.get("param_names") or ()) == len(g["params"]) for g in groups):
+            saved = [[clean_name(name) for name in g["param_names"]] for g in groups]
+        same_lengths = [len(g["params"]) for g in groups] == [len(names) for names in wanted]
         if saved == wanted or (same_lengths and saved is None):
             return None
         if saved is None:
@@ -56,8 +57,8 @@ class _Regroup:
         """Names of the parameters in the one group of a state without names, as ``module.parameters()`` has them."""
         groups = state["param_groups"]
         numbers = groups[0]["params"]
-        everything = [name for name, _ in self._named]
-        trained = [name for name, p in self._named if p.requires_grad]
+        everything = [name for name, _ in self.named]
+        trained = [name for name, p in self.named if p.requires_grad]
         for names in (everything, trained) if len(groups) == 1 else ():
             if len(names) == len(numbers) and self._fits(state, dict(zip(numbers, names, strict=True))):
                 return names
@@ -73,7 +74,7 @@ class _Regroup:
 
     def _fits(self, state: State, names: Mapping[int, str]) -> bool:
         """Whether entries of the state have shapes that go with the parameters."""
-        shapes = {name: p.shape for name, p in self._named}
+        shapes = {name: p.shape for name, p in self.named}
         return all(
             len(entry.shape) != len(shapes[names[index]])
             or all(size in (1, other) for size, other in zip(entry.shape, shapes[names[index]], strict=True))
@@ -99,18 +100,11 @@ class _Regroup:
                 if name in place and place[name][1] in state["state"]:
                     states[new] = state["state"][place[name][1]]
             done += len(names)
-        for scheduler, its_state in self._schedulers:
+        for scheduler, its_state in self.schedulers:
             if scheduler.optimizer is optimizer:
                 select_groups(its_state, sources, len(old))
         _say(optimizer, saved, wanted)
         return {**state, "param_groups": groups, "state": states}
-
-
-def _saved_names(state: State) -> list[list[str]] | None:
-    groups = state["param_groups"]
-    if not all(len(g.get("param_names") or ()) == len(g["params"]) for g in groups):
-        return None
-    return [[clean_name(name) for name in g["param_names"]] for g in groups]
 
 
 def _source(optimizer: Optimizer, old: list[State], candidates: list[int], names: list[str]) -> int:

@@ -1,7 +1,11 @@
-"""Multiplying a weight while it trains, so that its directions go on as if nothing had happened."""
+"""Multiplying a weight while it trains, so that its directions go on as if nothing had happened.
+
+It gets a parameter group of its own, also in a run that is resumed.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import Group, NoRule, UpdateRule, find_rule, group_of
-from lightning_normreg._param_groups._scheduler_rates import GROUP_RATES, Scheduler, check_schedulers, multiply_rates
-from lightning_normreg._param_groups._split import split_off
+from lightning_normreg._param_groups import _scheduler_rates
+from lightning_normreg._param_groups._scheduler_rates import Scheduler
+
+# Key in a group that was split off: index of the group that it was in, and its position there at that time.
+_ORIGIN = "split_from"
 
 
 @torch.no_grad()
@@ -64,16 +71,69 @@ def rescale_(
     group = group_of(optimizer, parameter)
     if group is None:
         raise ValueError(f"`parameter` must be one of the optimizer's, got one of shape {tuple(parameter.shape)}.")
-    rule = _rule(optimizer, group, parameter)
+    factor, rule = float(factor), _rule(optimizer, group, parameter)
     rate = rule.exponent if rule.lr_degree is None else rule.lr_degree
-    check_schedulers(optimizer, schedulers, rates=bool(rate))
+    _scheduler_rates.check_schedulers(optimizer, schedulers, rates=bool(rate))
 
-    index = split_off(optimizer, parameter, schedulers)
-    group = optimizer.param_groups[index]
-    _multiply_weight(optimizer, parameter, rule, float(factor))
-    _multiply_group(group, rule, float(factor), float(rate))
-    multiply_rates(schedulers, index, float(factor) ** rate)
+    groups = optimizer.param_groups
+    index = next(number for number, other in enumerate(groups) if other is group)
+    if len(group["params"]) > 1:
+        position = next(place for place, p in enumerate(group["params"]) if p is parameter)
+        _split(optimizer, index, position, schedulers)
+        index, group = len(groups) - 1, groups[-1]
+    parameter.mul_(factor)
+    if parameter.grad is not None:
+        parameter.grad.div_(factor)
+    multiply_state(optimizer, parameter, rule, factor)
+    decay = {"coupled": -2.0, "decoupled": -float(rate), "none": 0.0}[rule.decay]
+    degrees: dict[str, Any] = {"weight_decay": decay if rule.decay_degree is None else rule.decay_degree}
+    degrees |= dict.fromkeys((rule.lr_key, *_scheduler_rates.GROUP_RATES), float(rate))
+    for key, degree in {**degrees, **rule.group_degrees}.items():
+        if key in group:
+            group[key] = _scaled(group[key], factor, degree, group)
+    _scheduler_rates.multiply_rates(schedulers, index, factor**rate)
     return group
+
+
+def accept_rescaled(optimizer: Optimizer, schedulers: Sequence[Scheduler] = ()) -> None:
+    """Let a fresh optimizer load the state of a run in which weights were rescaled.
+
+    :func:`rescale_` gives a weight a parameter group of its own. A fresh optimizer does not have that group, and
+    refuses a state that has; after this call it splits its groups in the same way before it loads such a state. Call it
+    where the optimizer is made, in ``configure_optimizers``. Without rescaled weights it changes nothing.
+
+    Args:
+        optimizer: The fresh optimizer.
+        schedulers: Its learning-rate schedulers, which are to load their state after it.
+
+    Raises:
+        TypeError: If a scheduler is none of torch's own.
+        ValueError: If a scheduler is of another optimizer.
+
+    Examples:
+        >>> import torch
+        >>> def make():
+        ...     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+        ...     return weights, torch.optim.SGD(weights, lr=0.1)
+        >>> from lightning_normreg import rescale_
+        >>> weights, optimizer = make()
+        >>> _ = rescale_(optimizer, weights[1], 2.0)
+        >>> weights, fresh = make()
+        >>> accept_rescaled(fresh)
+        >>> fresh.load_state_dict(optimizer.state_dict())
+        >>> [(group["lr"], len(group["params"])) for group in fresh.param_groups]
+        [(0.1, 2), (0.4, 1)]
+    """
+    _scheduler_rates.check_schedulers(optimizer, schedulers, rates=False)
+
+    def split_like(optimizer: Optimizer, state: dict[str, Any]) -> None:
+        for saved in state["param_groups"][len(optimizer.param_groups) :]:
+            if _ORIGIN not in saved:
+                return  # somebody else's group, of which torch will say that it is missing
+            index, position = saved[_ORIGIN]
+            _split(optimizer, index, position, schedulers)
+
+    optimizer.register_load_state_dict_pre_hook(split_like)
 
 
 def _rule(optimizer: Optimizer, group: Group, parameter: Tensor) -> UpdateRule:
@@ -99,10 +159,25 @@ def _rule(optimizer: Optimizer, group: Group, parameter: Tensor) -> UpdateRule:
     return rule
 
 
-def _multiply_weight(optimizer: Optimizer, parameter: Tensor, rule: UpdateRule, factor: float) -> None:
-    parameter.mul_(factor)
-    if parameter.grad is not None:
-        parameter.grad.div_(factor)
+def _split(optimizer: Optimizer, index: int, position: int, schedulers: Sequence[Scheduler]) -> None:
+    parent = optimizer.param_groups[index]
+    names: list[str] = parent.get("param_names", [])
+    group = {key: copy.deepcopy(value) for key, value in parent.items() if key not in ("params", "param_names")}
+    parameter = parent["params"][position]
+    parent["params"] = [p for p in parent["params"] if p is not parameter]
+    if names:
+        parent["param_names"] = names[:position] + names[position + 1 :]
+    if "name" in group:
+        taken = {g.get("name") for g in optimizer.param_groups}
+        tries = (f"{group['name']}-{number}" for number in range(len(taken) + 1))
+        group["name"] = next(name for name in tries if name not in taken)
+    group[_ORIGIN] = (index, position)
+    optimizer.add_param_group(group | {"params": [(names[position], parameter)] if names else [parameter]})
+    _scheduler_rates.add_group(schedulers, index, len(optimizer.param_groups) - 1)
+
+
+def multiply_state(optimizer: Optimizer, parameter: Tensor, rule: UpdateRule, factor: float) -> None:
+    """Make the state of a parameter what it would be had that been so many times as large in all steps."""
     state = optimizer.state.get(parameter, {})
     for key, power in {**rule.state_powers(parameter.ndim), **rule.rate_degrees}.items():
         if key in state:
@@ -113,15 +188,6 @@ def _times(value: Any, factor: float) -> Any:
     if isinstance(value, list):
         return [_times(v, factor) for v in value]
     return value.mul_(factor) if isinstance(value, Tensor) else value * factor
-
-
-def _multiply_group(group: Group, rule: UpdateRule, factor: float, rate: float) -> None:
-    decay = {"coupled": -2.0, "decoupled": -rate, "none": 0.0}[rule.decay]
-    degrees: dict[str, Any] = {"weight_decay": decay if rule.decay_degree is None else rule.decay_degree}
-    degrees |= dict.fromkeys((rule.lr_key, *GROUP_RATES), rate)
-    for key, degree in {**degrees, **rule.group_degrees}.items():
-        if key in group:
-            group[key] = _scaled(group[key], factor, degree, group)
 
 
 def _scaled(value: Any, factor: float, degree: Any, group: Group) -> Any:

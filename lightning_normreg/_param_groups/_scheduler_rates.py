@@ -15,24 +15,11 @@ _OTHERS = ("lr_lambdas", "base_momentums", "max_momentums")
 # Learning rates that schedulers keep in the parameter groups themselves.
 GROUP_RATES = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 
-_KNOWN = (
-    lr_scheduler.ChainedScheduler,
-    lr_scheduler.ConstantLR,
-    lr_scheduler.CosineAnnealingLR,
-    lr_scheduler.CosineAnnealingWarmRestarts,
-    lr_scheduler.CyclicLR,
-    lr_scheduler.ExponentialLR,
-    lr_scheduler.LambdaLR,
-    lr_scheduler.LinearLR,
-    lr_scheduler.MultiplicativeLR,
-    lr_scheduler.MultiStepLR,
-    lr_scheduler.OneCycleLR,
-    lr_scheduler.PolynomialLR,
-    lr_scheduler.ReduceLROnPlateau,
-    lr_scheduler.SequentialLR,
-    lr_scheduler.StepLR,
-    swa_utils.SWALR,
+_NAMES = (
+    "ChainedScheduler ConstantLR CosineAnnealingLR CosineAnnealingWarmRestarts CyclicLR ExponentialLR LambdaLR "
+    "LinearLR MultiplicativeLR MultiStepLR OneCycleLR PolynomialLR ReduceLROnPlateau SequentialLR StepLR"
 )
+_KNOWN = {swa_utils.SWALR, *(getattr(lr_scheduler, name) for name in _NAMES.split())}
 
 
 def flatten(schedulers: Iterable[Scheduler]) -> list[Scheduler]:
@@ -87,7 +74,6 @@ def select_groups(state: dict[str, Any], sources: Sequence[int], count: int) -> 
 
 
 def multiply_rates(schedulers: Iterable[Scheduler], index: int, factor: float) -> None:
-    """Multiply the learning rates of one group in every scheduler."""
     for scheduler in flatten(schedulers):
         for key in _RATES:
             entries = getattr(scheduler, key, None)

@@ -1,6 +1,6 @@
 """Pictures of logged curves, and reading logs."""
 
-from lightning_normreg._plot._history import History as History
 from lightning_normreg._plot._page import plot_curves as plot_curves
-from lightning_normreg._plot._run_logs import read_runs as read_runs
+from lightning_normreg._plot._run import History as History
+from lightning_normreg._plot._run import read_runs as read_runs
 from lightning_normreg._plot._style import shortened as shortened

@@ -8,8 +8,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from lightning_normreg._compat import optional_import
-from lightning_normreg._plot._heat_maps import draw_heat_map, heat_maps_of
-from lightning_normreg._plot._panels import Panel, draw, panels_of
+from lightning_normreg._plot._panels import Panel, draw, draw_heat_map, heat_maps_of, panels_of
 from lightning_normreg._plot._run import LoggedRun, all_layers, choose, runs_of
 from lightning_normreg._plot._style import Depth, one_scale, short_names
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from lightning_normreg._plot._run import Source
 
 MANY_RUNS = 8
-GRID = {1: 1, 2: 2, 3: 3, 4: 2, 5: 3, 6: 3}
-"""Columns for so many panels of one run."""
 HEIGHT, WIDTH, HEAT_HEIGHT = 2.9, 4.6, 2.6
 """Of a panel, in inches."""
 
@@ -60,7 +57,6 @@ def plot_curves(
         [0.1, 0.2]
     """
     optional_import("pandas")
-    figure_type = optional_import("matplotlib.figure").Figure
     found = choose(runs_of(runs), layers)
     if len(found) > MANY_RUNS:
         raise ValueError(f"`runs` must be at most {MANY_RUNS} to fit on a page, got {len(found)}. Name fewer folders.")
@@ -70,20 +66,17 @@ def plot_curves(
             "`runs` must have a curve that a page shows: effective_lr, unit_norm_rms, rotation or "
             "equilibrium_ratio. Log with WeightNormMonitor and EffectiveLRMonitor."
         )
-    columns = len(found) if len(found) > 1 else GRID[len(panels)]
-    rows = len(panels) if len(found) > 1 else -(-len(panels) // columns)
+    several = len(found) > 1
+    columns = len(found) if several else 2 if len(panels) == 4 else min(len(panels), 3)
+    rows = len(panels) if several else -(-len(panels) // columns)
     size = (max(columns, 2) * WIDTH, rows * HEIGHT + len(heat_maps) * HEAT_HEIGHT + 0.8)
-    figure: Figure = figure_type(figsize=size, layout="constrained", dpi=120)
+    figure: Figure = optional_import("matplotlib.figure").Figure(figsize=size, layout="constrained", dpi=120)
     heights = [HEIGHT] * rows + [HEAT_HEIGHT] * len(heat_maps)
     grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
     depth = Depth(all_layers(found))
-    lines = (
-        _side_by_side(figure, grid, panels, found, depth)
-        if len(found) > 1
-        else _one_run(figure, grid, panels, found[0], depth)
-    )
+    lines = (_side_by_side if several else _one_run)(figure, grid, panels, found, depth)
     for place, heat_map in enumerate(heat_maps, rows):
-        spans = [grid[place, c] for c in range(columns)] if len(found) > 1 else [grid[place, :]]
+        spans = [grid[place, c] for c in range(columns)] if several else [grid[place, :]]
         row = [figure.add_subplot(span) for span in spans]
         draw_heat_map(figure, row, heat_map, found, depth)
         row[0].set_title(heat_map.title, loc="left", fontsize="medium")
@@ -96,12 +89,12 @@ def plot_curves(
     return figure
 
 
-def _one_run(figure: Any, grid: Any, panels: Sequence[Panel], run: LoggedRun, depth: Depth) -> list[Any]:
+def _one_run(figure: Any, grid: Any, panels: Sequence[Panel], runs: Sequence[LoggedRun], depth: Depth) -> list[Any]:
     """Panels in reading order."""
     found = []
     for place, panel in enumerate(panels):
         axes = figure.add_subplot(grid[place // grid.ncols, place % grid.ncols])
-        draw(axes, panel, run, depth)
+        draw(axes, panel, runs[0], depth)
         axes.set_title(panel.title, fontsize="medium")
         axes.set_ylabel(panel.label)
         found.append(axes)

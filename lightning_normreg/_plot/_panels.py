@@ -10,7 +10,7 @@ from lightning_normreg import _metrics
 from lightning_normreg._compat import optional_import
 from lightning_normreg._metrics import EQUILIBRIUM_TOLERANCE, Curve
 from lightning_normreg._plot._run import LoggedRun
-from lightning_normreg._plot._style import Depth, axis_label, log_axis, step_axis
+from lightning_normreg._plot._style import Depth, axis_label, log_axis, set_log_ticks, spread, step_axis
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +21,10 @@ POINTS = 1000
 """Points of a line above which it is drawn as its extremes."""
 PREDICTED = "tab:red"
 BAND = f"±{EQUILIBRIUM_TOLERANCE:.0%}"
+DEEP = 16
+"""Layers from which on a page has heat maps."""
+COLUMNS = 500
+"""Steps in a heat map; of more the geometric mean over neighbours is shown."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,9 @@ class Panel:
 
     @property
     def label(self) -> str:
-        """Symbol and unit."""
         return "η / $n^p$ over its first value [1]" if self.of_summary else axis_label(self.curve)
 
     def is_of(self, run: LoggedRun) -> bool:
-        """Whether a run has anything to show in it."""
         if self.of_summary:
             return run.summary(self.curve) is not None and run.is_partial(_metrics.ROTATION)
         compared = self.curve is not _metrics.EFFECTIVE_LR and run.summary(self.curve) is not None
@@ -58,7 +60,6 @@ NOT_INVARIANT = Panel("effective learning rate, not scale-invariant", _metrics.E
 
 
 def panels_of(runs: Sequence[LoggedRun]) -> list[Panel]:
-    """The panels that any of the runs has something for."""
     found = [panel for panel in PANELS if any(panel.is_of(run) for run in runs)]
     if not any(run.layers(_metrics.EFFECTIVE_LR) for run in runs) and any(NOT_INVARIANT.is_of(run) for run in runs):
         found.insert(0, NOT_INVARIANT)
@@ -66,7 +67,6 @@ def panels_of(runs: Sequence[LoggedRun]) -> list[Panel]:
 
 
 def draw(axes: Any, panel: Panel, run: LoggedRun, depth: Depth) -> None:
-    """Draw one run's curves into a panel."""
     shown: list[pd.Series[float]] = []
     if panel.of_summary or (panel.curve is not _metrics.EFFECTIVE_LR and run.is_partial(panel.curve)):
         shown += _draw_summary(axes, run.summary(panel.curve))
@@ -148,3 +148,81 @@ def _extremes(values: pd.Series[float]) -> pd.Series[float]:
     parts = [(start, numbers[start : start + stride]) for start in range(0, len(values), stride)]
     places = {start + int(place) for start, part in parts for place in (part.argmin(), part.argmax())}
     return values.iloc[sorted(places)]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One picture of layers × steps."""
+
+    title: str
+    curve: Curve  # one row of each layer
+    relative: bool = False  # divided by its first positive value
+
+    @property
+    def label(self) -> str:
+        label = axis_label(self.curve)
+        return f"{label.partition(' [')[0]} over its first [1]" if self.relative else label
+
+    def table(self, run: LoggedRun) -> pd.DataFrame:
+        """Positive values, a row for each step."""
+        found: pd.DataFrame = optional_import("pandas").DataFrame(run.lines(self.curve)).sort_index()
+        found = found[found > 0]
+        if self.relative and len(found):
+            found = found / found.bfill().iloc[0]
+        return found
+
+
+HEAT_MAPS = (
+    HeatMap("rotation per step", _metrics.ROTATION),
+    HeatMap("effective learning rate over its first value", _metrics.EFFECTIVE_LR, relative=True),
+)
+
+
+def heat_maps_of(runs: Sequence[LoggedRun]) -> list[HeatMap]:
+    return [h for h in HEAT_MAPS if any(len(run.layers(h.curve)) > DEEP and _has_any(h.table(run)) for run in runs)]
+
+
+def draw_heat_map(figure: Any, row: Sequence[Any], heat_map: HeatMap, runs: Sequence[LoggedRun], depth: Depth) -> None:
+    """Draw one heat map of each run, with one colour bar for all."""
+    colors = optional_import("matplotlib.colors")
+    tables = [heat_map.table(run) for run in runs]
+    extremes = [(table.min().min(), table.max().max()) for table in tables if _has_any(table)]
+    low, high = min(e[0] for e in extremes), max(e[1] for e in extremes)
+    if heat_map.relative:
+        high = max(high, 1 / low, 1.01)
+        low = 1 / high
+    scale = colors.LogNorm(low, max(high, low * 1.01))
+    colours = "RdBu_r" if heat_map.relative else "magma"
+    for axes, table in zip(row, tables, strict=True):
+        if _has_any(table):
+            _draw_cells(axes, table, scale, colours)
+        named = axes is row[0] or list(table.columns) != list(tables[0].columns)
+        places = spread(len(table.columns))
+        names = [depth.labels[table.columns[place]] for place in places] if named else [""] * len(places)
+        axes.set_yticks(places, names, fontsize="x-small")
+        axes.set_ylabel("layer, by depth")
+        step_axis(axes)
+    mappable = optional_import("matplotlib.cm").ScalarMappable(scale, colours)
+    bar = figure.colorbar(mappable, ax=list(row), label=heat_map.label, fraction=0.03, pad=0.01)
+    set_log_ticks(bar.ax.yaxis, scale.vmin, scale.vmax)
+    bar.minorticks_off()
+
+
+def _has_any(table: pd.DataFrame) -> bool:
+    return bool(table.notna().to_numpy().any())
+
+
+def _draw_cells(axes: Any, table: pd.DataFrame, scale: Any, colours: str) -> None:
+    numpy = optional_import("numpy")
+    stride = -(-len(table) // COLUMNS)
+    if stride > 1:
+        groups = numpy.arange(len(table)) // stride
+        middles = table.index.to_series().groupby(groups).mean()
+        table = numpy.exp(numpy.log(table).groupby(groups).mean()).set_index(middles)
+    steps = table.index.to_numpy(float)
+    half = numpy.diff(steps) / 2
+    first, last = (half[0], half[-1]) if len(half) else (0.5, 0.5)
+    edges = numpy.concatenate([[steps[0] - first], steps[:-1] + half, [steps[-1] + last]])
+    rows = numpy.arange(len(table.columns) + 1) - 0.5
+    axes.pcolormesh(edges, rows, table.T, norm=scale, cmap=colours, rasterized=True)
+    axes.invert_yaxis()

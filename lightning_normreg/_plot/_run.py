@@ -1,30 +1,74 @@
-"""Curves of one run as what is drawn of them: lines of layers, and summaries over layers."""
+"""Curves of one run: as a monitor keeps them, and as what is drawn of them, lines of layers and summaries over layers.
+
+Those of past runs are read back from what loggers wrote: TensorBoard's event files, or the table of a CSVLogger.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning_normreg import _metrics
 from lightning_normreg._compat import optional_import
 from lightning_normreg._metrics import Curve
-from lightning_normreg._plot._run_logs import by_step, read_runs
 from lightning_normreg._weights import check_globs, match
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
     Source: TypeAlias = "str | os.PathLike[str] | pd.DataFrame | Sequence[pd.DataFrame]"
-    Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+TABLE = "metrics.csv"
+_EVENTS = "tfevents"
+
+
+class History:
+    """Columns of a run of any length: when full, every second row goes, and from then on every second is kept.
+
+    >>> history = History(limit=4)
+    >>> for step in range(9):
+    ...     history.add({"step": step})
+    >>> history.to_frame()["step"].tolist()
+    [0, 4, 8]
+    """
+
+    def __init__(self, limit: int = 10_000) -> None:
+        self._columns: dict[str, array[float]] = {}
+        self._length = 0
+        self._limit = limit
+        self._stride = 1
+        self._seen = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Append a row, unless it falls between two that are kept."""
+        if self._seen % self._stride == 0:
+            for tag in [tag for tag in row if tag not in self._columns]:
+                self._columns[tag] = array("d", [nan]) * self._length
+            for tag, column in self._columns.items():
+                column.append(row.get(tag, nan))
+            self._length += 1
+        self._seen += 1
+        if self._length > self._limit:
+            self._columns = {tag: column[::2] for tag, column in self._columns.items()}
+            self._length = -(-self._length // 2)
+            self._stride *= 2
+
+    def to_frame(self) -> pd.DataFrame:
+        frame: pd.DataFrame = optional_import("pandas").DataFrame(self._columns)
+        return frame.astype({tag: int for tag in ("step", "epoch") if tag in frame})
 
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """One run."""
-
     name: str  # what stands above it
     table: pd.DataFrame  # a row for each step, a column for each tag without prefix, in the order of the layers
 
@@ -70,7 +114,6 @@ class LoggedRun:
 
 
 def runs_of(source: Source | Mapping[str, Source]) -> list[LoggedRun]:
-    """The runs that are to be drawn."""
     if isinstance(source, Mapping):
         found = []
         for name, part in source.items():
@@ -88,7 +131,7 @@ def runs_of(source: Source | Mapping[str, Source]) -> list[LoggedRun]:
                 f"these, got {source!r}. Use {{'first': folder, 'second': other}} for several runs."
             )
         with_step = [frame for frame in frames if "step" in frame.columns]
-        tables = by_step(pandas.concat(with_step, ignore_index=True)) if with_step else {}
+        tables = _by_step(pandas.concat(with_step, ignore_index=True)) if with_step else {}
         if not tables:
             raise ValueError(
                 "`runs` must have curves of this package, but the data frame has none. Use history() of a monitor; "
@@ -111,3 +154,99 @@ def choose(runs: list[LoggedRun], globs: Sequence[str] | None) -> list[LoggedRun
     check_globs("layers", globs)
     names: dict[str, list[str]] = {name: [] for name in all_layers(runs)}
     return [run.chosen({layer for glob in globs for layer in match(glob, names, "layers")}) for run in runs]
+
+
+def read_runs(path: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
+    """By name the curves of the run in a folder, an event file or a CSV file; else of all runs beneath the folder.
+
+    The name of a run is its path, with the prefix where there are several. There is one row for each step, and one
+    column for each tag of the table of curves, without any prefix. A ``ValueError`` says that there is no such path, no
+    log in it, none of our curves in the logs, or that a file cannot be read.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise ValueError(f"There is no {str(path)!r}. Give the folder that a logger wrote: lightning_logs/version_0.")
+    found = _named(str(path), _read_file(place) if place.is_file() else _read_folder(place))
+    beneath = () if found else {Path(folder) for folder, _, _ in os.walk(place)} - {place}
+    for folder in sorted(beneath, key=_natural):
+        found |= _named(str(folder), _read_folder(folder))
+    if found:
+        return found
+    if place.is_file() or any(_EVENTS in file or file == TABLE for _, _, files in os.walk(place) for file in files):
+        raise ValueError(
+            f"{str(path)!r} has logs, but no curves of this package. "
+            "Train with Trainer(callbacks=[WeightNormMonitor(), EffectiveLRMonitor()]), or by lightning-normreg fit."
+        )
+    raise ValueError(
+        f"{str(path)!r} has no logs: neither an event file of TensorBoard nor a {TABLE}, also beneath it. "
+        "Use the folder that a TensorBoardLogger or CSVLogger wrote, such as lightning_logs/version_0."
+    )
+
+
+def _by_step(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The columns of a table that are curves of ours, a row for each ``step``, whose last value counts, by prefix."""
+    found: dict[str, dict[str, str]] = {}
+    for column in frame.columns:
+        parts = _metrics.split_tag(str(column))
+        if parts:
+            found.setdefault(parts[0], {})[column] = parts[1]
+    tables = {}
+    for prefix, names in found.items():
+        numbers = frame[["step", *names]].apply(optional_import("pandas").to_numeric, errors="coerce")
+        rows = numbers.dropna(subset="step").groupby("step").last().dropna(how="all")
+        table = rows.rename(columns=names).T.groupby(level=0, sort=False).last().T  # old and new tags of one curve
+        if len(table):
+            tables[prefix] = table
+    return tables
+
+
+def _read_folder(folder: Path) -> dict[str, pd.DataFrame]:
+    """TensorBoard's log first: it has kept the order of the layers, which a CSVLogger sorts by name."""
+    files = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    events = _read_events(folder) if any(_EVENTS in file for file in files) else {}
+    return events or (_read_table(folder / TABLE) if TABLE in files else {})
+
+
+def _read_file(file: Path) -> dict[str, pd.DataFrame]:
+    if _EVENTS in file.name:
+        return _read_events(file)
+    if file.suffix == ".csv":
+        return _read_table(file)
+    raise ValueError(f"{str(file)!r} is neither an event file of TensorBoard nor a CSV file. Use the folder it is in.")
+
+
+def _read_events(path: Path) -> dict[str, pd.DataFrame]:
+    module = optional_import("tensorboard.backend.event_processing.event_accumulator")
+    # 0: all points; of what is not a curve as little as possible.
+    sizes = dict.fromkeys(module.DEFAULT_SIZE_GUIDANCE, 1) | {module.SCALARS: 0}
+    try:
+        log: Any = module.EventAccumulator(str(path), size_guidance=sizes).Reload()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as TensorBoard's log: {error}") from error
+    pandas = optional_import("pandas")
+    tags = [tag for tag in log.Tags()["scalars"] if _metrics.split_tag(tag)]
+    # Of a resumed run the last value of a step counts.
+    curves = {tag: pandas.Series({e.step: e.value for e in log.Scalars(tag)}, dtype=float) for tag in tags}
+    return _by_step(pandas.DataFrame(curves, columns=tags).rename_axis("step").reset_index())
+
+
+def _read_table(file: Path) -> dict[str, pd.DataFrame]:
+    pandas = optional_import("pandas")
+    try:
+        frame = pandas.read_csv(file)
+    except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
+        raise ValueError(f"{str(file)!r} cannot be read as a table of CSVLogger: {error}") from error
+    if "step" not in frame.columns:
+        if any(_metrics.split_tag(str(column)) for column in frame.columns):
+            raise ValueError(f"{str(file)!r} has no column 'step'. Use the metrics.csv of a CSVLogger as it is.")
+        return {}
+    return _by_step(frame[sorted(frame.columns, key=_natural)])
+
+
+def _named(path: str, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    return {path if len(tables) == 1 else f"{path} ({prefix or 'no prefix'})": t for prefix, t in tables.items()}
+
+
+def _natural(name: object) -> list[tuple[int, str]]:
+    """Sort key by which layers.2 comes before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(name))]

@@ -125,7 +125,6 @@ def one_scale(row: Sequence[Any]) -> None:
 
 
 def set_log_ticks(axis: Any, low: float, high: float) -> None:
-    """Ticks of a logarithmic axis."""
     ticker = optional_import("matplotlib.ticker")
     span = high / low
     digits = (1, 2, 3, 5) if span < 20 else (1, 2, 5) if span < 300 else (1,)

@@ -6,8 +6,8 @@ from lightning_normreg._reports._inspection import InspectedParameter as Inspect
 from lightning_normreg._reports._inspection import as_parameters as as_parameters
 from lightning_normreg._reports._inspection import inspect_parameters as inspect_parameters
 from lightning_normreg._reports._inspection import inspection_table as inspection_table
-from lightning_normreg._reports._matching import match_parameters as match_parameters
 from lightning_normreg._reports._saved_optimizers import SavedGroup as SavedGroup
+from lightning_normreg._reports._saved_optimizers import match_parameters as match_parameters
 from lightning_normreg._reports._saved_optimizers import saved_groups as saved_groups
 from lightning_normreg._reports._summary import SummaryRow as SummaryRow
 from lightning_normreg._reports._summary import markdown_summary as markdown_summary

@@ -122,7 +122,9 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, tuple
     seen: dict[tuple[Any, ...], str] = {}
     for raw, value in state.items():
         name = clean_name(raw)
-        if not _may_be_parameter(name, value):
+        is_plain = isinstance(value, Tensor) and type(value.data) is Tensor and value.layout == torch.strided
+        has_numbers = is_plain and (value.is_floating_point() or value.is_complex())
+        if not has_numbers or name.rpartition(".")[2] in _BUFFERS:
             left_out.append(name)
             continue
         # torch keeps in the file which tensors share their memory.
@@ -133,16 +135,6 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, tuple
             seen[place] = name
             tensors[name] = value
     return tensors, aliases, tuple(left_out)
-
-
-def _may_be_parameter(name: str, value: object) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and type(value.data) is Tensor
-        and value.layout == torch.strided
-        and (value.is_floating_point() or value.is_complex())
-        and name.rpartition(".")[2] not in _BUFFERS
-    )
 
 
 def _optimizers(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,7 +15,16 @@ from torch.nn.parameter import Parameter
 from lightning_normreg._optimizers import NoRule, UpdateRule
 from lightning_normreg._reports._saved_optimizers import SavedGroup
 from lightning_normreg._reports._summary import units_in_words
-from lightning_normreg._weights import ParameterRole, Verdict, Watched, listed, norms_of, role_by_shape, watch
+from lightning_normreg._weights import (
+    ParameterRole,
+    Verdict,
+    Watched,
+    is_matrix,
+    listed,
+    norms_of,
+    role_by_shape,
+    watch,
+)
 from lightning_normreg.functional import effective_lr, weight_norm
 from lightning_normreg.functional._norms import root_mean_square
 from lightning_normreg.steps._formulas import Formulas, Rates
@@ -55,7 +65,7 @@ def as_parameters(tensors: Mapping[str, Tensor]) -> list[tuple[str, Parameter, P
 def inspect_parameters(
     named: Sequence[tuple[str, Parameter, ParameterRole]],
     owners: Mapping[str, SavedGroup],
-    verdict: Verdict | None,
+    verdict: Verdict,
     held: Collection[str] = (),
 ) -> tuple[list[InspectedParameter], list[str]]:
     """One row for each parameter, and why cells are empty, in sentences.
@@ -68,14 +78,17 @@ def inspect_parameters(
     watched = watch(named, ["*"], (), "auto", verdict or None)
     rows = []
     for w, norms in zip(watched, norms_of(watched), strict=True):
+        ordered = norms.double().sort().values.tolist() or [0.0]
         row: dict[str, Any] = {
             "parameter": w.name,
             "shape": tuple(w.shape),
-            "units": units_in_words((verdict or {}).get(w.name)),
+            "units": units_in_words(verdict.get(w.name)),
             "norm": float(weight_norm(w.parameter)),
             "unit_norm_rms": float(root_mean_square(norms)),
+            "unit_norm_min": ordered[0],
+            "unit_norm_median": median(ordered),
+            "unit_norm_max": ordered[-1],
         }
-        row |= dict(zip(("unit_norm_min", "unit_norm_median", "unit_norm_max"), _spread(norms), strict=True))
         if w.name in owners:
             blanks: list[str] = []
             row |= _rates(w, owners[w.name], row["unit_norm_rms"], w.name in held, blanks)
@@ -83,14 +96,6 @@ def inspect_parameters(
                 reasons.setdefault(blank, []).append(w.name)
         rows.append(InspectedParameter(**row))
     return rows, [f"{listed(names)}: {reason}" for reason, names in reasons.items()]
-
-
-def _spread(norms: Tensor) -> tuple[float, float, float]:
-    if not norms.numel():
-        return 0.0, 0.0, 0.0
-    ordered = norms.double().sort().values
-    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    return float(ordered[0]), float(middle), float(ordered[-1])
 
 
 def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blanks: list[str]) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blanks:
         "lr": lr,
         "weight_decay": decay,
     }
-    if watched.role.role not in ("weight", "embedding") or lr is None:
+    if not is_matrix(watched.role, watched.parameter) or lr is None:
         return found
     whys += [rule.note for rule in rules if not rule.lr_is_used]
     exponents = {rule.exponent for rule in rules}
@@ -150,7 +155,6 @@ def _number(value: Any) -> float | None:
 
 
 def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:
-    """The rows as a table for the terminal."""
     table = Table(title=title, caption=_CAPTION)
     columns: dict[str, Callable[[InspectedParameter], str]] = {
         "parameter": lambda r: r.parameter,

@@ -22,13 +22,12 @@ from lightning_normreg._weights import (
 )
 from lightning_normreg.functional._norms import root_mean_square
 
+_WITHOUT_UNITS = ("none", "unknown", "inert")
 _COLUMNS = ("parameter", "shape", "role", "units", "eps share", "norm", "radius", "group", "decay", "optimizer")
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One parameter."""
-
     parameter: str  # clean name
     shape: tuple[int, ...]
     role: str  # what it is
@@ -42,16 +41,11 @@ class SummaryRow:
     lr: float  # of that group
     optimizer: str  # class of its optimizer
     size: int  # number of its entries
-
-    @property
-    def is_invariant(self) -> bool:
-        """Whether it has scale-invariant units."""
-        return self.units not in ("none", "unknown", "inert")
+    invariant: bool  # whether its units are scale-invariant
 
     def cells(self) -> list[str]:
-        """The row as the table shows it."""
         shape = "×".join(map(str, self.shape))
-        units = f"{self.units} ({self.evidence})" if self.is_invariant else self.units
+        units = f"{self.units} ({self.evidence})" if self.evidence and self.units not in _WITHOUT_UNITS else self.units
         share = "" if self.eps_share is None else f"{self.eps_share:.1%}"
         radius = "" if self.radius is None else f"{self.radius:.4g}"
         decay = f"{self.weight_decay:g}" if self.optimizer else ""
@@ -98,8 +92,9 @@ def summary_rows(
                 group=label,
                 weight_decay=float(group.get("weight_decay", 0.0)),
                 lr=float(lr or 0.0),  # None where the optimizer sets its own
-                optimizer="" if optimizer is None else type(optimizer).__name__,
+                optimizer=type(optimizer).__name__ if optimizer is not None and parameter.requires_grad else "",
                 size=whole_shape(parameter).numel(),
+                invariant=known is not None and known.is_invariant,
             )
         )
     return rows
@@ -113,7 +108,7 @@ def units_in_words(known: ScaleInvariance | None) -> str:
     """
     if known is None:
         return "unknown"
-    if not known.is_invariant:
+    if not known.has_units:
         return known.kind
     words = {"neuron": "each neuron", "column": "each column", "dim": f"each slice of dimension {known.dim}"}
     text = words.get(known.kind, "whole tensor")
@@ -121,11 +116,11 @@ def units_in_words(known: ScaleInvariance | None) -> str:
         text = f"blocks of {known.block_size}" if known.block_size else "blocks of several sizes"
     if known.slices is not None:
         text += ", slices " + ", ".join(f"{start} to {stop - 1}" for start, stop in known.slices) + " only"
-    return text + (f", with {known.needs_bias}" if known.needs_bias else "")
+    text += f", with {known.needs_bias}" if known.needs_bias else ""
+    return text if known.is_invariant else f"{text}, but {'for eps' if known.holds else 'no longer'}"
 
 
 def summary_table(rows: Iterable[SummaryRow]) -> Table:
-    """The rows as a table for the terminal."""
     table = Table(title="Before training")
     for column in _COLUMNS:
         table.add_column(column, justify="right" if column in ("eps share", "norm", "radius", "decay") else "left")
@@ -145,18 +140,22 @@ def sentences(rows: list[SummaryRow], verdict: Verdict, steps_per_epoch: float, 
 
     ``steps_per_epoch`` are the optimizers', inf if unknown; ``clipping`` is the Trainer's ``gradient_clip_val``.
     """
-    decayed = [row for row in rows if row.weight_decay > 0]
+    decayed = [row for row in rows if row.weight_decay > 0 and row.optimizer and row.units != "inert"]
+    unknown = [row.parameter for row in decayed if row.units == "unknown"]
+    known = [row for row in decayed if row.units != "unknown"]
     if not verdict:
         found = ["Which weights are scale-invariant is not known."]
-    elif not any(row.is_invariant for row in rows):
+    elif not any(row.invariant for row in rows):
         found = [summarize(verdict)]
     elif not decayed:
         found = ["Nothing is decayed, so the norms of scale-invariant weights grow and their effective rates fall."]
     else:
-        share = sum(r.size for r in decayed if r.is_invariant) / sum(r.size for r in decayed)
-        rest = [r.parameter for r in decayed if not r.is_invariant]
-        found = [f"{share:.0%} of what you decay is scale-invariant: there decay only sets the learning rate."]
+        share = sum(r.size for r in known if r.invariant) / max(1, sum(r.size for r in known))
+        rest = [r.parameter for r in known if not r.invariant]
+        percent = "more than 99%" if rest and share > 0.995 else f"{share:.0%}"
+        found = [f"{percent} of what you decay is scale-invariant: there decay only sets the learning rate."]
         found += [f"It really regularizes {listed(rest, 5)}."] if rest else []
+    found += [f"Of {listed(unknown, 5)} it is not known yet."] if verdict and unknown else []
     for lr, decay in sorted({(r.lr, r.weight_decay) for r in decayed if r.lr > 0}):
         steps = 1 / (lr * decay)
         found.append(

@@ -1,13 +1,16 @@
 """Finding what may be rescaled; README.md says in which order to read it."""
 
 from lightning_normreg._symmetries._biases import bias_candidates as bias_candidates
+from lightning_normreg._symmetries._call import OwnStep as OwnStep
 from lightning_normreg._symmetries._call import PrivateCall as PrivateCall
 from lightning_normreg._symmetries._call import check_callable as check_callable
+from lightning_normreg._symmetries._losses import NoLossError as NoLossError
 from lightning_normreg._symmetries._losses import ProbeError as ProbeError
 from lightning_normreg._symmetries._observed import Observed as Observed
 from lightning_normreg._symmetries._observed import observed_axes as observed_axes
 from lightning_normreg._symmetries._observed import observed_verdict as observed_verdict
 from lightning_normreg._symmetries._observed import unit_statistic as unit_statistic
+from lightning_normreg._symmetries._probe import find_in_place as find_in_place
 from lightning_normreg._symmetries._probe import find_scale_invariance as find_scale_invariance
 from lightning_normreg._symmetries._slices import Axis as Axis
 from lightning_normreg._symmetries._thresholds import NARROW_OBSERVER as NARROW_OBSERVER

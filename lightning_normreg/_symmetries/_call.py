@@ -15,7 +15,7 @@ from torch.func import functional_call
 from lightning_normreg._symmetries._copies import cast, copied, copied_module
 from lightning_normreg._symmetries._dispatch import ProbeMode
 from lightning_normreg._symmetries._generic_point import generic_point
-from lightning_normreg._symmetries._losses import Losses, ManualLosses, OneLoss, PlainBackward, ProbeError
+from lightning_normreg._symmetries._losses import Losses, ManualLosses, NoLossError, OneLoss, PlainBackward, ProbeError
 from lightning_normreg._symmetries._quiet import quiet
 from lightning_normreg._symmetries._random import seed_all
 from lightning_normreg._symmetries._slices import Table, Tables
@@ -24,6 +24,24 @@ from lightning_normreg._weights import Shard
 
 Loss = Callable[[nn.Module, Any], Any]
 T = TypeVar("T")
+
+
+class OwnStep:
+    """The module's own ``training_step``, as Lightning calls it for batch number ``index``; ``through`` a strategy."""
+
+    def __init__(self, index: int = 0, through: Callable[..., Any] | None = None) -> None:
+        self._index, self._through = index, through
+
+    def __call__(self, module: nn.Module, batch: Any) -> Any:
+        """Its loss, whatever it has to return."""
+        parameters = inspect.signature(module.training_step).parameters  # type: ignore[arg-type]
+        if "dataloader_iter" in parameters:
+            raise ValueError("a training_step that fetches its own batches (dataloader_iter) cannot be given one")
+        # As Lightning does: the index of the batch comes second, whatever its name.
+        kinds = [parameter.kind for parameter in parameters.values()]
+        second = kinds[1:2] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] or inspect.Parameter.VAR_POSITIONAL in kinds
+        step: Any = self._through or module.training_step
+        return step(batch, *([self._index] if second else []))
 
 
 class Call(ABC):
@@ -49,15 +67,16 @@ class Call(ABC):
         self.dtype = dtype
         self.shards: Mapping[str, Shard] = {}
         self._real = module
-        self._what = "`forward`" if loss else "`module.training_step`"
-        self._loss = loss or _training_step
-        self._is_manual = loss is None and getattr(module, "automatic_optimization", True) is False
+        self._loss = loss or OwnStep()
+        own = isinstance(self._loss, OwnStep)
+        self._what = "`module.training_step`" if own else "`forward`"
+        self._is_manual = own and getattr(module, "automatic_optimization", True) is False
         self._batch = batch
         self._one = OneLoss
 
     @abstractmethod
     def own_point(self) -> dict[str, Tensor]:
-        """The module's parameters, in the probe's type, in memory of their own."""
+        """The module's parameters, in the probe's type, trained or frozen, in memory of their own."""
 
     @abstractmethod
     def generic_point(self, magnitude: Mapping[str, float], *, seed: int, amount: float) -> dict[str, Tensor]:
@@ -128,11 +147,12 @@ class Call(ABC):
         loss = result.get("loss") if isinstance(result, Mapping) else result
         if isinstance(loss, Tensor) and loss.numel() == 1:
             return loss.reshape(())
+        kind = NoLossError if result is None else ProbeError
         if loss is None:
             got = f"a {type(result).__name__} without 'loss'" if isinstance(result, Mapping) else "None"
         else:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ProbeError(
+        raise kind(
             f"{self._what} must return the loss, a scalar tensor or a mapping with one under 'loss', but it returned "
             f"{got}. Pass a batch for which it does, or `forward`, a function of (module, batch) that returns the loss."
         )
@@ -155,7 +175,7 @@ class PrivateCall(Call):
 
     def own_point(self) -> dict[str, Tensor]:
         """See :class:`Call`."""
-        return {name: cast(p, self.dtype) for name, p in self.module.named_parameters()}
+        return {n: cast(p, self.dtype).requires_grad_(p.requires_grad) for n, p in self.module.named_parameters()}
 
     def generic_point(self, magnitude: Mapping[str, float], *, seed: int, amount: float) -> dict[str, Tensor]:
         """See :class:`Call`."""
@@ -232,23 +252,12 @@ def check_callable(module: nn.Module, batch: Any, loss: Loss | None) -> None:
             f"`module` must be in training mode, because scale invariance is asked of the loss that is trained, but "
             f"{name}.training is False. Call module.train() first; submodules may stay in eval mode."
         )
-    if loss is not None:
+    if loss is not None and not isinstance(loss, OwnStep):
         return
     if not callable(getattr(module, "training_step", None)):
         raise ValueError(f"`module` must have a training_step, or `forward` be given, but {name} has none: {remedy}")
     if batch is None:
         raise ValueError(f"`batch` must be given, so that the training_step of {name} can be called. A few samples do.")
-
-
-def _training_step(module: nn.Module, batch: Any) -> Any:
-    parameters = inspect.signature(module.training_step).parameters  # type: ignore[arg-type]
-    if "dataloader_iter" in parameters:
-        raise ValueError("a training_step that fetches its own batches (dataloader_iter) cannot be given one")
-    # As Lightning does: the index of the batch comes second, whatever its name.
-    kinds = [parameter.kind for parameter in parameters.values()]
-    second = kinds[1:2] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] or inspect.Parameter.VAR_POSITIONAL in kinds
-    index = [0] if second else []
-    return module.training_step(batch, *index)  # type: ignore[operator]
 
 
 def _shortly(error: Exception) -> str:

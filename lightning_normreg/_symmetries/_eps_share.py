@@ -112,7 +112,7 @@ def with_eps_shares(
     wanted = invariant.keys() | {v.needs_bias for v in invariant.values()}
     roles = {name: role for name, role in roles.items() if name in wanted}
     looked_at = {name: [_axis(invariant.get(name))] for name in roles}
-    point = {name: t.requires_grad_(name in roles) for name, t in call.own_point().items()}
+    point = call.own_point()
     weights = {name: point[name] for name in roles}
 
     def read(then: Callable[[list[_Reading], Losses], T], shrink: float) -> T:

@@ -19,6 +19,10 @@ class ProbeError(RuntimeError):
     """The module's loss could not be computed."""
 
 
+class NoLossError(ProbeError):
+    """This batch has no loss; another one may have."""
+
+
 class Losses(ABC):
     """Inside of the call that computed them."""
 

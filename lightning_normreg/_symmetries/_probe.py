@@ -182,7 +182,7 @@ def _ask(setup: _Setup) -> dict[str, ScaleInvariance]:
         verdict = verdicts.get(raw, FROZEN)
         bias = setup.names[verdict.needs_bias][0] if verdict.needs_bias else None
         verdict = replace(verdict, evidence=evidence, needs_bias=bias)
-        result[clean] = explain(verdict) if verdict.is_invariant else verdict
+        result[clean] = explain(verdict) if verdict.has_units else verdict
     return result
 
 

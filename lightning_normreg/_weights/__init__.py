@@ -10,6 +10,7 @@ from lightning_normreg._weights._names import match as match
 from lightning_normreg._weights._pieces import gradient_of as gradient_of
 from lightning_normreg._weights._roles import ROLES as ROLES
 from lightning_normreg._weights._roles import ParameterRole as ParameterRole
+from lightning_normreg._weights._roles import is_matrix as is_matrix
 from lightning_normreg._weights._roles import named_roles as named_roles
 from lightning_normreg._weights._roles import parameter_roles as parameter_roles
 from lightning_normreg._weights._roles import role_by_shape as role_by_shape
@@ -29,6 +30,7 @@ from lightning_normreg._weights._table import norms_of as norms_of
 from lightning_normreg._weights._table import share as share
 from lightning_normreg._weights._verdict import EVIDENCE as EVIDENCE
 from lightning_normreg._weights._verdict import KINDS as KINDS
+from lightning_normreg._weights._verdict import SHOWS_EPS as SHOWS_EPS
 from lightning_normreg._weights._verdict import Evidence as Evidence
 from lightning_normreg._weights._verdict import Kind as Kind
 from lightning_normreg._weights._verdict import ScaleInvariance as ScaleInvariance

@@ -162,6 +162,11 @@ def is_vector(parameter: Parameter) -> bool:
     return shape.numel() == max(shape, default=1)
 
 
+def is_matrix(role: ParameterRole, parameter: Parameter) -> bool:
+    """Whether it is watched like a weight: weights, embeddings, and bare parameters of several dimensions."""
+    return role.role in ("weight", "embedding") or (role.role == "other" and not is_vector(parameter))
+
+
 def _legacy_hooks(owner: nn.Module) -> list[str]:
     return [type(hook).__name__ for hook in owner._forward_pre_hooks.values()]
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from torch.nn.parameter import Parameter
 
 from lightning_normreg._weights._names import check_globs, select
-from lightning_normreg._weights._roles import ParameterRole
+from lightning_normreg._weights._roles import ParameterRole, is_matrix
 from lightning_normreg._weights._sharding import shard_of
 from lightning_normreg._weights._verdict import ScaleInvariance
 from lightning_normreg._weights._watched import Part, Watched
@@ -33,7 +33,7 @@ def watch(
     unit: UnitArgument = "auto",
     verdict: Verdict | None = None,
 ) -> list[Watched]:
-    """Select parameters: those that ``include`` names, by default weights and embeddings, less ``exclude``.
+    """Select parameters: those that ``include`` names, by default those of two dimensions or more, less ``exclude``.
 
     Args:
         named: All parameters, as :func:`named_roles` gives them.
@@ -49,12 +49,12 @@ def watch(
     """
     found = {name: (parameter, role) for name, parameter, role in named}
     names = {name: role.aliases for name, (_, role) in found.items()}
-    default = [name for name, (_, role) in found.items() if role.role in ("weight", "embedding")]
+    default = [name for name, (p, role) in found.items() if is_matrix(role, p)]
     chosen = select(names, include, exclude, default)
     if not chosen:
         raise ValueError(
             f"`include` and `exclude` must leave at least one parameter of the model, got include={include}, "
-            f"exclude={list(exclude)}. By default weights and embeddings are watched, of {len(default)}."
+            f"exclude={list(exclude)}. By default weights, embeddings and bare matrices are watched, of {len(default)}."
         )
     watched = []
     for name in chosen:
@@ -73,17 +73,17 @@ def _units(
     role: ParameterRole, unit: UnitArgument, known: ScaleInvariance | None
 ) -> tuple[tuple[Part, ...], str | None, bool | None]:
     """Parts, bias and invariance of a parameter, from what the user asked for and what is known."""
-    if known is None:
+    if known is None or known.is_unknown:
         return (_asked_for(role, unit),), None, None
     if unit != "auto":
         return (_asked_for(role, unit),), None, _supports(known, role, unit)
-    if not known.is_invariant or known.kind == "layer":
+    if not known.has_units or known.kind == "layer":
         return (Part("layer", role.dim, role.groups),), known.needs_bias, known.is_invariant
     dim, groups = known.dim or 0, known.groups
     if known.slices is None:
-        return (Part(known.block_size or 1, dim, groups),), known.needs_bias, True
+        return (Part(known.block_size or 1, dim, groups),), known.needs_bias, known.is_invariant
     parts = (Part(known.block_size or stop - start, dim, groups, start, stop) for start, stop in known.slices)
-    return tuple(parts), known.needs_bias, True
+    return tuple(parts), known.needs_bias, known.is_invariant
 
 
 def _asked_for(role: ParameterRole, unit: UnitArgument) -> Part:

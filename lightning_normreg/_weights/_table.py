@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -14,10 +13,12 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from lightning_normreg._weights._pieces import Piece, gradient_of, groups_of, lies_whole, pieces_of
+from lightning_normreg._weights._plans import Plans
 from lightning_normreg._weights._watched import Watched
 from lightning_normreg.functional._device import accumulator, number_type, way_of
 from lightning_normreg.functional._lengths import (
     Lengths,
+    across_operations,
     exact_sums,
     lengths_of,
     product_operations,
@@ -25,28 +26,13 @@ from lightning_normreg.functional._lengths import (
     totals,
     with_radial,
 )
-from lightning_normreg.functional._norms import Operation, Results, mended_norms, norm_operations, rescaled_norms
+from lightning_normreg.functional._norms import Operation, mended_norms, norm_operations, rescaled_norms
 from lightning_normreg.functional._projection import Limits, factors, scale_
-from lightning_normreg.functional._rotation import Mixture, mix_, mix_operations
+from lightning_normreg.functional._rotation import Mixture, blocks, mix_, mix_operations
 from lightning_normreg.functional._units import over_units
 
 Read = Callable[[Parameter], Tensor]
 """From a parameter to what this process holds of it, of its gradient, or of what it was before a step."""
-
-
-@dataclass
-class _Plan:
-    """Operations on tensors that lie at some addresses, and where their results go."""
-
-    addresses: list[int]
-    results: Results
-    operations: list[Operation] = field(default_factory=list)
-
-    def run(self) -> Tensor:
-        """Do them all."""
-        for operation in self.operations:
-            operation()
-        return self.results.sums()
 
 
 class Norms(NamedTuple):
@@ -70,8 +56,8 @@ class Table:
         layer: Number of the weight of each unit.
         limits: What the types of the weights allow, for each unit.
         present: Of which units this process holds anything.
-        spread: For each process group the places in sums over its processes, all of them, and those that are needed
-            by processes that do not hold all of a unit.
+        spread: For each process group the places in sums over its processes, all of them, and those of units that no
+            process holds all of.
     """
 
     def __init__(self, watched: Sequence[Watched]) -> None:
@@ -84,12 +70,11 @@ class Table:
         if any(piece.now()[1].device != self.device for piece in self._pieces):
             raise NotImplementedError("Weights must be on one device of a process. Use `include` for those of one.")
         self._place(found)
-        ends = list(accumulate((len(piece.units) for piece in self._pieces), initial=0))
-        self._rows = [slice(*pair) for pair in pairwise(ends)]
-        self._count = ends[-1]
-        self._plans: dict[str, _Plan] = {}
-        self._types = {accumulator(piece.parameter.dtype) for piece in self._pieces}
-        self._narrowest = min(self._types, key=lambda dtype: torch.finfo(dtype).bits)
+        self._plans = Plans(self._now())
+        self._rows = self._plans.rows
+        self._shares = torch.zeros(self._rows[-1].stop, dtype=self.dtype, device=self.device)
+        types = {accumulator(piece.parameter.dtype) for piece in self._pieces}
+        self._narrowest = min(types, key=lambda dtype: torch.finfo(dtype).bits)
 
     def _place(self, found: Sequence[tuple[int, Piece]]) -> None:
         """Note what does not change: the place of each row, and what is spread over which processes."""
@@ -112,9 +97,8 @@ class Table:
         for group in dict.fromkeys(group for each in groups for group in each):
             all_of_it = torch.tensor([group in each for each in groups])
             needed = all_of_it & ~torch.tensor([lies_whole(w) for w in self.watched])
-            # Units first, then whole tensors.
-            everything, some = (torch.cat([m[layer], m]).nonzero().flatten() for m in (all_of_it, needed))
-            self.spread[group] = (everything.to(self.device), some.to(self.device))
+            everything = torch.cat([all_of_it[layer], all_of_it]).nonzero().flatten()  # units, then whole tensors
+            self.spread[group] = (everything.to(self.device), needed[layer].nonzero().flatten().to(self.device))
 
     def column(self, values: Sequence[float]) -> Tensor:
         """A number for each weight as one for each unit."""
@@ -124,9 +108,9 @@ class Table:
         """A column weight by weight."""
         return list(torch.split(column, self.sizes))
 
-    def norms(self, *, everywhere: bool = True) -> Norms:
-        """Norms of the units and tensors as they stand; without ``everywhere`` 0 for units that others hold."""
-        (squares,) = share([(self, self.squares())], everywhere=everywhere)
+    def norms(self) -> Norms:
+        """Norms of the units and tensors as they stand."""
+        (squares,) = share([(self, self.squares())])
         return self.norms_of(squares)
 
     def lengths(self, before: Read) -> Lengths:
@@ -134,19 +118,17 @@ class Table:
         (sums,) = share([(self, self.compare(before))])
         return self.lengths_of(sums)
 
-    def squares(self, read: Read | None = None) -> Tensor:
-        """Sums over the squares of the entries, or of those that ``read`` gives, as far as this process has them."""
+    def squares(self, read: Read | None = None, *, wholes: bool = True) -> Tensor:
+        """Sums over the squares of the entries, or of those that ``read`` gives, as far as this process has them.
+
+        Without ``wholes`` only of units.
+        """
         rows = self._now() if read is None else [p.like(read(p.parameter)) for p in self._pieces]
-        plan = self._planned("norms" if read is None else "gradients", rows)
-        if not plan.operations:
-            places = (plan.results.at(0, at) for at in self._rows)
-            plan.operations = [op for r, out in zip(rows, places, strict=True) for op in norm_operations(r, out)]
-
-        def rescaled(number: int, at: Tensor | slice) -> Tensor:
-            return rescaled_norms(rows[number][at])
-
-        norms = mended_norms(plan.run()[0], self._narrowest, lambda odd: self._detour(odd, rescaled))
-        return self._added(norms.square().unsqueeze(0))
+        what = "norms" if read is None else "gradients"
+        (squares,) = self._plans.sums(what, 1, lambda number, out: norm_operations(rows[number], out[0]), rows)
+        rescaled = partial(self._plans.detour, tensors=[rows], way=rescaled_norms)
+        norms = mended_norms(squares.sqrt(), self._narrowest, rescaled)
+        return self._added(norms.square().unsqueeze(0), wholes)
 
     def compare(self, before: Read) -> Tensor:
         """Sums over the entries before and their updates since, as far as this process has them."""
@@ -158,29 +140,36 @@ class Table:
         return self._compared("gradients", self._now(), [p.like(read(p.parameter)) for p in self._pieces])
 
     def _compared(self, what: str, starts: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
-        plan, update = self._planned(what, [*starts, *ends]), what == "update"
-        if not plan.operations:
-            places = (plan.results.at(slice(None), at) for at in self._rows)
-            each = zip(starts, ends, places, strict=True)
-            plan.operations = [op for a, b, out in each for op in product_operations(a, b, out, update=update)]
+        update = what == "update"
 
-        def exact(number: int, at: Tensor | slice) -> Tensor:
-            return exact_sums(starts[number][at], ends[number][at], update=update)
+        def products(number: int, out: Tensor) -> list[Operation]:
+            return product_operations(starts[number], ends[number], out, update=update)
 
-        sums = row_sums(plan.run(), self._narrowest, lambda odd: self._detour(odd, exact))
-        return self._added(with_radial(sums))
+        def across(number: int, out: Tensor) -> list[Operation]:
+            return across_operations(starts[number], ends[number], self._shares[self._rows[number]], out)
+
+        def again(odd: Tensor | None, shares: Tensor) -> Tensor:
+            if odd is None:
+                self._shares.copy_(shares)
+                return self._plans.sums("across", 1, across, starts, ends)[0]
+            return self._plans.detour(odd, [starts, ends], partial(exact_sums, update=update), shares)
+
+        raw = self._plans.sums(what, 3, products, starts, ends)
+        rows = with_radial(row_sums(raw, self._narrowest, again, update=update))
+        sums = self._added(rows)
+        return sums if self._is_plain else self._joined(rows, sums)
+
+    def _joined(self, rows: Tensor, sums: Tensor) -> Tensor:
+        """Add what is across between rows of a unit, by their shares: as a difference of sums it would lose digits."""
+        count = sum(self.sizes)
+        mine, all_of_it = (x[1] / torch.where(x[0] > 0, x[0], 1.0) for x in (rows, sums[:, :count]))
+        between = rows[0] * (mine - torch.cat([all_of_it, all_of_it.new_zeros(1)])[self._adds]).square()
+        sums[2, :count] += between.new_zeros(count + 1).index_add_(0, self._adds, between)[:-1]
+        sums[:, :count] = with_radial(sums[:4, :count])
+        return sums
 
     def _now(self) -> list[Tensor]:
         return [piece.now()[1] for piece in self._pieces]
-
-    def _planned(self, what: str, rows: Sequence[Tensor]) -> _Plan:
-        """The operations for rows that lie where they lay before, or a new plan, which gradients do not keep alive."""
-        addresses, kept = [r.data_ptr() for r in rows], self._plans.get(what)
-        if kept is None or kept.addresses != addresses:
-            kept = _Plan(addresses, Results.of(rows[0].new_empty(0, dtype=self._narrowest), 3, self._count))
-            if what != "gradients":
-                self._plans[what] = kept
-        return kept
 
     def norms_of(self, sums: Tensor) -> Norms:
         """Norms from the shared sums, the squares of which come first."""
@@ -192,26 +181,19 @@ class Table:
         """What units have done, from the shared sums."""
         return lengths_of(*totals(sums[:, : sum(self.sizes)]))
 
-    def _added(self, rows: Tensor) -> Tensor:
+    def _added(self, rows: Tensor, wholes: bool = True) -> Tensor:
         """Sums over the rows of each unit, and over those of each tensor."""
         count, tensors = sum(self.sizes), len(self.sizes)
         units = rows if self._is_plain else rows.new_zeros(len(rows), count + 1).index_add_(1, self._adds, rows)[:, :-1]
-        wholes = rows.new_zeros(len(rows), tensors + 1).index_add_(1, self._owners, rows)[:, :-1]
-        return torch.cat([units, wholes], dim=1)
-
-    def _detour(self, odd: Tensor, way: Callable[[int, Tensor | slice], Tensor]) -> Tensor:
-        """What ``way`` gives for the marked rows of each piece, one piece after the other."""
-        found = []
-        for number, at in enumerate(self._rows):
-            rows = odd[at].nonzero().flatten()
-            if len(rows):
-                everything = len(rows) == at.stop - at.start  # without a copy of them
-                found.append(way(number, slice(None) if everything else rows).to(self.device))
-        return torch.cat(found, dim=-1)
+        if not wholes:
+            return units
+        all_rows = rows.new_zeros(len(rows), tensors + 1).index_add_(1, self._owners, rows)[:, :-1]
+        return torch.cat([units, all_rows], dim=1)
 
     def project(self, radius: float | Tensor) -> Tensor:
         """Put every unit at a radius; the norms before, which of units of other processes may be 0."""
-        norms = self.norms(everywhere=False).units
+        (squares,) = share([(self, self.squares(wholes=False))], everywhere=False)
+        norms = squares[0].sqrt()
         self.scale(factors(norms, radius, self.limits))
         return norms
 
@@ -222,35 +204,31 @@ class Table:
             for piece, at in zip(self._pieces, self._rows, strict=True):
                 scale_(*piece.see(read(piece.parameter).detach()), rows[at])
             return
-        plan = self._planned("scale", self._now())
-        if not plan.operations:
-            plan.results = Results.of(plan.results.narrow, self._count)
-            for piece, at in zip(self._pieces, self._rows, strict=True):
-                (view, kept), _ = piece.now()
-                place = plan.results.narrow if accumulator(view.dtype) == self._narrowest else plan.results.wide
-                plan.operations.append(partial(view.mul_, over_units(place[at], view, kept)))
-        plan.results.narrow.copy_(rows)
-        if len(self._types) > 1:
-            plan.results.wide.copy_(rows)
-        plan.run()
+        views = [piece.now()[0] for piece in self._pieces]
+
+        def make(number: int, numbers: Tensor) -> list[Operation]:
+            view, kept = views[number]
+            return [partial(part.mul_, v) for part, v in blocks(view, over_units(numbers[0], view, kept), size=2**21)]
+
+        self._plans.write("scale", [rows], make, [view for view, _ in views])
 
     def mix(self, mix: Mixture, before: Read) -> None:
         """Make each unit the mixture of what it was before and of its update."""
         own = mix if self._is_plain else mix.at(self._places)
-        pairs = [(*piece.now()[0], piece.look("before", before(piece.parameter))[0][0]) for piece in self._pieces]
-        if any(view.dtype != self._narrowest for view, _, _ in pairs) or way_of(own.alone) != "host" or own.alone.any():
-            for (view, kept, start), at in zip(pairs, self._rows, strict=True):
-                rows = Mixture(*(values[at] for values in own))
-                mix_(view, start, kept, rows.to(accumulator(view.dtype)))
+        views = [piece.now()[0] for piece in self._pieces]
+        starts = [piece.look("before", before(piece.parameter))[0][0] for piece in self._pieces]
+        plain = all(view.dtype == accumulator(view.dtype) for view, _ in views)
+        if plain and way_of(own.alone) == "host" and not own.alone.any():
+
+            def make(number: int, numbers: Tensor) -> list[Operation]:
+                return mix_operations(
+                    views[number][0], starts[number], views[number][1], Mixture(numbers[0], numbers[1], own.alone)
+                )
+
+            self._plans.write("mix", own[:2], make, [view for view, _ in views], starts)
             return
-        plan = self._planned("mix", [t for view, _, start in pairs for t in (view, start)])
-        place = Mixture(plan.results.narrow[0], plan.results.narrow[1], own.alone)
-        if not plan.operations:
-            for (view, kept, start), at in zip(pairs, self._rows, strict=True):
-                plan.operations += mix_operations(view, start, kept, Mixture(*(values[at] for values in place)))
-        place.before.copy_(own.before)
-        place.update.copy_(own.update)
-        plan.run()
+        for (view, kept), start, at in zip(views, starts, self._rows, strict=True):
+            mix_(view, start, kept, Mixture(*(values[at] for values in own)).to(accumulator(view.dtype)))
 
     def root_mean_squares(self, column: Tensor) -> Tensor:
         """Root mean square over the units of each weight, 0 where it has none."""

@@ -10,6 +10,8 @@ Kind = Literal["neuron", "block", "column", "dim", "layer", "inert", "none", "un
 Evidence = Literal["float64", "float32", "observer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 EVIDENCE: tuple[Evidence, ...] = get_args(Evidence)
+RULED_BY_EPS, SHOWS_EPS = 0.1, 0.01
+"""Eps share above which a unit counts as not scale-invariant, everywhere; and above which that is said."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class ScaleInvariance:
         standardized: Whether each unit is divided by its own standard deviation (weight standardization), so that an
             eps is small against the mean square of its entries, not against what it puts out.
         reason: Why, in one sentence.
+        holds: Whether it was still so when gradients of training were last looked at.
     """
 
     kind: Kind
@@ -51,15 +54,38 @@ class ScaleInvariance:
     rho_worst: float | None = None
     standardized: bool = False
     reason: str = ""
+    holds: bool = True
 
     @property
-    def is_invariant(self) -> bool:
-        """Whether there are units, and so something to project."""
+    def has_units(self) -> bool:
+        """Whether there are units that are scale-invariant but for what eps or training may have done."""
         return self.kind not in ("inert", "none", "unknown")
 
     @property
+    def is_ruled_by_eps(self) -> bool:
+        """Whether an eps makes up more than 10 % of the variance behind its units."""
+        return (self.rho_median or 0.0) > RULED_BY_EPS
+
+    @property
+    def is_invariant(self) -> bool:
+        """Whether there is something to project: units that are scale-invariant, also in presence of eps."""
+        return self.has_units and self.holds and not self.is_ruled_by_eps
+
+    @property
+    def why(self) -> str:
+        """Why it is what it is by now, in one sentence."""
+        if self.has_units and not self.holds:
+            return "It was scale-invariant at first, and by its gradients it is so no longer."
+        if self.has_units and self.is_ruled_by_eps:
+            return (
+                f"The eps of a normalization makes up {self.rho_median:.0%} of the variance behind it, which is more "
+                "than 10 %: multiplying it changes the function. Use a smaller eps, or larger weights."
+            )
+        return self.reason
+
+    @property
     def is_unknown(self) -> bool:
-        """Whether it is worth asking again, with other samples or later in training."""
+        """Whether it is worth asking again."""
         return self.kind == "unknown"
 
 
@@ -80,17 +106,19 @@ function, not only on the learning rate.'
     invariant = sum(v.is_invariant for v in verdicts.values())
     inert = sum(v.kind == "inert" for v in verdicts.values())
     unknown = sum(v.is_unknown for v in verdicts.values())
-    more = f", {unknown} {'is' if unknown == 1 else 'are'} unknown" if unknown else ""
+    open_ = f", of {unknown} nothing is known yet" if unknown else ""
     if not invariant:
         rest = len(verdicts) - inert - unknown
+        are = "is" if rest == 1 else "are"
+        if unknown:
+            return f"No parameter is known to be scale-invariant by itself ({rest} {are} not{open_})."
         return (
-            f"No parameter is scale-invariant by itself ({rest} {'is' if rest == 1 else 'are'} not, {inert} "
-            f"{_do(inert)} not reach the loss{more}): here weight decay acts on the function, not only on the learning "
-            "rate."
+            f"No parameter is scale-invariant by itself ({rest} {are} not, {inert} "
+            f"{_do(inert)} not reach the loss): here weight decay acts on the function, not only on the learning rate."
         )
     return (
         f"{invariant} of {len(verdicts)} parameters {'has' if invariant == 1 else 'have'} scale-invariant units "
-        f"({inert} {_do(inert)} not reach the loss{more})."
+        f"({inert} {_do(inert)} not reach the loss{open_})."
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_normreg._compat import is_named
-from lightning_normreg.callbacks._base import callbacks_of
+from lightning_normreg.callbacks._run import callbacks_of
 from lightning_normreg.steps._projector import Projector
 
 if TYPE_CHECKING:

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_normreg._weights import Verdict, check_selection, strong, watch
-from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
+from lightning_normreg._weights import Verdict, strong
+from lightning_normreg.callbacks._run import optimizers_of, run_of
+from lightning_normreg.callbacks._selecting import WeightCallback
 from lightning_normreg.steps._decay_corrector import DecayCorrector, PeakLR
-from lightning_normreg.steps._targets import choose_targets
+from lightning_normreg.steps._targets import OnNotInvariant, choose_targets
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 
-class CorrectedDecay(StepCallback):
+class CorrectedDecay(WeightCallback):
     r"""Decays scale-invariant weights in proportion to the learning rate: :math:`\lambda_t=\lambda\eta_t/\eta_{\max}`.
 
     The norm at which decay and updates balance is proportional to a power of η/λ (1/4 for SGD, 1/2 for AdamW), so under
@@ -60,28 +61,33 @@ class CorrectedDecay(StepCallback):
         exclude: Sequence[str] = (),
         invariance: str | Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(invariance)
-        check_selection("auto", include, exclude)
+        super().__init__("auto", include, exclude, invariance)
         if peak_lr != "auto" and not (isinstance(peak_lr, (int, float)) and 0 < peak_lr < math.inf):
             raise ValueError(f"`peak_lr` must be 'auto' or a positive number, got {peak_lr!r}.")
         self.peak_lr = peak_lr
-        self.include = include
-        self.exclude = exclude
+
+    def _reset(self) -> None:
+        super()._reset()
         self._corrector: DecayCorrector | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)
-        watch(run_of(trainer).named, self.include, self.exclude)
+        self._selected(trainer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         verdict = strong(verdict)
-        watched = watch(run_of(trainer).named, self.include, self.exclude, "auto", verdict or None)
-        targets = choose_targets(watched, verdict, named=self.include is not None, otherwise="raise")
-        self._corrector = DecayCorrector(targets, self.peak_lr)
+        watched = self._known(trainer, verdict)
+        if self._waiting and not any(w.invariant for w in watched):
+            return
+        otherwise: OnNotInvariant = "skip" if run_of(trainer).dispatcher.has_seen_updates else "raise"
+        targets = choose_targets(watched, verdict, named=self.include is not None, otherwise=otherwise)
+        if self._corrector is None:
+            self._corrector = self._subscribe(trainer, DecayCorrector(targets, self.peak_lr))
+        else:
+            self._corrector.aim(targets)
         for optimizer in optimizers_of(trainer):
             self._corrector.check(optimizer)
-        run_of(trainer).dispatcher.subscribe(self._corrector)
         rank_zero_info(
             f"CorrectedDecay: the decay of {len(targets)} scale-invariant weights is proportional to lr/lr_max."
         )

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg import _metrics
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed
-from lightning_normreg.callbacks._base import optimizers_of, run_of
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
+from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.steps._equilibria import Equilibria
 from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1
 from lightning_normreg.steps._health import Health, OnUnhealthy
@@ -21,7 +20,6 @@ from lightning_normreg.steps._tracker import Row
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-    from torch.optim import Optimizer
 
 
 class EffectiveLRMonitor(Monitor):
@@ -54,8 +52,8 @@ class EffectiveLRMonitor(Monitor):
     :meth:`history`. Nothing for a weight that was not updated.
 
     What it costs: memory for one copy of the watched weights, taken at the start; on logged steps that copy,
-    six operations for each tensor of at most 2¹⁷ entries on a CPU (of any size five on a device with float64), one on
-    its gradient, and one transfer; on others a note of the learning rate.
+    five operations for each tensor (on a CPU for each 2¹⁷ entries; seven on a device without float64), one on its
+    gradient and four or five for alignments, and one transfer; on others a note of the learning rate.
 
     Args:
         every_n_steps: Batches between logged ones; by default the Trainer's ``log_every_n_steps``.
@@ -137,7 +135,6 @@ class EffectiveLRMonitor(Monitor):
     def _reset(self) -> None:
         super()._reset()
         self._equilibria: Equilibria | None = None
-        self._restored: dict[str, Any] = {}
 
     def _make_tracker(self, watched: list[Watched]) -> RotationTracker:
         return RotationTracker(
@@ -145,6 +142,7 @@ class EffectiveLRMonitor(Monitor):
             momentum_gain=self.momentum_gain,
             exponents=self.scale_exponent,
             equilibrium=self.equilibrium,
+            gradient=self.gradient,
             health=Health(silent=self.on_unhealthy == "ignore"),
         )
 
@@ -156,12 +154,12 @@ class EffectiveLRMonitor(Monitor):
             return
         size = sum(tracker.allocate(optimizer) for optimizer in optimizers_of(trainer))
         rank_zero_info(f"EffectiveLRMonitor keeps a copy of the watched weights: {size / 1e6:.3g} MB.")
-        if self.equilibrium:
-            self._equilibria = Equilibria(tracker.watched, run_of(trainer).claims.__contains__)
-            run_of(trainer).dispatcher.subscribe(self._equilibria)
-            if "equilibria" in self._restored:
-                self._equilibria.load(self._restored["equilibria"])
-                tracker.powers.update(self._restored["powers"])
+        if self._equilibria is not None:
+            self._equilibria.watch(tracker.watched)
+        elif self.equilibrium:
+            self._equilibria = self._subscribe(
+                trainer, Equilibria(tracker.watched, run_of(trainer).claims.__contains__)
+            )
 
     def _complete(self, trainer: Trainer, row: Row) -> None:
         if self._equilibria is not None:
@@ -189,34 +187,6 @@ class EffectiveLRMonitor(Monitor):
         for said in self.equilibrium_status():
             rank_zero_info(said)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the predictions go on from as well, in plain types."""
-        if self._equilibria is None:
-            kept = {key: self._restored[key] for key in ("equilibria", "powers") if key in self._restored}
-            return super().state_dict() | kept
-        powers = {name: (power.cpu(), weight) for name, (power, weight) in self._rotations().powers.items()}
-        return super().state_dict() | {"equilibria": self._equilibria.state(), "powers": powers}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was written."""
-        super().load_state_dict(state_dict)
-        self._restored = state_dict
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Take the gradients: complete, not clipped yet, and unscaled unless the optimizer does that itself."""
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self.gradient and self._tracker is not None and self._tracker.due:
-            index = trainer.optimizers.index(optimizer)
-            self._rotations().record_gradients(index, optimizers_of(trainer)[index], _loss_scale(trainer, optimizer))
-
     def _rotations(self) -> RotationTracker:
         assert isinstance(self._tracker, RotationTracker)
         return self._tracker
-
-
-def _loss_scale(trainer: Trainer, optimizer: Any) -> float:
-    """Loss scale still in the gradients: fused optimizers take it out in their own kernel, after this."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    own = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return float(scaler.get_scale()) if scaler is not None and own else 1.0

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import is_named
-from lightning_normreg._symmetries import ProbeError
-from lightning_normreg._weights import UnitArgument, Verdict, Watched, reshard, strong
+from lightning_normreg._symmetries import OwnStep, ProbeError
+from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed, reshard, strong
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
-from lightning_normreg.callbacks._base import batches_that_stepped, callbacks_of, log_interval, optimizers_of, run_of
 from lightning_normreg.callbacks._probing import few_samples
+from lightning_normreg.callbacks._run import batches_that_stepped, callbacks_of, log_interval, optimizers_of, run_of
 from lightning_normreg.callbacks._selecting import WeightCallback
 from lightning_normreg.steps._batch_norms import keep_batch_norms
 from lightning_normreg.steps._projector import Projector, Radius, check_radius_argument
-from lightning_normreg.steps._targets import OnNotInvariant, check_eps_shares, choose_targets
+from lightning_normreg.steps._targets import OnNotInvariant, choose_targets, note_eps_shares
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-    from torch import Tensor
+
+
+OnLost = Literal["stop", "keep", "raise"]
 
 
 class NormHolder(WeightCallback):
@@ -40,6 +43,7 @@ class NormHolder(WeightCallback):
         exclude: Sequence[str] = (),
         invariance: str | Mapping[str, Any] | None = None,
         on_not_invariant: OnNotInvariant = "raise",
+        on_lost: OnLost = "stop",
         project_averaged: bool = False,
     ) -> None:
         super().__init__(unit, include, exclude, invariance)
@@ -47,17 +51,18 @@ class NormHolder(WeightCallback):
         if on_not_invariant not in ("raise", "skip", "allow"):
             raise ValueError(f"`on_not_invariant` must be 'raise', 'skip' or 'allow', got {on_not_invariant!r}.")
         self.radius = radius
+        if on_lost not in get_args(OnLost):
+            raise ValueError(f"`on_lost` must be 'stop', 'keep' or 'raise', got {on_lost!r}.")
         self.on_not_invariant = on_not_invariant
+        self.on_lost = on_lost
         self.project_averaged = project_averaged
-        self._reset()
 
     @abstractmethod
     def _make_projector(self, targets: list[Watched]) -> Projector:
         """What acts on the targets at each step."""
 
     def _reset(self) -> None:
-        self._restored: dict[str, Tensor] = {}
-        self._restored_average: dict[str, Tensor] = {}
+        super()._reset()
         self._projector: Projector | None = None
         self._projected = 0
         self._averaging: list[Any] = []
@@ -72,19 +77,55 @@ class NormHolder(WeightCallback):
         self._averaging = find_averaging(trainer, self, self.project_averaged)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        verdict = strong(verdict)
-        watched, named, callback = self._selected(trainer, verdict), self.include is not None, type(self).__name__
-        targets = choose_targets(watched, verdict, named=named, otherwise=self.on_not_invariant, callback=callback)
-        check_eps_shares(targets, verdict, self.radius)
-        self._projector = self._make_projector(targets)
-        self._claim(trainer, targets)
-        _say_rounding(targets)
-        run_of(trainer).dispatcher.subscribe(self._projector)
-        # StochasticWeightAveraging copies its average into the module, and nobody looks at it before.
-        swapped = [a for a in self._averaging if hasattr(a, "_swap_models")]
-        self._averaged = [AveragedWeights(a, pl_module, self._projector) for a in swapped]
-        for averaged in self._averaged:
-            averaged.restore(self._restored_average)
+        held = [] if self._projector is None else self._still_held(trainer, self._projector.targets, verdict)
+        try:
+            targets = self._choose(trainer, strong(verdict), self.on_not_invariant)
+        except ValueError as error:
+            if not run_of(trainer).dispatcher.has_seen_updates:
+                raise
+            targets = []  # a run that has come this far is not ended
+            if self._projector is None:
+                rank_zero_warn(f"{type(self).__name__} holds nothing. {error}")
+        mine = {target.parameter for target in held}
+        new = [target for target in targets if target.parameter not in mine]
+        self._claim(trainer, new)
+        _say_rounding(new)
+        if self._projector is not None:
+            self._projector.aim([*held, *new])
+        elif new:
+            self._projector = self._subscribe(trainer, self._make_projector(new))
+            # StochasticWeightAveraging copies its average into the module, and nobody looks at it before.
+            swapped = [a for a in self._averaging if hasattr(a, "_swap_models")]
+            self._averaged = [AveragedWeights(a, pl_module, self._projector) for a in swapped]
+            for averaged in self._averaged:
+                averaged.restore(self._restored.get("averaged", {}))
+
+    def _still_held(self, trainer: Trainer, targets: list[Watched], verdict: Verdict) -> list[Watched]:
+        lost = [t for t in targets if t.invariant and t.name in verdict and not verdict[t.name].holds]
+        names = listed([target.name for target in lost], 5)
+        if not lost or self.on_lost == "keep":
+            return targets
+        if self.on_lost == "raise":
+            raise RuntimeError(f"`on_lost='raise'`: {names} can no longer be held without changing the function.")
+        rank_zero_warn(
+            f"{type(self).__name__} holds {names} no more. on_lost='keep' goes on, and changes the function."
+        )
+        for target in lost:
+            for parameter in target.tensors():
+                run_of(trainer).claims.pop(parameter, None)
+        return [target for target in targets if target not in lost]
+
+    def _choose(self, trainer: Trainer, verdict: Verdict, otherwise: OnNotInvariant) -> list[Watched]:
+        known = self._known(trainer, verdict)
+        watched = self._selected(trainer, verdict) if otherwise == "allow" else known
+        named, callback = self.include is not None, type(self).__name__
+        if self._waiting and not (any(w.invariant for w in known) or (named and watched)):
+            return []
+        if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
+            otherwise = "skip"
+        targets = choose_targets(watched, verdict, named=named, otherwise=otherwise, callback=callback)
+        note_eps_shares(targets, verdict)
+        return targets
 
     def _claim(self, trainer: Trainer, targets: list[Watched]) -> None:
         claims = run_of(trainer).claims
@@ -102,7 +143,9 @@ class NormHolder(WeightCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Project before the first step, and again when a finetuning callback has handed more to an optimizer."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        projector = self._held()
+        projector = self._projector
+        if projector is None:
+            return  # it is not known yet what to hold
         optimized = projector.optimized(optimizers_of(trainer))
         if len(optimized) != self._projected:
             self._projected = len(optimized)
@@ -110,7 +153,8 @@ class NormHolder(WeightCallback):
             moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
             projector.announce(moved, optimizers_of(trainer))
             if moved:
-                _keep_the_function(trainer, pl_module, batch, lambda: projector.start(moved, optimizers_of(trainer)))
+                start = partial(projector.start, moved, optimizers_of(trainer))
+                _keep_the_function(trainer, pl_module, batch, OwnStep(batch_idx), start)
             projector.report()
         interval = log_interval(trainer)
         projector.looking = interval > 0 and (batches_that_stepped(trainer) + 1) % interval == 0
@@ -121,7 +165,7 @@ class NormHolder(WeightCallback):
         """Report units that are not held, at the Trainer's logging interval; project what ranks have averaged."""
         projector = self._projector
         if projector is None:
-            return  # a batch of None has no start
+            return
         if getattr(trainer.strategy, "_model_averager", None) is not None:  # DDPStrategy averages after the step
             projector.project(projector.optimized(optimizers_of(trainer)))
         if projector.looking:
@@ -162,21 +206,6 @@ class NormHolder(WeightCallback):
         """For each projected parameter the norm before the last projection and the radius (root mean squares)."""
         return {} if self._projector is None else self._projector.norms_and_radii()
 
-    def _held(self) -> Projector:
-        assert self._projector is not None
-        return self._projector
-
-    def state_dict(self) -> dict[str, Any]:
-        """The verdict, and the radii that were measured at the start, as plain tensors."""
-        initial = self._restored if self._projector is None else self._projector.initial
-        return super().state_dict() | {"initial": {name: radius.cpu() for name, radius in initial.items()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hold the radii of the run that is resumed."""
-        super().load_state_dict(state_dict)
-        self._restored = dict(state_dict["initial"])
-        self._restored_average = dict(state_dict.get("averaged", {}))
-
 
 def held_norms(trainer: Trainer) -> dict[str, tuple[float, float]]:
     """What :meth:`NormHolder.held` says, of all callbacks of a Trainer."""
@@ -184,9 +213,11 @@ def held_norms(trainer: Trainer) -> dict[str, tuple[float, float]]:
     return {name: norms for holder in holders for name, norms in holder.held().items()}
 
 
-def _keep_the_function(trainer: Trainer, pl_module: LightningModule, batch: Any, project: Callable[[], None]) -> None:
+def _keep_the_function(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, step: OwnStep, project: Callable[[], None]
+) -> None:
     try:
-        keep_batch_norms(pl_module, [batch, few_samples(batch)], project, share=trainer.strategy.broadcast)
+        keep_batch_norms(pl_module, [batch, few_samples(batch)], project, trainer.strategy.broadcast, step)
     except (ProbeError, ValueError) as error:
         project()  # again, where the error came after it: what is at its radius does not move
         rank_zero_warn(

@@ -15,9 +15,10 @@ from lightning_normreg._compat import is_named
 from lightning_normreg._metrics import Curve
 from lightning_normreg._plot import History
 from lightning_normreg._weights import UnitArgument, Verdict, Watched
-from lightning_normreg.callbacks._base import batches_that_stepped, callbacks_of, log_interval, optimizers_of, run_of
+from lightning_normreg.callbacks._epoch_means import EpochMeans
 from lightning_normreg.callbacks._hyperparameters import MERGING, hyperparameters
 from lightning_normreg.callbacks._norm_projection import NormProjection
+from lightning_normreg.callbacks._run import batches_that_stepped, callbacks_of, log_interval, optimizers_of, run_of
 from lightning_normreg.callbacks._selecting import WeightCallback
 from lightning_normreg.callbacks._tensorboard import write_beside
 from lightning_normreg.steps._tracker import Row, Tracker
@@ -69,12 +70,12 @@ class Monitor(WeightCallback):
         self.per_layer = per_layer
         self.logging_interval = logging_interval
         self.prefix = prefix
-        self._reset()
 
     def _reset(self) -> None:
+        super()._reset()
         self._tracker: Tracker | None = None
         self._history = History()
-        self._sums: dict[str, tuple[float, int]] = {}
+        self._means = EpochMeans()
         self._first: dict[str, float] = {}
         self._logged_once = False
         self._step = 0
@@ -110,8 +111,11 @@ class Monitor(WeightCallback):
             )
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        self._tracker = self._make_tracker(self._selected(trainer, verdict))
-        run_of(trainer).dispatcher.subscribe(self._tracker)
+        watched = self._known(trainer, verdict)
+        if self._tracker is None:
+            self._tracker = self._subscribe(trainer, self._make_tracker(watched))
+        else:
+            self._tracker.watch(watched)
 
     def _choose_layers(self, watched: list[Watched]) -> None:
         names = [w.name for w in watched]
@@ -167,20 +171,18 @@ class Monitor(WeightCallback):
         } | self._summary_values(row)
         if self.logging_interval == "step":
             self._log(trainer, values)
-            return
-        for tag, value in values.items():
-            total, count = self._sums.get(tag, (0.0, 0))
-            self._sums[tag] = (total + value, count + 1)
+        else:
+            self._means.update(values)
 
     def _complete(self, trainer: Trainer, row: Row) -> None:
         """Add what follows from the measured values."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's means."""
-        if self._sums:
+        if self._means.update_called:
             self._step = batches_that_stepped(trainer) - 1  # where `self.log` puts what it has over an epoch
-            self._log(trainer, {tag: total / count for tag, (total, count) in self._sums.items()})
-            self._sums.clear()
+            self._log(trainer, self._means.compute())
+            self._means.reset()
 
     def _summary_values(self, row: Row) -> dict[str, float]:
         """Minimum, median and maximum over layers; of effective rates only the ratios, see the word's definition."""
@@ -207,13 +209,13 @@ class Monitor(WeightCallback):
         for logger in trainer.loggers:
             named = {tag.replace("/", logger.group_separator): value for tag, value in values.items()}
             logger.log_metrics(named, step=self._step)
-        dtype = self._tracker.dtype
-        trainer.callback_metrics.update({t: torch.tensor(v, dtype=dtype) for t, v in values.items()})
+        entries = torch.tensor(list(values.values()), dtype=self._tracker.dtype).unbind()
+        trainer.callback_metrics.update(zip(values, entries, strict=True))
         self._history.add({"step": self._step, "epoch": trainer.current_epoch, **values})
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that the checkpoint loads with ``weights_only=True``."""
-        own = {"logged_once": self._logged_once, "first": dict(self._first), "sums": dict(self._sums)}
+        own = {"logged_once": self._logged_once, "first": dict(self._first), "sums": self._means.sums()}
         return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -221,4 +223,4 @@ class Monitor(WeightCallback):
         super().load_state_dict(state_dict)
         self._logged_once = state_dict["logged_once"]
         self._first = dict(state_dict["first"])
-        self._sums = {_metrics.retagged(tag, self.prefix): sums for tag, sums in state_dict["sums"].items()}
+        self._means.add_sums({_metrics.retagged(tag, self.prefix): s for tag, s in state_dict["sums"].items()})

@@ -24,8 +24,8 @@ class NormProjection(NormHolder):
 
     What it logs: nothing; units that cannot be projected (zero, infinite, NaN) are reported once.
 
-    What it costs: per step two reads and one write of the projected weights, by three operations for each tensor on
-    a CPU, two on a device with float64, which sums in it. No transfer.
+    What it costs: per step two reads and one write of the projected weights, by two operations for each tensor; on
+    other devices with float64 the sums are made in it, which may cost four passes more. No transfer.
 
     Args:
         radius: ``"auto"``: 1 for a neuron or column, √k for a layer of k neurons, √fan_in for a neuron under weight
@@ -41,6 +41,8 @@ class NormProjection(NormHolder):
             training alone are too weak as evidence.
         on_not_invariant: What to do with a weight that ``include`` names and that is not known to be scale-invariant:
             ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the projection changes what the network computes.
+        on_lost: What to do when gradients of training show that a weight is no longer scale-invariant: ``"stop"``
+            holding it, and say so; ``"keep"`` on, which changes the function; ``"raise"`` a RuntimeError.
         project_averaged: Project the weights that a WeightAveraging, EMAWeightAveraging or StochasticWeightAveraging
             callback averages, for validation, checkpoints and the end of the run. The average itself goes on
             unprojected. Put NormProjection after that callback.
@@ -60,4 +62,4 @@ class NormProjection(NormHolder):
     """
 
     def _make_projector(self, targets: list[Watched]) -> Projector:
-        return Projector(targets, self.radius, self._restored)
+        return Projector(targets, self.radius)

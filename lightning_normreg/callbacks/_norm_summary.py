@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,13 @@ from rich.console import Console
 
 from lightning_normreg._reports import SummaryRow, markdown_summary, sentences, summary_rows, summary_table
 from lightning_normreg._weights import Verdict
-from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
+from lightning_normreg.callbacks._base import StepCallback
 from lightning_normreg.callbacks._holding import held_norms
-from lightning_normreg.steps._step_hooks import Phase
+from lightning_normreg.callbacks._run import optimizers_of, run_of
+from lightning_normreg.steps._subscriber import StepSubscriber
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-    from torch import Tensor
     from torch.optim import Optimizer
 
 
@@ -41,13 +41,10 @@ class NormSummary(StepCallback):
         >>> trainer = Trainer(callbacks=[NormSummary()], logger=False)
     """
 
-    phase = Phase.MEASURE
-
     def __init__(self, invariance: str | Mapping[str, Any] | None = None) -> None:
         super().__init__(invariance)
         self._rows: list[SummaryRow] = []
         self._sentences: list[str] = []
-        self._pending: tuple[Trainer, Verdict] | None = None
 
     def rows(self) -> list[dict[str, Any]]:
         """The table, one mapping of plain types for each parameter; empty before the first step."""
@@ -58,20 +55,13 @@ class NormSummary(StepCallback):
         return list(self._sentences)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        self._pending = (trainer, verdict)
-        run_of(trainer).dispatcher.subscribe(self)
+        if not self._subscribers:
+            self._subscribe(trainer, _BeforeFirstStep(lambda: self._make(trainer, verdict)))
 
-    def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Make the table, when all other callbacks have begun; then never again."""
-        if self._pending is None:
-            return
-        (trainer, verdict), self._pending = self._pending, None
+    def _make(self, trainer: Trainer, verdict: Verdict) -> None:
         self._rows, self._sentences = summary_of(trainer, verdict)
         if trainer.is_global_zero:
             self._show(trainer)
-
-    def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
-        """Nothing."""
 
     def _show(self, trainer: Trainer) -> None:
         console = Console()
@@ -82,6 +72,20 @@ class NormSummary(StepCallback):
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if callable(add_text):
                 add_text("norm_summary", f"{markdown_summary(self._rows)}\n\n{said}")
+
+
+class _BeforeFirstStep(StepSubscriber):
+    """Acts once, when all callbacks have begun."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__()
+        self._act: Callable[[], None] | None = act
+
+    def before_step(self, index: int, optimizer: Optimizer) -> None:
+        """Act, and never again."""
+        act, self._act = self._act, None
+        if act is not None:
+            act()
 
 
 def summary_of(trainer: Trainer, verdict: Verdict) -> tuple[list[SummaryRow], list[str]]:

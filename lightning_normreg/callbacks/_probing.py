@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -13,13 +13,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_normreg._symmetries import (
     NARROW_OBSERVER,
     WIDE_OBSERVER,
+    NoLossError,
     ObserverThresholds,
+    OwnStep,
     ProbeError,
+    find_in_place,
     find_scale_invariance,
     load_verdict,
     verdict_to_dict,
 )
-from lightning_normreg._weights import Verdict, is_sharded, summarize
+from lightning_normreg._weights import Verdict, is_sharded, named_roles
 from lightning_normreg.steps._observer import GradientObserver
 
 if TYPE_CHECKING:
@@ -28,26 +31,36 @@ if TYPE_CHECKING:
 SAMPLES = 4
 LONG_SECONDS = 2.0
 LARGEST = 500_000_000
-"""Parameters of a model that is still copied: the probe takes five times their memory in float64."""
+"""Parameters of a model that is still copied, which takes five times their memory in float64; else in place."""
 
 
-def probe(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Verdict:
-    """Ask the module's own ``training_step`` on a few samples; every rank takes what rank 0 finds, empty if nothing."""
+def probe(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *, give_up: bool = True
+) -> Verdict | None:
+    """Ask the module's own ``training_step`` on a few samples; every rank takes what rank 0 finds, empty if nothing.
+
+    None where another batch may tell: this one has no loss, and it is not yet time to ``give_up``.
+    """
     started = time.perf_counter()
+    verdict: Verdict | None = {}
     try:
-        verdict = _on_few_samples(pl_module, batch)
+        verdict = _on_few_samples(pl_module, batch, _asking(trainer, pl_module, batch_idx))
         seconds = time.perf_counter() - started
-        took = f" (the probe took {seconds:.0f} s)" if seconds > LONG_SECONDS else ""
-        rank_zero_info(f"Scale invariance: {summarize(verdict)}{took}")
+        if seconds > LONG_SECONDS:
+            rank_zero_info(f"The probe for scale invariance took {seconds:.0f} s.")
     except Exception as error:  # whatever the user's code raises on a copy, or memory: training must go on
-        verdict = {}
-        rank_zero_warn(
-            f"Which weights are scale-invariant could not be found out on a private copy: {error} Monitors watch the "
-            f"gradients of the first {GradientObserver.STEPS[-1] + 1} optimizer steps instead, which is weaker "
-            "evidence and never enough to project; their curves begin after that. The remedy: invariance=, a verdict "
-            "from find_scale_invariance(module, forward=…) on this model or a small copy, saved by save_verdict."
-        )
-    return same_on_all_ranks(trainer, verdict)
+        if isinstance(error, NoLossError) and not give_up:
+            verdict = None
+        else:
+            rank_zero_warn(
+                f"Which weights are scale-invariant could not be found out by a probe: {error} Monitors watch "
+                f"the gradients of the first {GradientObserver.STEPS[-1] + 1} optimizer steps instead, which is weaker "
+                "evidence and never enough to project; their curves begin after that. The remedy: invariance=, a "
+                "verdict from find_scale_invariance(module, forward=…) on this model or a small copy, saved by "
+                "save_verdict."
+            )
+    plain = trainer.strategy.broadcast(None if verdict is None else verdict_to_dict(verdict))
+    return None if plain is None else load_verdict(plain)
 
 
 def same_on_all_ranks(trainer: Trainer, verdict: Verdict) -> Verdict:
@@ -63,14 +76,12 @@ def observer_limits(trainer: Trainer) -> ObserverThresholds:
 
 def say_lost(lost: Mapping[str, float]) -> None:
     """Warn of parameters that are no longer scale-invariant, with the statistic that says so."""
-    if lost:
-        names = ", ".join(f"{name!r} (T = {statistic:.2g})" for name, statistic in lost.items())
-        rank_zero_warn(
-            f"No longer scale-invariant: {names}. Their gradients have left the right angle: a normalization was "
-            "frozen, the loss has changed, or the weights are so small that eps takes over. Their effective learning "
-            "rates mean nothing from here on, and projecting them changes the function. Start a new fit, which asks "
-            "again, or leave them out by `exclude`."
-        )
+    names = ", ".join(f"{name!r} (T = {statistic:.2g})" for name, statistic in lost.items())
+    rank_zero_warn(
+        f"No longer scale-invariant: {names}. Their gradients have left the right angle: a normalization was frozen, "
+        "the loss has changed, or the weights are so small that eps takes over. From here on their effective learning "
+        "rates mean nothing by themselves and are logged as effective_lr_not_invariant."
+    )
 
 
 def few_samples(batch: Any) -> Any:
@@ -85,16 +96,25 @@ def few_samples(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf[:SAMPLES] if isinstance(leaf, Tensor) else leaf, batch)
 
 
-def _on_few_samples(pl_module: LightningModule, batch: Any) -> Verdict:
+def _asking(trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> Callable[[Any], Verdict]:
+    """How the model is asked of a batch: on a private copy, or in place where it is sharded or too large for that."""
     size = sum(p.numel() for p in pl_module.parameters())
-    if size > LARGEST:
-        raise ProbeError(f"{size / 1e6:.0f} million parameters are too many to probe on a copy.")
-    if any(is_sharded(p) for p in pl_module.parameters()):
-        raise ProbeError("The model is sharded, so no process has all of it.")
+    if size <= LARGEST and not any(is_sharded(p) for p in pl_module.parameters()):
+        return lambda batch: find_scale_invariance(pl_module, batch, forward=OwnStep(batch_idx))
+    step = OwnStep(batch_idx, through=trainer.strategy.training_step)
+    return lambda batch: find_in_place(pl_module, batch, step, outer=trainer.model or pl_module)
+
+
+def _on_few_samples(pl_module: LightningModule, batch: Any, ask: Callable[[Any], Verdict]) -> Verdict:
     few = few_samples(batch)
     try:
-        return find_scale_invariance(pl_module, few)
+        verdict = ask(few)
     except ProbeError:
         if few is batch:
             raise
-        return find_scale_invariance(pl_module, batch)  # a loss that wants the whole batch
+        return ask(batch)  # a loss that wants the whole batch
+    trained = {name for name, p, _ in named_roles(pl_module) if p.requires_grad}
+    if few is not batch and any(v.is_unknown for name, v in verdict.items() if name in trained):
+        whole = ask(batch)  # experts that few samples do not reach
+        verdict |= {name: whole[name] for name, v in verdict.items() if v.is_unknown}
+    return verdict

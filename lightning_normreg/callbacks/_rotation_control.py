@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg._weights import UnitArgument, Verdict, Watched
-from lightning_normreg.callbacks._base import optimizers_of
-from lightning_normreg.callbacks._holding import NormHolder
+from lightning_normreg.callbacks._holding import NormHolder, OnLost
+from lightning_normreg.callbacks._run import optimizers_of
 from lightning_normreg.functional._rotation import Per
 from lightning_normreg.steps._angles import Angle, Angles
 from lightning_normreg.steps._projector import Radius
-from lightning_normreg.steps._rotator import Hold, Mean, Rotator, check_control_arguments
+from lightning_normreg.steps._rotator import Hold, Rotator, check_control_arguments
 from lightning_normreg.steps._targets import OnNotInvariant
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ class RotationControl(NormHolder):
     control, and ``rotation_factor/…`` by what the optimizer's own was multiplied. Reported once for each weight: units
     that are zero or not finite, that were capped at π/2, or whose update is so small that rounding shows in it.
 
-    What it costs: one copy of the controlled weights, allocated at the start and shared with EffectiveLRMonitor. On a
-    CPU 4 to 5 times the time of NormProjection (``python -m tests.benchmarks.table_cost``). No transfer; of sharded
-    weights one all-reduce per step.
+    What it costs: one copy of the controlled weights, allocated at the start and shared with EffectiveLRMonitor. For
+    each tensor eight operations on a CPU, eleven elsewhere, thirteen without float64; on a CPU 4 to 5 times the time of
+    NormProjection (``python -m tests.benchmarks.table_cost``). No transfer; of sharded weights one all-reduce per step.
 
     Args:
         angle: ``"lr"``: the live learning rate of the weight's parameter group, in radians; a number: that angle;
@@ -75,6 +75,8 @@ class RotationControl(NormHolder):
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
         on_not_invariant: What to do with a weight that ``include`` names and that is not known to be scale-invariant:
             ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the control changes what the network computes.
+        on_lost: What to do when gradients of training show that a weight is no longer scale-invariant: ``"stop"``
+            holding it, and say so; ``"keep"`` on, which changes the function; ``"raise"`` a RuntimeError.
         project_averaged: Project the weights that a WeightAveraging, EMAWeightAveraging or StochasticWeightAveraging
             callback before this one averages, for validation, checkpoints and the end of the run.
 
@@ -105,6 +107,7 @@ class RotationControl(NormHolder):
         exclude: Sequence[str] = (),
         invariance: str | Mapping[str, Any] | None = None,
         on_not_invariant: OnNotInvariant = "raise",
+        on_lost: OnLost = "stop",
         project_averaged: bool = False,
     ) -> None:
         super().__init__(
@@ -114,6 +117,7 @@ class RotationControl(NormHolder):
             exclude=exclude,
             invariance=invariance,
             on_not_invariant=on_not_invariant,
+            on_lost=on_lost,
             project_averaged=project_averaged,
         )
         Angles(angle)
@@ -122,16 +126,13 @@ class RotationControl(NormHolder):
         self.per = per
         self.hold = hold
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._restored_means: dict[str, Mean] = {}
-
     def _make_projector(self, targets: list[Watched]) -> Rotator:
-        initial, means = self._restored, self._restored_means
-        return Rotator(targets, self.radius, self.angle, per=self.per, hold=self.hold, initial=initial, means=means)
+        return Rotator(targets, self.radius, self.angle, per=self.per, hold=self.hold)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         super()._begin(trainer, pl_module, verdict)
+        if self._projector is None:
+            return
         rotator = self._rotator()
         copied = sum(p.numel() * p.element_size() for t in rotator.targets for p in t.tensors())
         shared = copied - rotator.allocate(optimizers_of(trainer))
@@ -145,13 +146,3 @@ class RotationControl(NormHolder):
     def counts(self) -> dict[str, dict[str, int]]:
         """Of each weight, in units and steps: ``updates``, ``capped``, ``steered`` by rounding, ``still`` with all."""
         return {} if self._projector is None else self._rotator().counts()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What ``hold="mean"`` goes on from as well."""
-        means = self._restored_means if self._projector is None else self._rotator().means
-        return super().state_dict() | {"means": {n: (s.cpu(), w.cpu()) for n, (s, w) in means.items()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint was written."""
-        super().load_state_dict(state_dict)
-        self._restored_means = dict(state_dict["means"])

@@ -9,11 +9,9 @@ from typing import Any, Literal
 import yaml
 from rich.table import Table
 
-from lightning_normreg.cli._console import console
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
-from lightning_normreg.cli._parser import Parser, add_optional, parser_of
-from lightning_normreg.cli._recipe import OF_THE_UNIT, Recipe, converted, to_plain
-from lightning_normreg.cli._recipe_source import read_recipe
+from lightning_normreg.cli._parser import Parser, add_optional, console, parser_of
+from lightning_normreg.cli._recipe import OF_THE_UNIT, Recipe, converted, read_recipe, to_plain
 from lightning_normreg.functional import equilibrium_half_life, equilibrium_rotation, matched_lr
 from lightning_normreg.functional._families import FAMILIES
 from lightning_normreg.functional._recipes import EXPONENTS
@@ -117,8 +115,7 @@ def _matched(recipe: Recipe, found: Recipe, norm: float | None) -> float | None:
                 "Muon: for others there is no exact conversion."
             )
         exponent = EXPONENTS[recipe.family]
-        decay = recipe.weight_decay
-        return matched_lr(recipe.rate(), decay, norm=found.radius, decayed_norm=norm, exponent=exponent)
+        return matched_lr(recipe.rate(), recipe.weight_decay, norm=found.radius, decayed_norm=norm, exponent=exponent)
 
 
 def _table(before: Recipe, after: Recipe) -> Table:
@@ -201,15 +198,14 @@ def _config(found: Recipe) -> dict[str, Any] | None:
     if found.optimizer in EXPONENTS or found.optimizer.islower():
         return None
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in found.settings.items() if v is not None}
-    is_schedule = found.form == "schedule"
     lr, weight_decay = found.lr, found.weight_decay
-    if is_schedule:
+    if found.form == "schedule":
         lr, weight_decay = found.undo.get("lr", []), found.undo["weight_decay"]
     if isinstance(lr, list):
         return None
     made = {"lr": lr, "weight_decay": weight_decay, **settings}
     config: dict[str, Any] = {"optimizer": {"class_path": found.optimizer, "init_args": made}}
-    if is_schedule:
+    if found.form == "schedule":
         config["lr_scheduler"] = {"class_path": "DecayFreeLR"}
     elif found.radius is not None:
         config["projection"] = {"radius": found.radius}

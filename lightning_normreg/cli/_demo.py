@@ -6,19 +6,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
 
-from lightning_normreg._compat import optional_import
+from lightning_normreg import _metrics
+from lightning_normreg._compat import optional_import, pl
 from lightning_normreg._plot import plot_curves
-from lightning_normreg.callbacks._base import callbacks_of
 from lightning_normreg.callbacks._monitor import Monitor
+from lightning_normreg.callbacks._run import callbacks_of
 from lightning_normreg.cli._normreg_cli import NormRegCLI
 from lightning_normreg.cli._subcommands import PROGRAM, epilog
 from lightning_normreg.demos import DemoConvNet, DigitsDataModule
-from lightning_normreg.demos._report import first_and_last_table
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
+    import pandas as pd
 
+SHOWN = {
+    "unit norm": _metrics.UNIT_NORM_RMS,
+    "effective learning rate": _metrics.EFFECTIVE_LR,
+    "rotation per step": _metrics.ROTATION,
+}
 TRAINER = {"max_epochs": 20, "log_every_n_steps": 5, "accelerator": "cpu", "enable_model_summary": False}
 
 
@@ -45,7 +51,7 @@ def demo(args: list[str]) -> None:
         _report(cli.trainer)
 
 
-def _report(trainer: Trainer) -> None:
+def _report(trainer: pl.Trainer) -> None:
     """Print the table, save the picture, say how to look at the curves."""
     console = Console()
     frames = [callback.history() for callback in callbacks_of(trainer) if isinstance(callback, Monitor)]
@@ -53,8 +59,23 @@ def _report(trainer: Trainer) -> None:
         console.print("Nothing to show: a monitor or the logger was taken away, or no update was logged.")
         return
     history = frames[0].merge(frames[1], on=["step", "epoch"], how="outer")
-    console.print(first_and_last_table(history))
+    console.print(_first_and_last_table(history))
     directory = Path(trainer.log_dir)
     plot_curves(history).savefig(directory / "curves.png")
     console.print(f"Picture of the curves:  {directory / 'curves.png'}", soft_wrap=True)
     console.print(f"All curves, live:       tensorboard --logdir {directory}", soft_wrap=True)
+
+
+def _first_and_last_table(history: pd.DataFrame) -> Table:
+    """Per layer the first and the last value of each curve."""
+    table = Table(title="What the run did to each layer, first → last logged step")
+    table.add_column("layer")
+    for title in SHOWN:
+        table.add_column(title, justify="right")
+    start = _metrics.tag(_metrics.UNIT_NORM_RMS, "")
+    for column in history.columns[history.columns.str.startswith(start)]:
+        layer = column.removeprefix(start)
+        curves = [history.get(_metrics.tag(curve, layer)) for curve in SHOWN.values()]
+        values = [None if curve is None else curve.dropna().iloc[[0, -1]] for curve in curves]
+        table.add_row(layer, *("not scale-invariant" if v is None else "{:.3g} → {:.3g}".format(*v) for v in values))
+    return table

@@ -38,7 +38,6 @@ class MonitorGroup:
         self._kwargs = kwargs
 
     def callbacks(self) -> list[CallbackBase]:
-        """Both monitors."""
         shared = inspect.signature(WeightNormMonitor).parameters.keys() & self._kwargs.keys()
         norms = {name: self._kwargs[name] for name in shared}
         return [WeightNormMonitor(**norms, histograms=self._histograms), EffectiveLRMonitor(**self._kwargs)]
@@ -49,7 +48,6 @@ class ProjectionGroup(_Arguments):
     """NormProjection: the norm of weights is held at a radius."""
 
     def callbacks(self) -> list[CallbackBase]:
-        """The projection."""
         return [NormProjection(**self._kwargs)]
 
 
@@ -58,7 +56,6 @@ class RotationGroup(_Arguments):
     """RotationControl: weights turn by an angle per step, by default the learning rate in radians."""
 
     def callbacks(self) -> list[CallbackBase]:
-        """The control."""
         return [RotationControl(**self._kwargs)]
 
 
@@ -67,7 +64,6 @@ class DecayGroup(_Arguments):
     """Decay by role in the parameter groups of --optimizer, where weights have its weight_decay."""
 
     def split(self, module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups."""
         return decay_groups(module, weight_decay, **self._kwargs)
 
 

@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
+from contextlib import suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
 
-from lightning_normreg import _compat
-
-OTHER = "lightning.pytorch"
-
-
-def default_namespace() -> str:
-    """``"pytorch_lightning"`` where it is installed, else ``"lightning.pytorch"``."""
-    return str(_compat.pl.__name__)
+from lightning_normreg._compat import pl
 
 
 def namespace_of(model_class: object, args: Any = None) -> str:
     """That of a LightningModule, or of the one that arguments name; the default where nothing says otherwise."""
     if model_class is None:
-        candidates = [_imported(path) for path in _model_paths(sys.argv[1:] if args is None else args)]
-        model_class = candidates[-1] if candidates else None
+        paths = list(_model_paths(sys.argv[1:] if args is None else args))
+        with suppress(Exception):  # the parser imports it again, and says what is wrong with it
+            model_class = resolve_name(paths[-1]) if paths else None
     bases = model_class.__mro__ if isinstance(model_class, type) else ()
-    return OTHER if any(base.__module__.startswith("lightning.pytorch.") for base in bases) else default_namespace()
-
-
-def _imported(path: str) -> object:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except Exception:  # the parser imports it again, and says what is wrong with it
-        return None
+    theirs = any(base.__module__.startswith("lightning.pytorch.") for base in bases)
+    return "lightning.pytorch" if theirs else pl.__name__
 
 
 def _model_paths(args: Any) -> Iterator[str]:

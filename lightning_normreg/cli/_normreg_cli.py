@@ -11,28 +11,27 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
 from torch.optim import Optimizer
 
 import lightning_normreg.demos  # noqa: F401, so that its classes are known by their short names
+from lightning_normreg._compat import pl
 from lightning_normreg.cli._errors import DEBUG_HINT, ArgumentRefused, blamed_on, message_for_user
 from lightning_normreg.cli._groups import CALLBACK_GROUPS, GROUP_OF_CALLBACK, DecayGroup
-from lightning_normreg.cli._namespace import default_namespace, namespace_of
-from lightning_normreg.cli._optimizers import configure_optimizers
+from lightning_normreg.cli._namespace import namespace_of
 from lightning_normreg.cli._parser import Parser, add_optional
-from lightning_normreg.cli._schedulers import MakeScheduler
+from lightning_normreg.cli._schedulers import MakeScheduler, natural_interval
 from lightning_normreg.cli._subcommands import SUMMARIES, epilog
 
+DEFAULT = pl.__name__
 if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
     from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
     Base = LightningCLI
-    DEFAULT = "pytorch_lightning"
 else:
     Base = object
-    DEFAULT = default_namespace()
     LightningCLI = import_module(f"{DEFAULT}.cli").LightningCLI
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
@@ -67,9 +66,9 @@ class Commands(Base):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make our parser, which Lightning before 2.6 has no argument for."""
-        module = import_module(self.namespace)
-        kwargs.setdefault("dump_header", [f"{module.__name__}=={module.__version__}"])
-        parser = parser_class(self.namespace)(**kwargs)
+        kwargs.setdefault("dump_header", [f"{self.namespace}=={import_module(self.namespace).__version__}"])
+        theirs = import_module(f"{self.namespace}.cli").LightningArgumentParser
+        parser: LightningArgumentParser = type("Parser", (Parser, theirs), {})(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file, YAML or JSON.")
         return parser
 
@@ -78,7 +77,7 @@ class Commands(Base):
         settings = getattr(self, which, {})
         return settings.get(str(getattr(self, "subcommand", None)), settings)
 
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Put the groups of this package before Lightning's."""
         group = parser.add_argument_group("curves, projection and rotation")
         for key, (makes, default, text) in CALLBACK_GROUPS.items():
@@ -86,11 +85,10 @@ class Commands(Base):
         if self._makes_optimizers:
             self._add_optimizer_arguments(parser)
         super().add_core_arguments_to_parser(parser)
-        if isinstance(parser, Parser):
-            parser.title("trainer", "trainer", "Lightning's Trainer; --trainer.NAME for each of:")
-            parser.fold("trainer")
-            parser.title("model", "model")
-            parser.title("data", "data")
+        parser.title("trainer", "trainer", "Lightning's Trainer; --trainer.NAME for each of:")
+        parser.fold("trainer")
+        parser.title("model", "model")
+        parser.title("data", "data")
 
     def _add_optimizer_arguments(self, parser: LightningArgumentParser) -> None:
         group = parser.add_argument_group("optimizer", "In place of the model's own configure_optimizers.")
@@ -156,18 +154,12 @@ class Commands(Base):
         chosen = {key: parsed[key] for key in ("optimizer", "lr_scheduler")}
         make = parser.instantiate_classes(parser.parse_object(chosen))
         arguments = {**parsed["optimizer"].get("init_args", {}), **parsed["optimizer"].get("dict_kwargs", {})}
-        decay = made["decay"]
+        decay = DecayGroup() if made["decay"] is True else made["decay"] or None
         self.model.configure_optimizers = partial(
-            configure_optimizers,
-            self.model,
-            make_optimizer=make.optimizer,
-            make_scheduler=make.lr_scheduler,
-            decay=DecayGroup() if decay is True else decay or None,
-            weight_decay=arguments.get("weight_decay"),
-            interval=made["lr_interval"],
+            _configure_optimizers, self.model, make, decay, arguments.get("weight_decay"), made["lr_interval"]
         )
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the Trainer; what its callbacks name replaces a default of the same class."""
         made = self._settings("config_init")
         named = made["trainer"].get("callbacks") or []
@@ -251,6 +243,27 @@ def _scheduler_type(namespace: str) -> Any:
     return Callable[[Optimizer], plateau] | MakeScheduler
 
 
-@cache
-def parser_class(namespace: str) -> type[LightningArgumentParser]:
-    return type("Parser", (Parser, import_module(f"{namespace}.cli").LightningArgumentParser), {})
+def _configure_optimizers(
+    module: nn.Module, make: Namespace, decay: DecayGroup | None, weight_decay: float | None, interval: str | None
+) -> Any:
+    """Make the optimizer when training starts, so that parameters are those that are trained, sharded or not.
+
+    ``make`` makes optimizer and scheduler. ``decay`` is None for one group, ``weight_decay`` where the optimizer has no
+    such argument, ``interval`` for the scheduler's own.
+    """
+    parameters: Iterable[Any] = module.parameters()
+    if decay is not None and weight_decay is not None:
+        with blamed_on("decay"):
+            parameters = decay.split(module, weight_decay)
+    elif decay is not None:
+        rank_zero_info("The optimizer has no `weight_decay`, so its parameters are in one group.")
+    with blamed_on("optimizer"):
+        optimizer = make.optimizer(parameters)
+    if make.lr_scheduler is None:
+        return optimizer
+    with blamed_on("lr_scheduler"):
+        scheduler = make.lr_scheduler(optimizer)
+    entry = {"scheduler": scheduler, "interval": interval or natural_interval(scheduler)}
+    if hasattr(scheduler, "monitor"):
+        entry["monitor"] = scheduler.monitor
+    return {"optimizer": optimizer, "lr_scheduler": entry}

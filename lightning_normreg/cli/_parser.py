@@ -1,4 +1,4 @@
-"""The parser: help that fits a screen for each group, and errors that say what to do."""
+"""The parser: help that fits a screen for each group, and errors that say what to do. And where tables are printed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
+from rich.console import Console
 
 from lightning_normreg.cli._subcommands import PROGRAM, epilog
 
@@ -39,7 +40,8 @@ class Parser(ArgumentParser):
 
     def format_usage(self) -> str:
         """One line: there are a hundred options."""
-        self.usage = f"{self.prog.replace(' [options]', '')} [--config FILE] [--KEY VALUE ...]"
+        config = "[--config FILE] " if "--config" in self._option_string_actions else ""
+        self.usage = f"{self.prog.replace(' [options]', '')} {config}[--KEY VALUE ...]"
         return super().format_usage()
 
     def format_help(self, *args: Any, **options: Any) -> str:
@@ -100,6 +102,12 @@ def parser_of(subcommand: str, description: str) -> Parser:
 def add_optional(group: Any, key: str, kind: Any, metavar: str | None = None, text: str | None = None) -> None:
     """Add an argument that is None where it is left out."""
     group.add_argument(f"--{key}", type=kind | None, default=None, metavar=metavar, help=text)
+
+
+def console() -> Console:
+    """The terminal, or a page that is wide enough for every table where the output is no terminal."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=160)
 
 
 class _Unfold(argparse.Action):

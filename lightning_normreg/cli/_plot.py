@@ -43,7 +43,6 @@ def plot(args: list[str]) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """What it takes."""
     parser = _Parser(
         prog=f"{PROGRAM} plot",
         description="Draw effective learning rates, norms and rotations of all layers over the steps, coloured\n"

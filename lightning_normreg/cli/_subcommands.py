@@ -6,7 +6,7 @@ import textwrap
 
 PROGRAM = "lightning-normreg"
 
-COMMANDS = {"demo": "_demo", "inspect": "inspect", "plot": "_plot", "convert": "_convert"}
+COMMANDS = {"demo": "_demo", "inspect": "_inspect", "plot": "_plot", "convert": "_convert"}
 """Those that are not LightningCLI's, and the file of each: a function of that name takes the arguments. None of them is
 imported to show the list."""
 

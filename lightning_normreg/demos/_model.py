@@ -72,9 +72,5 @@ class DemoConvNet(DecayGroupsMixin, pl.LightningModule):
 
 
 def _block(inputs: int, filters: int, stride: int = 1) -> nn.Sequential:
-    layers = {
-        "conv": nn.Conv2d(inputs, filters, 3, stride, padding=1, bias=False),
-        "norm": nn.BatchNorm2d(filters),
-        "relu": nn.ReLU(),
-    }
-    return nn.Sequential(OrderedDict(layers))
+    convolution = nn.Conv2d(inputs, filters, 3, stride, padding=1, bias=False)
+    return nn.Sequential(OrderedDict(conv=convolution, norm=nn.BatchNorm2d(filters), relu=nn.ReLU()))

@@ -50,6 +50,11 @@ def number_type(tensor: Tensor) -> torch.dtype:
     return torch.float32 if way_of(tensor) == "narrow" else torch.float64
 
 
+def sum_type(tensor: Tensor) -> torch.dtype:
+    """Type that sums over entries are made in."""
+    return torch.float64 if way_of(tensor) == "wide" else accumulator(tensor.dtype)
+
+
 def scratch(name: str, like: Tensor, entries: int, dtype: torch.dtype) -> Tensor:
     """Flat memory for temporaries, the same each time: memory that goes back to the system costs a page fault."""
     buffers: dict[object, Tensor] = _kept.__dict__.setdefault("buffers", {})

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from lightning_normreg.functional._balance import Balance, Filter, coupled, decoupled, projecting, sign_correlation
-from lightning_normreg.functional._orthogonal import update_correlation, update_power
+from lightning_normreg.functional import _balance
+from lightning_normreg.functional._balance import Balance, Filter, coupled, decoupled, projecting
 
 FamilyName = Literal[
     "sgd",
@@ -44,7 +44,6 @@ class Family:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Names of all settings."""
         return (*self.required, *self.defaults)
 
     def balance(self, settings: Mapping[str, Any]) -> Balance:
@@ -112,7 +111,7 @@ def _averaged(lr: float, weight_decay: float, entries: float, betas: Betas, *, n
 
 def _lion(lr: float, weight_decay: float, entries: float, betas: Betas) -> Balance:
     response = Filter.of(1 - betas[0], betas[0] * (1 - betas[1]), betas[1])
-    correlation = sign_correlation(response, 1 - lr * weight_decay)
+    correlation = _balance.sign_correlation(response, 1 - lr * weight_decay)
     return decoupled(1, lr * weight_decay, lr**2 * entries, correlation)
 
 
@@ -128,12 +127,12 @@ def _muon(
     adjust_lr_fn: str | None,
 ) -> Balance:
     response = Filter.average(momentum, nesterov)
-    correlation = update_correlation(shape, response, 1 - lr * weight_decay, ns_coefficients, ns_steps)
+    correlation = _balance.update_correlation(shape, response, 1 - lr * weight_decay, ns_coefficients, ns_steps)
     if adjust_lr_fn == "match_rms_adamw":
         adjusted = 0.2 * lr * math.sqrt(max(shape))
     else:
         adjusted = lr * math.sqrt(max(1.0, shape[0] / shape[1]))
-    update_sq = adjusted**2 * update_power(shape, ns_coefficients, ns_steps)
+    update_sq = adjusted**2 * _balance.update_power(shape, ns_coefficients, ns_steps)
     return decoupled(1, lr * weight_decay, update_sq, correlation)
 
 

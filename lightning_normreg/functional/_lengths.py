@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_normreg.functional._device import BLOCK, accumulator, number_type, scratch, way_of
-from lightning_normreg.functional._norms import Operation, Results, norm_operations, row_norms, squares_fit
+from lightning_normreg.functional._device import BLOCK, accumulator, number_type, scratch, sum_type, way_of
+from lightning_normreg.functional._norms import (
+    Operation,
+    cells_of,
+    chunk_norms,
+    chunk_of,
+    cuts_of,
+    row_norms,
+    squares_fit,
+)
 
 _ROUNDING = 0.5
 """Tangential part, in ε‖w‖, up to which it may be nothing but the rounding of each entry by at most ε/2."""
@@ -73,11 +81,20 @@ class Lengths:
 
 def measure_rows(start: Tensor, end: Tensor, *, update: bool = True) -> Lengths:
     """Compare rows, each a unit, with what has become of them, or with other vectors at them (``update=False``)."""
-    found = Results.of(start, 3, len(start))
-    for operation in product_operations(start, end, found, update=update):
-        operation()
-    sums = row_sums(found.sums(), start.dtype, lambda odd: exact_sums(start[odd], end[odd], update=update))
-    return lengths_of(*sums)
+
+    def made(operations: Callable[[Tensor], list[Operation]]) -> Tensor:
+        cells = start.new_zeros(3, len(start), cells_of(start), dtype=sum_type(start))
+        for operation in operations(cells):
+            operation()
+        return squared(cells.to(number_type(start))).sum(dim=-1)
+
+    def again(odd: Tensor | None, shares: Tensor) -> Tensor:
+        if odd is None:
+            return made(lambda cells: across_operations(start, end, shares, cells))[0]
+        return exact_sums(start[odd], end[odd], shares, update=update)
+
+    raw = made(lambda cells: product_operations(start, end, cells, update=update))
+    return lengths_of(*row_sums(raw, start.dtype, again, update=update))
 
 
 def lengths_of(squares: Tensor, products: Tensor, tangents: Tensor, ahead: Tensor) -> Lengths:
@@ -87,109 +104,136 @@ def lengths_of(squares: Tensor, products: Tensor, tangents: Tensor, ahead: Tenso
     return Lengths(norm, products / length, tangents.clamp_min(0).sqrt(), ahead / length)
 
 
-def product_operations(start: Tensor, end: Tensor, out: Results, *, update: bool = True) -> list[Operation]:
-    """What gives the norm of each row a of ``start``, the norm of d, and the product of both, into ``(3, rows)``.
+def product_operations(start: Tensor, end: Tensor, out: Tensor, *, update: bool = True) -> list[Operation]:
+    """What gives the norm of each row a of ``start``, the norm of d, and their product, in ``(3, rows, cells)``.
 
     d is the row of ``end`` less a, which is exact for close numbers, or with ``update=False`` that row itself. Some
-    entries at a time, with temporaries in memory that is kept.
+    entries at a time, with temporaries in memory that is kept. Without float64 :func:`across_operations` follow an
+    update, and its norm is left out.
     """
-    rows, entries = start.shape
-    block = BLOCK[way_of(start)]
-    if entries > block:
-        cuts = list(zip(torch.split(start, block, 1), torch.split(end, block, 1), strict=True))
-        parts = Results.of(start, len(cuts), 3, rows)
-        found = [
-            operation
-            for number, (a, b) in enumerate(cuts)
-            for row in range(rows)
-            for operation in _tile(
-                a[row : row + 1], b[row : row + 1], parts.at(number, slice(3), slice(row, row + 1)), update
-            )
-        ]
-        return [*found, partial(_join, parts, out)]
-    step = max(1, block // max(1, entries))
-    tiles = ((slice(top, top + step)) for top in range(0, rows, step))
-    return [op for at in tiles for op in _tile(start[at], end[at], out.at(slice(None), at), update)]
+    tiles, size = _tiles(start, end, out), chunk_of(start)
+    return [op for a, b, place, _ in tiles for op in _products(a, b, place, size, update)]
 
 
-def _tile(a: Tensor, b: Tensor, out: Results, update: bool) -> list[Operation]:
-    kept = accumulator(a.dtype) if way_of(a) == "host" else number_type(a)
-    both = scratch("rows", a, 2 * a.numel(), kept).view(2, *a.shape)
+def across_operations(start: Tensor, end: Tensor, shares: Tensor, out: Tensor) -> list[Operation]:
+    """What gives the norm of d less its share of a, in the first of ``(3, rows, cells)``."""
+    found: list[Operation] = []
+    for a, b, place, at in _tiles(start, end, out):
+        before, _, (first, rest) = _loaded(a, b, True)
+        along = partial(rest.addcmul_, first, shares[at].unsqueeze(1), value=-1)
+        found += [*before, along, *chunk_norms(rest, place[0], chunk_of(start))]
+    return found
+
+
+def _tiles(start: Tensor, end: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, slice]]:
+    step = max(1, BLOCK[way_of(start)] // max(1, start.shape[1]))
+    for cut, cells in cuts_of(start):
+        for top in range(0, len(start), step):
+            at = slice(top, top + step)
+            yield start[at, cut], end[at, cut], out[:, at, cells], at
+
+
+def _loaded(a: Tensor, b: Tensor, update: bool) -> tuple[list[Operation], Tensor, tuple[Tensor, Tensor]]:
+    """What makes a and d in the type of sums, memory for both, and where they are: where they were, if of that type."""
+    both = scratch("rows", a, 2 * a.numel(), sum_type(a)).view(2, *a.shape)
+    if a.dtype == both.dtype:
+        return ([partial(torch.sub, b, a, out=both[1])], both, (a, both[1])) if update else ([], both, (a, b))
     first, second = both[0], both[1]
-    place = out.narrow if out.narrow.dtype == kept else out.wide
+    load = partial(torch.sub, b, first, out=second) if update else partial(second.copy_, b)
+    return [partial(first.copy_, a), load], both, (first, second)
+
+
+def _products(a: Tensor, b: Tensor, out: Tensor, size: int, update: bool) -> list[Operation]:
+    found, both, (first, second) = _loaded(a, b, update)
+    if first.dtype != a.dtype:
+        found += chunk_norms(both, out[:2], size)
+    else:
+        found += chunk_norms(first, out[0], size)
+        if not update or way_of(a) != "narrow":
+            found += chunk_norms(second, out[1], size)
     return [
-        partial(first.copy_, a),
-        partial(torch.sub, b, first, out=second) if update else partial(second.copy_, b),
-        *norm_operations(both, out.at(slice(2))),
-        partial(first.mul_, second),
-        partial(torch.sum, first, dim=1, out=place[2]),
+        *found,
+        partial(torch.mul, first, second, out=both[1]),
+        partial(torch.sum, both[1], dim=1, out=out[2][:, 0]),
     ]
 
 
-def _join(parts: Results, out: Results) -> None:
-    """Rows that were done piece by piece."""
-    found = parts.sums()
-    torch.linalg.vector_norm(found[:, :2], dim=0, out=out.wide[:2])
-    torch.sum(found[:, 2], dim=0, out=out.wide[2])
+def squared(sums: Tensor) -> Tensor:
+    """Squares of norms, in the place of what :func:`product_operations` give."""
+    sums[:2].square_()
+    return sums
 
 
-def row_sums(raw: Tensor, dtype: torch.dtype, detour: Callable[[Tensor], Tensor]) -> Tensor:
+def row_sums(
+    raw: Tensor, dtype: torch.dtype, again: Callable[[Tensor | None, Tensor], Tensor], *, update: bool = True
+) -> Tensor:
     r"""The sums that add over the parts of a unit, from what :func:`product_operations` give.
 
     :math:`\sum a^2`, :math:`\sum ad`, the square of what d has across a, and :math:`\sum a(a+d)`. What is across is a
     difference, :math:`\sum d^2-(\sum ad)^2/\sum a^2`. In float32 it keeps its digits where d is no more along a than
-    across it.
+    across it; where that cannot be known, the share of a is taken off d before it is squared.
 
     Args:
-        raw: Shape ``(3, rows)``.
+        raw: Sums over squares and products, shape ``(3, rows)``.
         dtype: Of the weight.
-        detour: :func:`exact_sums` of rows that are marked; taken on a CPU, and everywhere for rows of float64.
+        again: :func:`exact_sums` of rows that are marked, all of them for float64, from the shares of a in d;
+            without a mark :func:`across_operations`.
+        update: Whether d is an update.
 
     Returns:
         Shape ``(4, rows)``.
     """
-    norms, lengths, products = raw
-    squares = norms.square()
-    along = products.square() / torch.where(norms > 0, squares, 1.0)
-    sums = torch.stack([squares, products, lengths.square() - along, squares + products])
+    squares, lengths, products = raw
+    shares = products / torch.where(squares > 0, squares, 1.0)
+    along = products * shares
+    sums = torch.stack([squares, products, lengths - along, squares + products])
     way, kept = way_of(raw), accumulator(dtype)
     if way == "host":
         # Not a number compares false.
-        fine = (
-            (2 * along <= lengths.square()) & squares_fit(norms, kept) & (squares_fit(lengths, kept) | (lengths == 0))
-        )
-        if not bool(fine.all()):
-            sums[:, ~fine] = detour(~fine)
+        fits = (squares_fit(x.sqrt(), kept) for x in (squares, lengths))
+        odd = ~((2 * along <= lengths) & next(fits) & (next(fits) | (lengths == 0)))
+        if bool(odd.any()):
+            sums[:, odd] = again(odd, shares[odd])
+    elif way == "narrow" and update:
+        sums[2] = again(None, shares)
     elif way == "wide" and kept == torch.float64:
-        sums = detour(torch.ones_like(norms, dtype=torch.bool))
+        sums = again(torch.ones_like(squares, dtype=torch.bool), shares)
     return sums
 
 
-def exact_sums(start: Tensor, end: Tensor, *, update: bool = True) -> Tensor:
-    """The sums of :func:`row_sums` in float64, of rows in which d may be along a."""
+def exact_sums(start: Tensor, end: Tensor, shares: Tensor, *, update: bool = True) -> Tensor:
+    """The sums of :func:`row_sums` in float64, of rows in which d may be along a.
+
+    The share of a is taken off first, to the digits to which it is known; what is along a in the rest says the others.
+    """
     if start.dtype == torch.float64:
         return _sums_of_float64(start, end, update)
-    found = torch.empty(4, len(start), dtype=torch.float64, device=start.device)
-    rows = max(1, BLOCK[way_of(start)] // 2 // max(1, start.shape[1]))
-    for a, b, place in zip(torch.split(start, rows), torch.split(end, rows), torch.split(found, rows, 1), strict=True):
-        first, second, product = scratch("exact", a, 3 * a.numel(), torch.float64).view(3, *a.shape)
-        first.copy_(a)
-        second.copy_(b)
-        if update:
-            second.sub_(first)
-        # All three by the same sums: of a unit that has become zero nothing is left then.
-        pairs = (first, first), (first, second), (second, second)
-        squares, along, lengths = (torch.mul(x, y, out=product).sum(dim=1) for x, y in pairs)
-        length = torch.where(squares > 0, squares, 1.0)
-        across = lengths - along.square() / length
-        if bool((lengths > 0.01 * (squares + along).square() / length).any()):
-            # Where little is left of the unit, even float64 has to take what is along it off first.
-            second.addcmul_(first, (along / length).unsqueeze(1), value=-1)
-            more = torch.mul(first, second, out=product).sum(dim=1)
-            along = along + more
-            across = torch.mul(second, second, out=product).sum(dim=1) - more.square() / length
-        place.copy_(torch.stack([squares, along, across, squares + along]))
-    return found
+    c = torch.where(shares.isfinite(), shares, 0.0) + update
+    norms, more, step = (
+        c.new_empty(2, len(c)),
+        torch.empty_like(c),
+        max(1, BLOCK["host"] // 2 // max(1, start.shape[1])),
+    )
+    for last in (False, True):
+        for top in range(0, len(c), step):
+            at = slice(top, top + step)
+            first, rest = scratch("exact", start, 2 * start[at].numel(), torch.float64).view(2, *start[at].shape)
+            first.copy_(start[at])
+            rest.copy_(end[at])
+            torch.linalg.vector_norm(first, dim=1, out=norms[0, at])
+            if last:
+                # Where the share was not known; of a unit that has become zero nothing is left then.
+                c[at] = (first * rest).sum(dim=1) / torch.where(norms[0, at] > 0, norms[0, at].square(), 1.0)
+            rest.addcmul_(first, c[at].unsqueeze(1), value=-1)
+            torch.linalg.vector_norm(rest, dim=1, out=norms[1, at])
+            torch.sum(first.mul_(rest), dim=1, out=more[at])
+        squares, lengths = norms.square()
+        if bool((more.square() <= 0.99 * lengths * squares).all()):
+            break
+    left = more / torch.where(squares > 0, squares, 1.0)
+    k = (c - float(update)) + left
+    ahead = c + left if update else 1 + k
+    return torch.stack([squares, k * squares, lengths - more * left, ahead * squares])
 
 
 def _sums_of_float64(start: Tensor, end: Tensor, update: bool) -> Tensor:

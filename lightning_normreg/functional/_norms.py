@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_normreg.functional._device import accumulator, number_type, way_of
+from lightning_normreg.functional._device import BLOCK, accumulator, number_type, sum_type, way_of
 from lightning_normreg.functional._units import Unit, split_units, unit_rows
 
 CHUNKS = {torch.float32: 256, torch.float64: 64}
@@ -23,25 +22,41 @@ Operation = Callable[[], object]
 """A tensor operation whose arguments are in place, so that it can be done again and again at no cost but its own."""
 
 
-class Results(NamedTuple):
-    """Where numbers of rows are written, each in the type in which it comes; they start at 0, and the sum has all."""
+def chunk_of(rows: Tensor) -> int:
+    """Entries of a row that are summed in one go."""
+    way = way_of(rows)
+    if way == "wide" and rows.dtype != torch.float64:
+        return max(1, min(rows.shape[-1], BLOCK[way]))
+    return _chunk(rows.shape[-1], accumulator(rows.dtype))
 
-    narrow: Tensor
-    wide: Tensor
 
-    @classmethod
-    def of(cls, like: Tensor, *shape: int) -> Results:
-        """Zeros on the device of a tensor."""
-        kept, numbers = accumulator(like.dtype), number_type(like)
-        return cls(like.new_zeros(shape, dtype=kept), like.new_zeros(shape, dtype=numbers))
+def _chunk(entries: int, kept: torch.dtype) -> int:
+    most = CHUNKS[kept]
+    if entries <= most:
+        return max(1, entries)
+    return next((size for size in range(most, most // 4 - 1, -1) if entries % size == 0), most)
 
-    def at(self, *index: int | slice) -> Results:
-        """A part of them."""
-        return Results(self.narrow[index], self.wide[index])
 
-    def sums(self) -> Tensor:
-        """What was written."""
-        return self.wide + self.narrow
+def cuts_of(rows: Tensor) -> list[tuple[slice, slice]]:
+    """Runs of entries to work on at a time, and for each the cells that its sums go to.
+
+    A cell is for one chunk where cells are added in a wider type, else there are at most 32 of them.
+    """
+    way, kept, size, entries = way_of(rows), accumulator(rows.dtype), chunk_of(rows), rows.shape[-1]
+    step, found, cell = max(1, BLOCK[way] // size) * size, [], 0
+    for start in range(0, entries, step):
+        stop = min(start + step, entries)
+        cells = -(-(stop - start) // size)
+        while cells > 32 and (way != "host" or kept == torch.float64):
+            cells = -(-cells // _chunk(cells, kept))
+        found.append((slice(start, stop), slice(cell, cell + cells)))
+        cell += cells
+    return found
+
+
+def cells_of(rows: Tensor) -> int:
+    """Number of cells of each row."""
+    return max((cells.stop for _, cells in cuts_of(rows)), default=0)
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -50,10 +65,14 @@ def row_norms(rows: Tensor) -> Tensor:
     In float64, so that squares of these norms neither overflow nor underflow; in float32 where the device has no other.
     There, entries beyond 1e±18 count as infinite or zero.
     """
-    found = Results.of(rows, len(rows))
-    for operation in norm_operations(rows, found):
+    return mended_norms(_plain_norms(rows), rows.dtype, lambda odd: rescaled_norms(rows[odd]))
+
+
+def _plain_norms(rows: Tensor) -> Tensor:
+    cells = rows.new_zeros(len(rows), cells_of(rows), dtype=sum_type(rows))
+    for operation in norm_operations(rows, cells):
         operation()
-    return mended_norms(found.sums(), rows.dtype, lambda odd: rescaled_norms(rows[odd]))
+    return cells.to(number_type(rows)).square().sum(dim=1).sqrt()
 
 
 def mended_norms(norms: Tensor, dtype: torch.dtype, detour: Callable[[Tensor], Tensor]) -> Tensor:
@@ -82,28 +101,26 @@ def squares_fit(norms: Tensor, dtype: torch.dtype) -> Tensor:
     return fit
 
 
-def norm_operations(rows: Tensor, out: Results) -> list[Operation]:
-    """What gives the L2 norm along the last dimension, as long as squares of entries fit into the type."""
-    norm, way, kept, entries = torch.linalg.vector_norm, way_of(rows), accumulator(rows.dtype), rows.shape[-1]
-    if way == "host" and rows.stride(-1) != 1 and entries > 1:
+def norm_operations(rows: Tensor, out: Tensor) -> list[Operation]:
+    """What gives the L2 norm of each cell, ``(..., cells)``, as long as squares of entries fit into the type."""
+    size = chunk_of(rows)
+    return [op for cut, cells in cuts_of(rows) for op in chunk_norms(rows[..., cut], out[..., cells], size)]
+
+
+def chunk_norms(rows: Tensor, out: Tensor, size: int) -> list[Operation]:
+    """The same of one cut in chunks of a size."""
+    norm, kept, entries = torch.linalg.vector_norm, out.dtype, rows.shape[-1]
+    if way_of(rows) == "host" and rows.stride(-1) != 1 and entries > 1:
         # Across memory vector_norm adds one by one, slowly and 16 eps off after 256 entries; sum adds pair by pair.
-        return [lambda: out.wide.copy_(rows.to(kept).square().sum(dim=-1).sqrt())]
-    if way == "wide" and out.narrow.dtype != torch.float64:
-        return [partial(norm, rows, dim=-1, dtype=out.wide.dtype, out=out.wide)]
-    chunk = CHUNKS[kept]
-    if entries <= chunk:
-        place = out.narrow if out.narrow.dtype == kept else out.wide
-        return [partial(norm, rows, dim=-1, dtype=kept, out=place)]
-    size = next((size for size in range(chunk, chunk // 4 - 1, -1) if entries % size == 0), chunk)
-    whole = entries - entries % size
-    cut = rows.unfold(-1, size, size)
-    parts = rows.new_empty(*rows.shape[:-1], -(-entries // size), dtype=kept)
-    found = [partial(norm, cut, dim=-1, dtype=kept, out=parts[..., : whole // size])]
-    if whole < entries:
-        found.append(partial(norm, rows[..., whole:], dim=-1, dtype=kept, out=parts[..., -1]))
-    if parts.shape[-1] > chunk and kept == out.wide.dtype:
-        return [*found, *norm_operations(parts, out)]
-    return [*found, partial(norm, parts, dim=-1, dtype=out.wide.dtype, out=out.wide)]
+        return [lambda: out[..., 0].copy_(rows.to(kept).square().sum(dim=-1).sqrt())]
+    cells, whole = -(-entries // size), entries // size
+    parts = out if cells == out.shape[-1] else rows.new_empty(*rows.shape[:-1], cells, dtype=kept)
+    found: list[Operation] = []
+    if whole:
+        found.append(partial(norm, rows.unfold(-1, size, size), dim=-1, dtype=kept, out=parts[..., :whole]))
+    if whole < cells:
+        found.append(partial(norm, rows[..., whole * size :], dim=-1, dtype=kept, out=parts[..., -1]))
+    return found if parts is out else [*found, *chunk_norms(parts, out, _chunk(cells, kept))]
 
 
 def rescaled_norms(rows: Tensor) -> Tensor:
@@ -113,10 +130,7 @@ def rescaled_norms(rows: Tensor) -> Tensor:
         return rows.new_zeros(len(rows))
     largest = rows.abs().amax(dim=1)
     scaled = rows / torch.where(largest > 0, largest, 1.0).unsqueeze(1)
-    found = Results.of(scaled, len(rows))
-    for operation in norm_operations(scaled, found):
-        operation()
-    return torch.where(largest.isfinite(), largest * found.sums(), largest)
+    return torch.where(largest.isfinite(), largest * _plain_norms(scaled), largest)
 
 
 def root_mean_square(values: Tensor) -> Tensor:

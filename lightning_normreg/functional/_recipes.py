@@ -66,12 +66,7 @@ class Schedule(NamedTuple):
 
 
 def without_decay(
-    family: ConvertedFamily,
-    lrs: Iterable[float],
-    weight_decay: float,
-    *,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
+    family: ConvertedFamily, lrs: Iterable[float], weight_decay: float, *, momentum: float = 0.0, dampening: float = 0.0
 ) -> Schedule:
     r"""Schedule without weight decay that turns a scale-invariant weight exactly as a schedule with decay does.
 

@@ -105,22 +105,17 @@ def predicted_rotation(family: FamilyName, norm: float, **settings: Any) -> floa
 
 def _after_a_step(balance: Balance, norm: float) -> float:
     power = balance.power
-    if power == 0 or balance.decay == 0:
-        return _drifted(balance, norm)
+    if power == 0 or balance.decay == 0:  # there is nothing to settle at
+        if balance.exponent == 0:
+            return norm * math.sqrt(1 - 2 * balance.decay + balance.update_sq * balance.correlation)
+        power = 2 * balance.exponent
+        growth = balance.exponent * balance.update_sq * balance.correlation
+        return float(norm * (1 + growth / norm**power) ** (1 / power))
     settled = balance.norm()
     excess = (norm / settled) ** power - 1
     left = _elapsed(excess, power, balance)
     # (1 + excess·e^−left) with nothing cancelling far below the equilibrium.
     return float(settled * ((norm / settled) ** power * math.exp(-left) - math.expm1(-left)) ** (1 / power))
-
-
-def _drifted(balance: Balance, norm: float) -> float:
-    """Norm after a step where there is nothing to settle at."""
-    if balance.exponent == 0:
-        return norm * math.sqrt(1 - 2 * balance.decay + balance.update_sq * balance.correlation)
-    power = 2 * balance.exponent
-    growth = balance.exponent * balance.update_sq * balance.correlation
-    return float(norm * (1 + growth / norm**power) ** (1 / power))
 
 
 def _elapsed(excess: float, power: int, balance: Balance) -> float:

@@ -167,7 +167,7 @@ def mix_(view: Tensor, start: Tensor, kept: tuple[int, ...], mix: Mixture) -> No
             operation()
         return
     before, update, alone = (over_units(values, view, kept) for values in mix)
-    for end, begin, b, u, left in _blocks(view, start, before, update, alone):
+    for end, begin, b, u, left in blocks(view, start, before, update, alone):
         wide, start_wide = end.to(u.dtype), begin.to(u.dtype)
         end.copy_(torch.where(left, wide, start_wide.lerp(wide, u).addcmul_(start_wide, b)))
 
@@ -177,15 +177,15 @@ def mix_operations(view: Tensor, start: Tensor, kept: tuple[int, ...], mix: Mixt
     before, update = (over_units(values, view, kept) for values in mix[:2])
     return [
         operation
-        for end, begin, b, u in _blocks(view, start, before, update)
+        for end, begin, b, u in blocks(view, start, before, update)
         for operation in (partial(torch.lerp, begin, end, u, out=end), partial(end.addcmul_, begin, b))
     ]
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Slices of the first tensor that fit the cache, and of others that broadcast against it."""
+def blocks(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of the first tensor that fit the cache, or have a size, and of others that broadcast against it."""
     first = tensors[0]
-    block = BLOCK[way_of(first)]
+    block = size or BLOCK[way_of(first)]
     if not first.ndim or first.numel() <= block:
         yield tensors
         return

@@ -33,12 +33,7 @@ def family_of(name: str) -> Family:
 
 
 def balance_of(name: str, settings: Mapping[str, Any]) -> Balance:
-    """Balance of a family with the caller's settings.
-
-    Raises:
-        TypeError: For a setting that the family does not have, or one that it needs and did not get.
-        ValueError: For one out of its range.
-    """
+    """Balance of a family with the caller's settings, which are checked."""
     family = family_of(name)
     for key in settings:
         if key not in family.settings:

@@ -37,6 +37,7 @@ from lightning_normreg.steps._projector import Projector as Projector
 from lightning_normreg.steps._rotation_tracker import RotationTracker as RotationTracker
 from lightning_normreg.steps._rotator import Rotator as Rotator
 from lightning_normreg.steps._step_hooks import StepDispatcher as StepDispatcher
+from lightning_normreg.steps._subscriber import StepSubscriber as StepSubscriber
 from lightning_normreg.steps._tracker import NormTracker as NormTracker
 from lightning_normreg.steps._tracker import Row
 

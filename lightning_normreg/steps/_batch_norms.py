@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_normreg._symmetries import PrivateCall, ProbeError, check_callable
+from lightning_normreg._symmetries import OwnStep, PrivateCall, ProbeError, check_callable
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Name of a BatchNorm → mean and variance per channel of what it normalizes."""
 
 
 def keep_batch_norms(
-    module: nn.Module, batches: list[Any], change: Callable[[], None], share: Callable[[Statistics], Statistics]
+    module: nn.Module,
+    batches: list[Any],
+    change: Callable[[], None],
+    share: Callable[[Statistics], Statistics],
+    step: OwnStep,
 ) -> None:
     r"""Change the weights of a module, and let the BatchNorms behind them follow.
 
@@ -31,6 +35,7 @@ def keep_batch_norms(
         batches: Batches for it, of which the first counts that it can be called with.
         change: Changes the module's weights in place.
         share: From what this process measured to what all processes use.
+        step: How the module is called.
 
     Raises:
         ProbeError: If the module's loss cannot be computed on a private copy.
@@ -40,8 +45,8 @@ def keep_batch_norms(
     if not norms:
         change()
         return
-    check_callable(module, batches[0], None)
-    call, before = _callable_with(module, batches)
+    check_callable(module, batches[0], step)
+    call, before = _callable_with(module, batches, step)
     change()
     after = _batch_statistics(call, module)
     before, after = share(before), share(after)
@@ -49,10 +54,10 @@ def keep_batch_norms(
         _move(norms[name], before[name], after[name])
 
 
-def _callable_with(module: nn.Module, batches: list[Any]) -> tuple[PrivateCall, Statistics]:
+def _callable_with(module: nn.Module, batches: list[Any], step: OwnStep) -> tuple[PrivateCall, Statistics]:
     wide = any(p.dtype == torch.float64 for p in module.parameters())
     for batch in batches:
-        call = PrivateCall(module, None, batch, torch.float64 if wide else torch.float32)
+        call = PrivateCall(module, step, batch, torch.float64 if wide else torch.float32)
         try:
             return call, _batch_statistics(call, module)
         except ProbeError:
@@ -63,7 +68,7 @@ def _callable_with(module: nn.Module, batches: list[Any]) -> tuple[PrivateCall, 
 
 def _batch_statistics(call: PrivateCall, module: nn.Module) -> Statistics:
     found: Statistics = {}
-    point = {name: p.detach().to(call.dtype) for name, p in module.named_parameters()}
+    point = {name: p.detach().to(call.dtype).requires_grad_(p.requires_grad) for name, p in module.named_parameters()}
     hooks = []
     for name, part in call.module.named_modules():
         if isinstance(part, _BatchNorm):

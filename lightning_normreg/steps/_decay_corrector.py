@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import Group, acting, update_rule
 from lightning_normreg._weights import Watched
-from lightning_normreg.steps._step_hooks import Phase
+from lightning_normreg.steps._subscriber import Phase, StepSubscriber
 
 PeakLR = float | Literal["auto"]
 
 _OWN = ("params", "param_names", "weight_decay")
 
 
-class DecayCorrector:
+class DecayCorrector(StepSubscriber):
     """Splits each group for the length of a step: its targets have the corrected decay, the others that of the group.
 
     Outside of the step the groups are the user's own, so schedulers and checkpoints see nothing of it.
@@ -26,9 +26,14 @@ class DecayCorrector:
     phase = Phase.RESTORE
 
     def __init__(self, targets: Sequence[Watched], peak_lr: PeakLR) -> None:
-        self._parameters = {p for target in targets for p in target.tensors()}
+        super().__init__()
         self._argument = peak_lr
         self._groups: dict[int, tuple[Optimizer, list[Group]]] = {}
+        self.aim(targets)
+
+    def aim(self, targets: Sequence[Watched]) -> None:
+        """Correct the decay of these from the next step on."""
+        self._parameters = {p for target in targets for p in target.tensors()}
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer whose decay is not understood.

@@ -18,7 +18,7 @@ from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, group_of, update_rule
 from lightning_normreg._weights import Watched
 from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1, Formulas, Rates
-from lightning_normreg.steps._step_hooks import Phase
+from lightning_normreg.steps._subscriber import StepSubscriber
 
 _Written = tuple[float | Tensor, float]
 """Learning rate and weight decay of a step as the optimizer has them: a tensor is not read at once."""
@@ -64,24 +64,26 @@ class Course:
         return f"not at equilibrium: norm {self.norm_ratio:.2f} and rotation {rotation:.2f} times what is predicted"
 
 
-class Equilibria:
+class Equilibria(StepSubscriber):
     """Follows the norm equation of every scale-invariant weight that decays, along the schedule actually run.
 
     At each step the learning rate is written down; everything else happens at logged steps, on the host.
     """
 
-    phase = Phase.MEASURE
-
     def __init__(self, watched: Sequence[Watched], is_held: Callable[[Parameter], bool]) -> None:
-        self._watched = {w.name: w for w in watched if w.invariant}
-        self._names = {w.parameter: w.name for w in self._watched.values()}
+        super().__init__()
         self._is_held = is_held
         self._steps: dict[str, list[_Written]] = {}
         self._given_up: list[str] = []
         self.courses: dict[str, Course] = {}
+        self.watch(watched)
 
-    def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Nothing."""
+    def watch(self, watched: Sequence[Watched]) -> None:
+        """Follow these weights from now on, but for those that were given up."""
+        self._watched = {w.name: w for w in watched if w.invariant and w.name not in self._given_up}
+        self._names = {w.parameter: w.name for w in self._watched.values()}
+        self._steps = {name: steps for name, steps in self._steps.items() if name in self._watched}
+        self.courses = {name: course for name, course in self.courses.items() if name in self._watched}
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Write down learning rate and decay, which a scheduler may change before anything else is asked."""
@@ -143,20 +145,20 @@ class Equilibria:
             found.setdefault(course.words(), []).append(name)
         return found
 
-    def state(self) -> dict[str, Any]:
-        """Plain types, for a checkpoint."""
-        return {
-            "courses": {name: asdict(course) for name, course in self.courses.items()},
-            "steps": {name: _read(steps) for name, steps in self._steps.items()},
-            "given_up": list(self._given_up),
-        }
+    def state_dict(self) -> dict[str, Any]:
+        """All courses so far."""
+        courses = {name: asdict(course) for name, course in self.courses.items()}
+        steps = {name: _read(steps) for name, steps in self._steps.items()}
+        return {"equilibria": {"courses": courses, "steps": steps, "given_up": list(self._given_up)}}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state` was taken."""
-        self.courses = {name: Course(**course) for name, course in state["courses"].items()}
-        self._steps = {name: list(steps) for name, steps in state["steps"].items()}
-        for name in state["given_up"]:
-            self._drop(name)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Follow them on."""
+        if "equilibria" in state:
+            kept = state["equilibria"]
+            self.courses = {name: Course(**course) for name, course in kept["courses"].items()}
+            self._steps = {name: list(steps) for name, steps in kept["steps"].items()}
+            for name in kept["given_up"]:
+                self._drop(name)
 
     def _drop(self, name: str) -> None:
         self._given_up.append(name)

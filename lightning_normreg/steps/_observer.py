@@ -25,33 +25,27 @@ from lightning_normreg._weights import (
     ScaleInvariance,
     Verdict,
     gradient_of,
-    is_flat,
     local,
     spread_shards,
     whole_shape,
 )
-from lightning_normreg.steps._step_hooks import Phase, of_mine
+from lightning_normreg.steps._step_hooks import has_gradient, of_mine
+from lightning_normreg.steps._subscriber import StepSubscriber
 
 Named = Sequence[tuple[str, Parameter, ParameterRole]]
 """All parameters, as :func:`named_roles` gives them."""
 
 
-class GradientWatch(ABC):
-    """Sums ``w·g`` of some parameters in the steps that are due, at the weights that the gradients are of.
-
-    Gradients are complete only after an optimizer's closure and before its step, so whoever knows that moment calls
-    :meth:`gradients_ready`. Where nobody does (an optimizer stepped by hand), the pre-hook has them.
-    """
-
-    phase = Phase.MEASURE
+class GradientWatch(StepSubscriber, ABC):
+    """Sums ``w·g`` of some parameters in the steps that are due, at the weights that the gradients are of."""
 
     def __init__(self, looked_at: Mapping[Parameter, tuple[str, list[Axis]]]) -> None:
+        super().__init__()
         self._shards = spread_shards((name, p) for p, (name, _) in looked_at.items())
         self._looked_at = looked_at
         self._seen: dict[str, list[Observed]] = {}
+        self._noted: dict[int, dict[str, Observed]] = {}
         self._steps: dict[int, int] = {}
-        self._ready: set[int] = set()
-        self._by_hand: set[int] = set()
 
     @property
     def steps(self) -> int:
@@ -59,34 +53,24 @@ class GradientWatch(ABC):
         return max(self._steps.values(), default=0)
 
     @abstractmethod
-    def is_due(self, step: int) -> bool:
-        """Whether a step, counted from 0, is looked at."""
+    def is_due(self, index: int) -> bool:
+        """Whether the coming step of an optimizer is looked at."""
 
-    @torch.no_grad()
-    def gradients_ready(self, index: int, optimizer: Optimizer) -> None:
-        """Look at the gradients, once a step; does nothing in steps that are not due, and never reads the device."""
-        if index in self._ready:
-            return  # a closure that is evaluated again, or another callback that says so
-        self._ready.add(index)
-        if not self.is_due(self._steps.get(index, 0)):
+    def gradients_ready(self, index: int, optimizer: Optimizer, scale: float | None) -> None:
+        """Look at the gradients; does nothing in steps that are not due, and never reads the device."""
+        if not self.is_due(index):
             return
+        self._noted[index] = {}
         mine = {p: (p, *looked_at) for p, looked_at in self._looked_at.items()}
         for (parameter, name, axes), _, _ in of_mine([optimizer], mine):
-            # A flat piece that is empty has no gradient, where another process has one.
-            if parameter.grad is not None or is_flat(parameter):
+            if has_gradient(parameter):
                 seen = Observed.of(local(parameter), gradient_of(parameter), axes, self._shards.get(name))
-                self._seen.setdefault(name, []).append(seen)
-
-    def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Look now where nobody else says when."""
-        if index in self._by_hand:
-            self.gradients_ready(index, optimizer)
+                self._noted[index][name] = seen
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
-        """Count the step."""
-        if index not in self._ready:
-            self._by_hand.add(index)
-        self._ready.discard(index)
+        """Count the step, and what was seen of it."""
+        for name, seen in self._noted.pop(index, {}).items():
+            self._seen.setdefault(name, []).append(seen)
         self._steps[index] = self._steps.get(index, 0) + 1
 
     def _all_seen(self) -> dict[str, Observed]:
@@ -113,9 +97,9 @@ class GradientObserver(GradientWatch):
         self._matrices = [name for name, shape in shapes.items() if len(shape) > 1]
         super().__init__({p: (name, observed_axes(shapes[name], role)) for name, (p, role) in trained.items()})
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self, index: int) -> bool:
         """The first steps."""
-        return step in self.STEPS
+        return self._steps.get(index, 0) in self.STEPS
 
     @property
     def is_done(self) -> bool:
@@ -137,9 +121,13 @@ class GradientObserver(GradientWatch):
 
 
 class InvarianceWatchdog(GradientWatch):
-    """Notices units that have been found scale-invariant and are so no longer, a few steps every few hundred."""
+    """Notices units that have been found scale-invariant and are so no longer.
 
-    EVERY, TOGETHER = 200, 4
+    It looks at a few neighbouring steps from the 20th on, at steps that double, and then every few hundred: terms of a
+    loss are often warmed up. It looks at once where other parameters than before have gradients.
+    """
+
+    FIRST, EVERY, TOGETHER = 20, 200, 4
 
     def __init__(self, named: Named, verdict: Verdict, limits: ObserverThresholds) -> None:
         self._verdict = {name: v for name, v in verdict.items() if v.is_invariant}
@@ -153,17 +141,29 @@ class InvarianceWatchdog(GradientWatch):
                 looked_at[parameter] = (name, [axis or observed_axes(whole_shape(parameter), role)[0]])
         super().__init__(looked_at)
         self._told: set[str] = set()
+        self._trained: dict[int, int] = {}
+        self._until: dict[int, int] = {}
 
-    def is_due(self, step: int) -> bool:
-        """Some neighbouring steps of every few hundred; the first ones are the probe's."""
-        return step >= self.EVERY and step % self.EVERY < self.TOGETHER
+    def gradients_ready(self, index: int, optimizer: Optimizer, scale: float | None) -> None:
+        """Look, also in a few steps from where a loss has begun to depend on more or on less."""
+        trained = sum(has_gradient(p) for group in optimizer.param_groups for p in group["params"])
+        if self._trained.setdefault(index, trained) != trained:
+            self._trained[index], self._until[index] = trained, self._steps.get(index, 0) + self.TOGETHER
+        super().gradients_ready(index, optimizer, scale)
+
+    def is_due(self, index: int) -> bool:
+        """Some neighbouring steps, further and further apart; the first ones are the probe's."""
+        step = self._steps.get(index, 0)
+        doublings = max(0, (step // self.FIRST).bit_length() - 1)
+        since = step % self.EVERY if step >= self.EVERY else step - (self.FIRST << doublings)
+        return 0 <= since < self.TOGETHER or step < self._until.get(index, 0)
 
     def lost(self) -> dict[str, float]:
         """Parameters whose units are no longer scale-invariant, with their T, each of them once; reads the device.
 
         Empty until a check is complete.
         """
-        if not self._seen or any(self.is_due(step) for step in self._steps.values()):
+        if not self._seen or any(map(self.is_due, self._steps)):
             return {}
         statistics, seen, nothing = {}, self._all_seen(), Observed.stack([])
         for name, verdict in self._verdict.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -14,10 +14,10 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import group_of, update_rule
-from lightning_normreg._weights import Table, Watched, norms_of
+from lightning_normreg._weights import Table, Watched, norms_of, share
 from lightning_normreg.functional._projection import check_radius
-from lightning_normreg.steps._record import Recording
-from lightning_normreg.steps._step_hooks import Phase, of_mine
+from lightning_normreg.steps._step_hooks import of_mine
+from lightning_normreg.steps._subscriber import Phase, StepSubscriber
 
 Radius = float | Literal["auto", "initial"]
 
@@ -34,7 +34,7 @@ def check_radius_argument(radius: Radius) -> None:
         check_radius(radius)
 
 
-class Projector(Recording):
+class Projector(StepSubscriber):
     """Projects targets when an optimizer has stepped them.
 
     Optimizer state is left alone: it was measured at the radius, and so will be the next gradient.
@@ -42,12 +42,10 @@ class Projector(Recording):
 
     phase = Phase.PROJECT
 
-    def __init__(self, targets: Sequence[Watched], radius: Radius, initial: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, targets: Sequence[Watched], radius: Radius) -> None:
         super().__init__()
-        self.targets = list(targets)
         self._argument = radius
-        self._by_parameter = {t.parameter: t for t in self.targets}
-        self._radius = dict(initial or {})
+        self._radius: dict[str, Tensor] = {}
         self._columns: dict[Table, Tensor] = {}
         self._norms: dict[Table, Tensor] = {}
         self._starts: dict[Table, Tensor] = {}
@@ -56,11 +54,21 @@ class Projector(Recording):
         self._told: set[str] = set()
         self.looking = False
         """Whether the next report shall also say which weights were off their radius before the step."""
+        self.aim(targets)
 
-    @property
-    def initial(self) -> dict[str, Tensor]:
-        """Radii that were measured and so belong into a checkpoint; empty for the other kinds of radius."""
-        return dict(self._radius) if self._argument == "initial" else {}
+    def aim(self, targets: Sequence[Watched]) -> None:
+        """Hold these from now on."""
+        self.targets = list(targets)
+        self._by_parameter = {t.parameter: t for t in self.targets}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Radii that were measured at the start; none for the other kinds of radius."""
+        measured = self._radius if self._argument == "initial" else {}
+        return {"initial": {name: radius.cpu() for name, radius in measured.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold the radii that were measured then."""
+        self._radius |= state.get("initial", {})
 
     def optimized(self, optimizers: Iterable[Optimizer]) -> list[Watched]:
         """Targets that these optimizers update, as their groups stand now."""
@@ -143,7 +151,11 @@ class Projector(Recording):
         found = zip(*(table.root_mean_squares(c).tolist() for c in (table.norms().units, radii)), strict=True)
         pairs = dict(zip([t.name for t in self.targets], found, strict=True))
         for other, norms in self._norms.items():
-            before = zip(other.watched, other.root_mean_squares(norms).tolist(), strict=True)
+            # A process has those of its units, and of all that have been shared.
+            mine = torch.stack([norms.masked_fill(~other.present, 0.0), other.present.to(norms.dtype)])
+            (sums,) = share([(other, torch.nn.functional.pad(mine, (0, len(other.sizes))))])
+            everywhere = (sums[0] / sums[1].clamp_min(1))[: len(norms)]
+            before = zip(other.watched, other.root_mean_squares(everywhere).tolist(), strict=True)
             pairs |= {w.name: (norm, pairs[w.name][1]) for w, norm in before if w.name in pairs}
         return pairs
 

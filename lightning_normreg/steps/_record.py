@@ -23,7 +23,6 @@ class SeenGradients:
     table: Table  # the weights
     sums: Tensor  # as Table.gradients gives them
     scale: float  # loss scale that is still in them
-    inside: bool  # whether a closure has made them, between pre-hook and post-hook
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,3 @@ class StepRecord:
                 noted[who] = (one.table, one.table.lengths_of(last), norms)
             self._look = Look(table, table.norms_of(first), lengths, gradients, noted)
         return self._look
-
-
-class Recording:
-    """A subscriber that uses the record, which its dispatcher gives it."""
-
-    def __init__(self) -> None:
-        self.record = StepRecord()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class RotationTracker(Tracker):
         momentum_gain: Include the gain of the optimizer's momentum in the effective learning rate.
         exponents: Measure the exponent of each step as well.
         equilibrium: Measure what the equilibrium of decay depends on as well.
+        gradient: Measure the gradients before clipping as well, when a loop says that they are ready
+            (``dispatcher.gradients_ready``).
         health: Judges what is measured.
     """
 
@@ -43,58 +45,36 @@ class RotationTracker(Tracker):
         momentum_gain: bool = False,
         exponents: bool = False,
         equilibrium: bool = False,
+        gradient: bool = False,
         health: Health | None = None,
     ) -> None:
         super().__init__(watched, health)
         self._momentum_gain = momentum_gain
         self._exponents = exponents
         self._equilibrium = equilibrium
-        self.powers: dict[str, tuple[Tensor, float]] = {}
-        self._inside: set[int] = set()
-
-    def arm(self, due: bool) -> None:
-        """Start a batch."""
-        super().arm(due)
-        self._inside.clear()  # a step without gradients, or a closure that raised, has had no post-hook
+        self._gradient = gradient
+        self._explained: set[str] = set()
+        self._powers: dict[str, tuple[Tensor, float]] = {}
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Ask for copies of the weights."""
-        if not self.due:
-            return
-        self._inside.add(index)
-        if self._has_seen(index):
-            del self.record.seen[index, self]  # of an update that never came
-        self.record.want(self.optimized(optimizer), updates=True, gradients=True)
+        if self.due:
+            self.record.want(self.optimized(optimizer), updates=True, gradients=True)
 
     def allocate(self, optimizer: Optimizer) -> int:
         """Make the buffers for an optimizer's weights, so that memory runs out at the start or never; the new bytes."""
         return self.record.allocate(p for watched in self.optimized(optimizer) for p in watched.tensors())
 
-    def record_gradients(self, index: int, optimizer: Optimizer, scale: float = 1.0) -> None:
-        """Measure the gradients as they are before clipping, at the weights that the update starts from.
-
-        Args:
-            index: Index of the optimizer.
-            optimizer: The optimizer, whose gradients are ready.
-            scale: Loss scale that is still in the gradients.
-        """
-        inside = index in self._inside
-        if not self.due or (inside and self._has_seen(index)):
-            return  # a closure that is evaluated again (LBFGS) is at other weights by now
-        mine = self.optimized(optimizer)
-        if mine:
+    def gradients_ready(self, index: int, optimizer: Optimizer, scale: float | None) -> None:
+        """Measure the gradients as they are before clipping, at the weights that the update starts from."""
+        if self.due and self._gradient and scale is not None and (mine := self.optimized(optimizer)):
             table = self.record.table(mine)
-            self.record.seen[index, self] = SeenGradients(table, table.gradients(), scale, inside)
-
-    def _has_seen(self, index: int) -> bool:
-        seen = self.record.seen.get((index, self))
-        return seen is not None and seen.inside
+            self.record.seen[index, self] = SeenGradients(table, table.gradients(), scale)
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Measure the update, and forget its gradients."""
         super().after_step(index, optimizer, skipped)
         self.record.seen.pop((index, self), None)
-        self._inside.discard(index)
 
     def measure(self, look: Look, stepping: Stepping) -> tuple[list[Measured], Tensor]:
         """The curves of one update."""
@@ -164,7 +144,7 @@ class RotationTracker(Tracker):
         """
         new = products.square()
         names = [w.name for w in table.watched]
-        kept = [self.powers.get(name) for name in names]
+        kept = [self._powers.get(name) for name in names]
         old = torch.cat(
             [
                 new.new_zeros(size) if one is None else one[0].to(new)
@@ -175,15 +155,24 @@ class RotationTracker(Tracker):
         weights = [_SMOOTH * (0.0 if one is None else one[1]) + 1 - _SMOOTH for one in kept]
         for name, is_needed, power, weight in zip(names, needed, table.split(smoothed), weights, strict=True):
             if is_needed:
-                self.powers[name] = (power, weight)
+                self._powers[name] = (power, weight)
         counts = table.column([float(size) for size in table.sizes])
         return table.totals((smoothed / table.column(weights)).sqrt() / counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sizes of gradients, which are smoothed over steps."""
+        return {"powers": {name: (power.cpu(), weight) for name, (power, weight) in self._powers.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from them."""
+        self._powers |= state.get("powers", {})
 
     def explain_rules(self, optimizers: Iterable[Optimizer]) -> None:
         """Say once why an optimizer's weights have no curve of the effective learning rate."""
         mine = of_mine(optimizers, self._by_parameter)
         for said in dict.fromkeys(_about_rule(optimizer, group) for _, group, optimizer in mine):
-            if said:
+            if said and said not in self._explained:
+                self._explained.add(said)
                 rank_zero_warn(said)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -16,7 +16,8 @@ from lightning_normreg.functional._lengths import Lengths
 from lightning_normreg.functional._rotation import LARGEST, Per, mixture, unit_angles
 from lightning_normreg.steps._angles import Angle, Angles
 from lightning_normreg.steps._projector import ASTRAY, Projector, Radius
-from lightning_normreg.steps._step_hooks import Phase, of_mine
+from lightning_normreg.steps._step_hooks import of_mine
+from lightning_normreg.steps._subscriber import Phase
 from lightning_normreg.steps._tracker import Stepping
 
 Hold = Literal["step", "mean"]
@@ -45,8 +46,6 @@ class Rotator(Projector):
         angle: ``"lr"``, ``"equilibrium"`` or radians, see :class:`lightning_normreg.RotationControl`.
         per: Whose rotation has the angle: ``"layer"`` or ``"unit"``.
         hold: ``"step"`` or ``"mean"``.
-        initial: Radii that were measured, for ``radius="initial"``.
-        means: What ``hold="mean"`` goes on from.
     """
 
     phase = Phase.CONTROL
@@ -59,17 +58,24 @@ class Rotator(Projector):
         *,
         per: Per = "layer",
         hold: Hold = "step",
-        initial: Mapping[str, Tensor] | None = None,
-        means: Mapping[str, Mean] | None = None,
     ) -> None:
         check_control_arguments(per, hold)
-        super().__init__(targets, radius, initial)
+        super().__init__(targets, radius)
         self.angles = Angles(angle)
         self.per, self.hold = per, hold
-        self.means = dict(means or {})
-        self._named = {target.name: target for target in self.targets}
+        self._means: dict[str, Mean] = {}
         self._counts: dict[Table, Tensor] = {}
         self._last: Stepping = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``hold="mean"`` goes on from as well."""
+        means = {name: (sums.cpu(), weights.cpu()) for name, (sums, weights) in self._means.items()}
+        return super().state_dict() | {"means": means}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        super().load_state_dict(state)
+        self._means |= state.get("means", {})
 
     def allocate(self, optimizers: Iterable[Optimizer]) -> int:
         """Make room for copies of the weights, so that memory runs out at the start or never; the new bytes."""
@@ -135,7 +141,7 @@ class Rotator(Projector):
             lr = lrs if self.per == "layer" else lrs[table.layer]
             names = [target.name for target, _, _ in stepping]
             zero = (own.new_zeros(()), own.new_zeros(()))
-            known = zip(*(self.means.get(name, zero) for name in names), strict=True)
+            known = zip(*(self._means.get(name, zero) for name in names), strict=True)
             sums, weights = (
                 torch.cat([v.to(own).expand(n) for v, n in zip(values, sizes, strict=True)]) for values in known
             )
@@ -145,7 +151,7 @@ class Rotator(Projector):
             sums = torch.where(counts, MEMORY * sums + (1 - MEMORY) * new, sums)
             weights = torch.where(counts, MEMORY * weights + (1 - MEMORY), weights)
             pairs = zip(torch.split(sums, sizes), torch.split(weights, sizes), strict=True)
-            self.means.update(zip(names, pairs, strict=True))
+            self._means.update(zip(names, pairs, strict=True))
             own = torch.where(weights > 0, lr * (sums / weights).sqrt(), 0.0)
         return own[table.layer] if self.per == "layer" else own
 
@@ -161,14 +167,15 @@ class Rotator(Projector):
         """Warn once of units that cannot be turned, or not as asked. Reads the device."""
         super().report()
         self.angles.check(self._last)
-        for name, numbers in self.counts().items():
+        named = {target.name: target for target in self.targets}
+        for name, numbers in ((name, n) for name, n in self.counts().items() if name in named):
             # At the end of a schedule a few updates are that small, and turn by next to nothing anyway.
-            often = max(3 * self._named[name].units(), 0.05 * numbers["updates"])
+            often = max(3 * named[name].units(), 0.05 * numbers["updates"])
             enough = {"updates": math.inf, "capped": 1, "steered": often, "still": often}
             for what, number in numbers.items():
                 if number >= enough[what] and f"{what} {name}" not in self._told:
                     self._told.add(f"{what} {name}")
-                    rank_zero_warn(_why_not_turned(what, name, number, self._named[name].parameter.dtype))
+                    rank_zero_warn(_why_not_turned(what, name, number, named[name].parameter.dtype))
 
     def counts(self) -> dict[str, dict[str, int]]:
         """For each weight how often a unit was updated, capped at π/2, steered by rounding, or stood still with all."""

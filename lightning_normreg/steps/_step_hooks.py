@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from enum import IntEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,35 +12,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_normreg._weights import is_flat
-from lightning_normreg.steps._record import Recording, StepRecord
+from lightning_normreg.steps._record import StepRecord
+from lightning_normreg.steps._subscriber import StepSubscriber
 
 T = TypeVar("T")
 
 _INNER = ("optimizer", "_optimizer", "base_optimizer", "base")
-
-
-class Phase(IntEnum):
-    """Order in which subscribers see an update: its angle is set, it is measured, then weights are projected.
-
-    What was changed for the length of the step is put back last.
-    """
-
-    CONTROL = 0
-    MEASURE = 1
-    PROJECT = 2
-    RESTORE = 3
-
-
-class StepSubscriber(Protocol):
-    """What a subscriber is told about each update of each optimizer."""
-
-    phase: Phase
-
-    def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """The optimizer is about to step; gradients may be stale or missing, because a closure may run in between."""
-
-    def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
-        """The optimizer has updated its parameters, unless ``skipped`` (on the device, to be read later) is 1."""
 
 
 class StepDispatcher:
@@ -50,7 +26,8 @@ class StepDispatcher:
     The post-hook of a torch optimizer is the only event that means "parameters were updated" under accumulation,
     gradient scaling, manual optimization and closures alike. Three traps remain, all handled here: a subclass whose
     ``step`` calls ``super().step()`` fires its hooks twice; a step without any gradient updates nothing; a fused
-    optimizer under a gradient scaler skips inside its kernel, which only ``found_inf`` tells.
+    optimizer under a gradient scaler skips inside its kernel, which only ``found_inf`` tells. When gradients are
+    complete only the loop knows, which calls :meth:`gradients_ready`.
     """
 
     def __init__(self) -> None:
@@ -59,13 +36,14 @@ class StepDispatcher:
         self._optimizers: tuple[object, ...] = ()
         self._handles: list[RemovableHandle] = []
         self._depth: dict[int, int] = {}
+        self._ready: set[int] = set()
+        self._by_hand: set[int] = set()
         self._updates: dict[int, int] = {}
         self._skipped: dict[int, Tensor] = {}
 
     def subscribe(self, subscriber: StepSubscriber) -> None:
         """Add a subscriber; within a phase they are called in the order of subscription."""
-        if isinstance(subscriber, Recording):
-            subscriber.record = self.record
+        subscriber.record = self.record
         self._subscribers.append(subscriber)
         self._subscribers.sort(key=lambda s: s.phase)
 
@@ -76,6 +54,7 @@ class StepDispatcher:
     def attach(self, optimizers: Sequence[object]) -> None:
         """Put hooks on these optimizers and take them off all others. Cheap where nothing has changed."""
         self._depth.clear()  # a closure that raised has left a pre-hook without its post-hook
+        self._ready.clear()  # a gradient scaler that skips calls no optimizer
         same = len(optimizers) == len(self._optimizers) and all(map(_is, optimizers, self._optimizers))
         if same:
             return
@@ -111,6 +90,23 @@ class StepDispatcher:
             for subscriber in self._subscribers:
                 subscriber.before_step(index, optimizer)
             self.record.prepare()
+            if index in self._by_hand:
+                self.gradients_ready(index, optimizer, None)
+
+    @torch.no_grad()
+    def gradients_ready(self, index: int, optimizer: Optimizer, scale: float | None = 1.0) -> None:
+        """Say that an optimizer's gradients are complete and not clipped yet; where nobody does, the pre-hook will.
+
+        Args:
+            index: Index of the optimizer.
+            optimizer: The optimizer.
+            scale: Loss scale that is still in the gradients.
+        """
+        if index in self._ready and self._depth.get(index):
+            return  # a closure that is evaluated again (LBFGS) is at other weights by now
+        self._ready.add(index)
+        for subscriber in self._subscribers:
+            subscriber.gradients_ready(index, optimizer, scale)
 
     @torch.no_grad()
     def leave(self, index: int, optimizer: Optimizer) -> None:
@@ -118,6 +114,9 @@ class StepDispatcher:
         self._depth[index] = self._depth.get(index, 1) - 1
         if self._depth[index] > 0 or not any(has_gradient(p) for g in optimizer.param_groups for p in g["params"]):
             return
+        if index not in self._ready:
+            self._by_hand.add(index)
+        self._ready.discard(index)
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = found_inf.detach().reshape(()).clone() if isinstance(found_inf, Tensor) else None
         self._updates[index] = self._updates.get(index, 0) + 1

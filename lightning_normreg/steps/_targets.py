@@ -7,12 +7,10 @@ from typing import Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_normreg._weights import Verdict, Watched
-from lightning_normreg.steps._projector import Radius
+from lightning_normreg._weights import SHOWS_EPS, Verdict, Watched, listed
 
 OnNotInvariant = Literal["raise", "skip", "allow"]
 
-REFUSED_EPS_SHARE, NOTED_EPS_SHARE = 0.1, 0.01
 _ALLOW = "Leave it out by `exclude`, or say on_not_invariant='skip' or 'allow' (then projecting changes the function)."
 
 
@@ -39,8 +37,13 @@ def choose_targets(
     good = [w for w in watched if w.invariant]
     bad = [w for w in watched if not w.invariant]
     if not named:
-        if not good:
+        ruled = [w.name for w in watched if w.name in verdict and verdict[w.name].is_ruled_by_eps]
+        if not good and not ruled:
             raise ValueError(_nothing(verdict, callback))
+        if not good:
+            raise ValueError(f"There must be something to act on, but of {ruled[0]!r}: {verdict[ruled[0]].why}")
+        if ruled:
+            rank_zero_warn(f"{callback} leaves {listed(ruled, 5)} alone. {verdict[ruled[0]].why}")
         return good
     if bad and otherwise == "raise":
         reasons = "; ".join(f"{w.name!r}: {_why(w, verdict)}" for w in bad[:4])
@@ -53,32 +56,22 @@ def choose_targets(
     return [w for w in watched if w.parameter not in joined]
 
 
-def check_eps_shares(targets: Sequence[Watched], verdict: Verdict, radius: Radius) -> None:
-    """Refuse weights so small that the eps of their normalization rules, and warn of those where it shows.
+def note_eps_shares(targets: Sequence[Watched], verdict: Verdict) -> None:
+    """Warn of weights where the eps of a normalization shows.
 
     With the eps share ρ, moving a unit from norm n to R changes the output by about ρ/2·|1 − n²/R²|.
-
-    Raises:
-        ValueError: If a median over units is above 10 % and ``radius`` is not ``"initial"``.
     """
-    shares = {t.name: verdict[t.name].rho_median for t in targets if t.name in verdict and t.invariant}
-    known = {name: share for name, share in shares.items() if share is not None}
-    worst = {name: share for name, share in known.items() if share > NOTED_EPS_SHARE}
-    if not worst or radius == "initial":
-        return
-    listed = ", ".join(f"{name!r} ({share:.0%})" for name, share in worst.items())
-    if max(worst.values()) > REFUSED_EPS_SHARE:
-        raise ValueError(
-            f"`radius` must leave the function alone, but the eps of a normalization makes up more than 10 % of the "
-            f"variance behind {listed}: projecting would change what the network computes. Use radius='initial', or "
-            "a smaller eps."
+    shares = {t.name: verdict[t.name].rho_median or 0.0 for t in targets if t.name in verdict and t.invariant}
+    shown = ", ".join(f"{name!r} ({share:.0%})" for name, share in shares.items() if share > SHOWS_EPS)
+    if shown:
+        rank_zero_warn(
+            f"The eps of a normalization shows behind {shown}: projecting changes outputs by about half that."
         )
-    rank_zero_warn(f"The eps of a normalization shows behind {listed}: projecting changes outputs by about half that.")
 
 
 def _why(watched: Watched, verdict: Verdict) -> str:
     if watched.name in verdict:
-        return verdict[watched.name].reason.rstrip(".") or verdict[watched.name].kind
+        return verdict[watched.name].why.rstrip(".") or verdict[watched.name].kind
     return "nobody knows whether it is"
 
 

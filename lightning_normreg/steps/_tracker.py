@@ -18,8 +18,9 @@ from lightning_normreg._optimizers import Group
 from lightning_normreg._weights import Table, Watched
 from lightning_normreg.functional._device import accumulator
 from lightning_normreg.steps._health import SIGNS, Health, signs
-from lightning_normreg.steps._record import Look, Recording
-from lightning_normreg.steps._step_hooks import Phase, of_mine
+from lightning_normreg.steps._record import Look
+from lightning_normreg.steps._step_hooks import of_mine
+from lightning_normreg.steps._subscriber import StepSubscriber
 
 Stepping = Sequence[tuple[Watched, Group, Optimizer]]
 """Weights that optimizers update, each with its group."""
@@ -46,23 +47,25 @@ class _Pending:
     skipped: Tensor | None
 
 
-class Tracker(Recording, ABC):
+class Tracker(StepSubscriber, ABC):
     """Measures the updates of watched weights while ``due``; costs nothing while not.
 
     Several updates of one optimizer before :meth:`collect` overwrite each other: the last one counts.
     """
 
-    phase = Phase.MEASURE
-
     def __init__(self, watched: Sequence[Watched], health: Health | None = None) -> None:
         super().__init__()
         self.due = False
-        self.watched = list(watched)
         self.health = health or Health()
+        self._pending: dict[int, _Pending] = {}
+        self.watch(watched)
+
+    def watch(self, watched: Sequence[Watched]) -> None:
+        """Measure these weights from now on."""
+        self.watched = list(watched)
         self._by_parameter = {w.parameter: w for w in self.watched}
         self._by_key = {w.key: w for w in self.watched}
         self._by_name = {w.name: w for w in self.watched}
-        self._pending: dict[int, _Pending] = {}
 
     def arm(self, due: bool) -> None:
         """Start a batch: measure the updates in it, or do nothing at all."""
@@ -77,10 +80,6 @@ class Tracker(Recording, ABC):
     def optimized(self, optimizer: Optimizer) -> list[Watched]:
         """Watched weights that an optimizer has."""
         return [watched for watched, _, _ in of_mine([optimizer], self._by_parameter)]
-
-    @abstractmethod
-    def before_step(self, index: int, optimizer: Optimizer) -> None:
-        """Ask for what must be known of the weights before the step."""
 
     @abstractmethod
     def measure(self, look: Look, stepping: Stepping) -> tuple[list[Measured], Tensor]:

@@ -118,7 +118,7 @@ def observed_time(module: nn.Module, x: Tensor, y: Tensor) -> float:
     times = []
     for _ in GradientObserver.STEPS[:3]:
         start = time.perf_counter()
-        observer.gradients_ready(0, optimizer)
+        observer.gradients_ready(0, optimizer, 1.0)
         times.append(time.perf_counter() - start)
         observer.after_step(0, optimizer, None)
     return min(times)

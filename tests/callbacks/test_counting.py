@@ -11,7 +11,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, find_scale_invariance
-from lightning_normreg.callbacks._base import run_of
+from lightning_normreg.callbacks._run import run_of
 from lightning_normreg.steps._step_hooks import StepDispatcher
 from tests.harness import Net, RecordingLogger, loader, sgd, trainer
 

@@ -20,7 +20,7 @@ from lightning_normreg import (
     WeightNormMonitor,
     find_scale_invariance,
 )
-from lightning_normreg.steps._step_hooks import StepDispatcher
+from lightning_normreg.steps import StepDispatcher, StepSubscriber
 from tests.harness import Net, RecordingLogger, images, loader, sgd, trainer
 
 
@@ -171,9 +171,7 @@ def graphs(hooks: bool) -> tuple[int, Tensor]:
     dispatcher = StepDispatcher()
     seen = []
 
-    class Subscriber:
-        phase = 0
-
+    class Subscriber(StepSubscriber):
         def before_step(self, index: int, optimizer: Any) -> None:
             seen.append(weight.detach().norm() + 1)
 
@@ -181,7 +179,7 @@ def graphs(hooks: bool) -> tuple[int, Tensor]:
             seen.append(weight.detach().norm() + 1)
 
     if hooks:
-        dispatcher.subscribe(Subscriber())  # type: ignore[arg-type]
+        dispatcher.subscribe(Subscriber())
         dispatcher.attach([optimizer])
     step = torch.compile(optimizer.step, backend=backend)
     for _ in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normreg import EffectiveLRMonitor, NormProjection, NormSummary, WeightNormMonitor
-from lightning_normreg.callbacks import _base
+from lightning_normreg.steps._observer import InvarianceWatchdog
 from tests.harness import Net, loader, sgd, trainer
 
-CANNOT = "could not be found out on a private copy"
+CANNOT = "could not be found out by a probe"
 
 
 class Manual(Net):
@@ -48,9 +49,9 @@ def _only_on_the_real_thing(net: Net) -> None:
 
 
 def large(monkeypatch: pytest.MonkeyPatch) -> Net:
-    """A model above the size that is copied."""
+    """A model above the size that is copied, which cannot be asked in place."""
     monkeypatch.setattr("lightning_normreg.callbacks._probing.LARGEST", 100)
-    return Refuses(sgd())
+    return Manual()
 
 
 def out_of_memory(monkeypatch: pytest.MonkeyPatch) -> Net:
@@ -67,7 +68,7 @@ MODELS = {
     "manual": (lambda patch: Manual(), "only on the real thing"),
     "by hand": (lambda patch: Manual(wrapped=False), "only on the real thing"),
     "refuses": (lambda patch: Refuses(sgd()), "only on the real thing"),
-    "large": (large, "too many to probe on a copy"),
+    "large": (large, "can only be asked on a copy"),
     "memory": (out_of_memory, "Tried to allocate"),
 }
 
@@ -145,7 +146,7 @@ class FreezesLate(Net):
 @pytest.mark.parametrize("make", [Net, FreezesLate])
 def test_a_watchdog_is_there_for_all_callbacks(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It warns of the frozen layer and of that one only, once; a healthy run is quiet."""
-    monkeypatch.setattr(_base.InvarianceWatchdog, "EVERY", 50)
+    monkeypatch.setattr(InvarianceWatchdog, "EVERY", 50)
     net = make(sgd(), schedule=False)
     run = trainer(EffectiveLRMonitor(), WeightNormMonitor(), max_epochs=40)
     if make is Net:
@@ -154,6 +155,33 @@ def test_a_watchdog_is_there_for_all_callbacks(make: Any, monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match=r"No longer scale-invariant: 'conv1\.weight' \(T = [\d.]+\)\. ") as caught:
         run.fit(net, loader())
     assert ["No longer" in str(w.message) for w in caught].count(True) == 1
+
+
+@pytest.mark.parametrize("on_lost", ["stop", "keep", "raise"])
+def test_what_is_lost_is_let_go(on_lost: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its curve goes to another name, and the projection stops, goes on, or ends the run; the other weight is held."""
+    monkeypatch.setattr(InvarianceWatchdog, "EVERY", 50)
+    net = FreezesLate(sgd(), schedule=False)
+    monitor, run = EffectiveLRMonitor(), trainer(max_epochs=30)
+    run.callbacks += [monitor, NormProjection(on_lost=on_lost)]  # type: ignore[attr-defined]
+    if on_lost == "raise":
+        error = pytest.raises(RuntimeError, match=r"`on_lost='raise'`: conv1\.weight can no longer be held")
+        with pytest.warns(UserWarning, match="No longer scale-invariant"), error:
+            run.fit(net, loader())
+        return
+    said: Any = pytest.warns(UserWarning, match="holds conv1.weight no more") if on_lost == "stop" else nullcontext()
+    with pytest.warns(UserWarning, match="No longer scale-invariant"), said:
+        run.fit(net, loader())
+    norms = net.conv1.weight.detach().flatten(1).norm(dim=1)
+    assert bool(((norms - 1).abs() < 1e-5).all()) is (on_lost == "keep")
+    up = net.up.weight.detach().view(2, 3, 2, 9).transpose(1, 2).flatten(0, 1).flatten(1).norm(dim=1)
+    assert up == pytest.approx(torch.ones(4), rel=1e-6)
+    history = monitor.history().set_index("step")
+    found = history["weights/effective_lr/conv1.weight"].dropna()
+    lost = history["weights/effective_lr_not_invariant/conv1.weight"].dropna()
+    assert len(found) + len(lost) == len(history)
+    assert found.index.max() + 1 == lost.index.min()
+    assert 100 <= lost.index.min() <= 155  # frozen after 100 steps; looks are four steps from 100 and from 150 on
 
 
 def test_observing_changes_nothing() -> None:

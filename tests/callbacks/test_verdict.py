@@ -20,7 +20,7 @@ from lightning_normreg import (
     save_verdict,
 )
 from lightning_normreg._weights import norms_of
-from lightning_normreg.callbacks import _base
+from lightning_normreg.callbacks import _knowledge
 from tests.harness import Net, around_the_first_projection, loader, moved, sgd, trainer
 
 
@@ -99,7 +99,8 @@ def test_the_first_projection_keeps_the_function(make: Any, pieces: int) -> None
     training, evaluation = moved(*around_the_first_projection(projection, net, loader()), next(iter(loader()))[0])
     assert training < 1e-5
     assert evaluation < 1e-3
-    (target,) = projection._held().targets
+    assert projection._projector is not None
+    (target,) = projection._projector.targets
     assert len(norms_of([target])[0]) == pieces
     radius = {6: 1.0, 2: 3**0.5, 1: 8**0.5}[pieces]  # √ of the neurons in a unit
     assert norms_of([target])[0] == pytest.approx(torch.full((pieces,), radius), rel=1e-6)
@@ -148,8 +149,8 @@ def test_a_run_is_the_same_with_and_without_the_probe() -> None:
 def test_one_probe_for_all_callbacks_and_none_on_resume(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three callbacks ask once; what they learned is in the checkpoint."""
     calls = []
-    probe = _base.probe
-    monkeypatch.setattr(_base, "probe", lambda *args: calls.append(1) or probe(*args))
+    probe = _knowledge.probe
+    monkeypatch.setattr(_knowledge, "probe", lambda *args, **options: calls.append(1) or probe(*args, **options))
     for path in (None, tmp_path / "end.ckpt"):
         everything = [WeightNormMonitor(), EffectiveLRMonitor(), NormProjection()]
         run = trainer(*everything, max_epochs=1 if path is None else 2)
@@ -169,7 +170,7 @@ def test_a_saved_verdict_is_taken_instead_of_a_probe(tmp_path: Any, monkeypatch:
     net = Net(sgd())
     verdict = find_scale_invariance(net, next(iter(loader())))
     save_verdict(verdict, tmp_path / "verdict.json")
-    monkeypatch.setattr(_base, "probe", None)
+    monkeypatch.setattr(_knowledge, "probe", None)
     path = str(tmp_path / "verdict.json")
     run = trainer(
         WeightNormMonitor(invariance=path), EffectiveLRMonitor(invariance=verdict), NormProjection(invariance=path)
@@ -220,16 +221,23 @@ def test_a_unit_that_the_verdict_does_not_support() -> None:
 
 @pytest.mark.parametrize("eps, outcome", [(1e-5, "fine"), (0.02, "warns"), (1.0, "refuses")])
 def test_eps_that_rules_the_normalization(eps: float, outcome: str) -> None:
-    """Above 1 % of the variance it is said, above 10 % the projection refuses unless the radius is "initial"."""
+    """Above 1 % of the variance it is said, above 10 % the weight counts as not scale-invariant everywhere."""
 
     def net() -> Any2d:
         torch.manual_seed(0)
         return Any2d(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6, eps=eps), nn.Flatten(), nn.Linear(96, 3))
 
     if outcome == "refuses":
-        with pytest.raises(ValueError, match=r"more than 10 % of the variance behind 'layers\.0\.weight'"):
+        with pytest.raises(ValueError, match=r"'layers\.0\.weight': The eps .* makes up 76% of the variance"):
             trainer(NormProjection()).fit(net(), loader())
-        trainer(NormProjection("initial")).fit(net(), loader())
+        with pytest.raises(ValueError, match="more than 10 %"):
+            trainer(NormProjection("initial")).fit(net(), loader())
+        monitor = EffectiveLRMonitor()  # the same rule for curves
+        trainer(monitor, NormProjection("initial", include=["layers.0.weight"], on_not_invariant="allow")).fit(
+            net(), loader()
+        )
+        assert "weights/effective_lr_not_invariant/layers.0.weight" in monitor.history()
+        assert "weights/effective_lr/layers.0.weight" not in monitor.history()
     elif outcome == "warns":
         with pytest.warns(UserWarning, match=r"eps of a normalization shows behind 'layers\.0\.weight' \([2-9]%\)"):
             trainer(NormProjection()).fit(net(), loader())

@@ -62,7 +62,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ([SGD, "--decay.gamma=-1"], "decay: `gamma`", "Use 0.0 for none"),
         ([SGD, "--decay.overrides={nothing: 0.1}"], "decay: `overrides`", "Near misses"),
         ([SGD, "--lr_scheduler=OneCycleLR", "--lr_scheduler.max_lr=1"], "lr_scheduler: ", "define either total_steps"),
-        (["--optimizer=Muon"], "optimizer: Muon only supports 2D", "[8]"),
+        (["--optimizer=torch.optim.Muon"], "optimizer: Muon only supports 2D", "[8]"),
         ([], "optimizer: Net has no configure_optimizers", "Give one, such as AdamW"),
         (["--model=users_module.OwnOptimizer", "--decay.gamma=0"], "decay: ", "Give --optimizer"),
         (["--model=users_module.OwnOptimizer", "--lr_scheduler=StepLR", "--lr_scheduler.step_size=1"],

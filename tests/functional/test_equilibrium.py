@@ -15,9 +15,8 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 
 from lightning_normreg import functional as F
 from lightning_normreg._metrics import EQUILIBRIUM_TOLERANCE
-from lightning_normreg.functional._balance import Filter
+from lightning_normreg.functional._balance import Filter, update_correlation, update_power
 from lightning_normreg.functional._families import FAMILIES, Family, FamilyName
-from lightning_normreg.functional._orthogonal import update_correlation, update_power
 from tests import random_walk
 from tests.random_walk import ADAFACTOR, CASES, FILLING, Walk, at_equilibrium
 

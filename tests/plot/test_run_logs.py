@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_normreg import EffectiveLRMonitor, WeightNormMonitor, plot_curves
-from lightning_normreg._plot._run_logs import read_runs
+from lightning_normreg._plot import read_runs
 from tests.harness import Net, loader, sgd, trainer
 from tests.plot.harness import history
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_normreg._reports import SavedGroup, match_parameters, saved_groups
 from lightning_normreg._reports._checkpoint import CheckpointError
-from lightning_normreg._reports._matching import match_parameters
-from lightning_normreg._reports._saved_optimizers import SavedGroup, saved_groups
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {},

@@ -63,7 +63,8 @@ def test_state_follows_the_first_projection(case: str, joined: bool) -> None:
                 object.__setattr__(target, "joined", (net[0].bias,))
             c = 3.0
             radius = c * norms_of([target])[0]
-            projector = Projector([target], "initial", {"0.weight": radius})
+            projector = Projector([target], "initial")
+            projector.load_state_dict({"initial": {"0.weight": radius}})
             projector.start([target], [twin] if name == "held" else [])
             for group in twin.param_groups:
                 group["lr"] *= c**exponent

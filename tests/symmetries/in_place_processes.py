@@ -5,22 +5,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -67,11 +62,16 @@ def main_of(rank: int, world: int, folder: str) -> None:
             verdicts = find_scale_invariance(module, case.batch, forward=case.loss)
             assert all(torch.equal(before[k], local(t)) for k, t in module.state_dict().items())
             found[name] = {n: label(v) for n, v in verdicts.items()}
-            bad = {n: (case.labels.get(n, "none"), label(v), v.z) for n, v in verdicts.items() if label(v) != case.labels.get(n, "none")}
+            bad = {
+                n: (case.labels.get(n, "none"), label(v), v.z)
+                for n, v in verdicts.items()
+                if label(v) != case.labels.get(n, "none")
+            }
         except Exception as e:
             bad = "".join(traceback.format_exception(e)[-3:])[-1500:]
         if rank == 0:
             print(name, bad or "ok", flush=True)
+
 
 if __name__ == "__main__":
     mp.spawn(main_of, args=(int(sys.argv[1]), sys.argv[2]), nprocs=int(sys.argv[1]))

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_normreg import ScaleInvariance
 from lightning_normreg._symmetries._thresholds import NARROW_OBSERVER, WIDE_OBSERVER, ObserverThresholds
 from lightning_normreg._weights._roles import named_roles
+from lightning_normreg.steps import StepDispatcher
 from lightning_normreg.steps._observer import GradientObserver, InvarianceWatchdog
 from tests.symmetries._case import Case, head
 from tests.symmetries._cases import CASES
@@ -31,14 +32,16 @@ def observed(case: Case, make: Any, limits: ObserverThresholds, *, narrow: bool)
     trained = [p for p in case.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-3)
     observer = GradientObserver(named_roles(case.module), limits)
+    dispatcher = StepDispatcher()
+    dispatcher.subscribe(observer)
+    dispatcher.attach([optimizer])
     while not observer.is_done:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             loss = case.loss(case.module, make().batch)
         loss.backward()
-        observer.gradients_ready(0, optimizer)
+        dispatcher.gradients_ready(0, optimizer)
         optimizer.step()
-        observer.after_step(0, optimizer, None)
     return observer.verdict()
 
 
@@ -73,11 +76,14 @@ def test_too_few_gradients_say_nothing() -> None:
     net = bn_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.0)
     observer = GradientObserver(named_roles(net), WIDE_OBSERVER)
+    dispatcher = StepDispatcher()
+    dispatcher.subscribe(observer)
+    dispatcher.attach([optimizer])
     for step in range(33):
         for name, p in net.named_parameters():
             p.grad = torch.full_like(p, float("inf") if step > 1 else 1.0) if name == "0.weight" else None
-        observer.gradients_ready(0, optimizer)
-        observer.after_step(0, optimizer, None)
+        dispatcher.gradients_ready(0, optimizer)
+        optimizer.step()
     verdicts = observer.verdict()
     assert verdicts["0.weight"].reason.startswith("A gradient reached it in 2 of the observed steps")
     assert verdicts["5.weight"].reason.startswith("A gradient reached it in 0 of the observed steps")
@@ -89,12 +95,13 @@ def test_an_optimizer_stepped_by_hand_is_seen_from_its_second_step_on() -> None:
     net = bn_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     observer = GradientObserver(named_roles(net), WIDE_OBSERVER)
+    dispatcher = StepDispatcher()
+    dispatcher.subscribe(observer)
+    dispatcher.attach([optimizer])
     for _ in range(33):
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(torch.randn(8, 3, 6, 6)), torch.arange(8) % 3).backward()
-        observer.before_step(0, optimizer)
         optimizer.step()
-        observer.after_step(0, optimizer, None)
     verdict = observer.verdict()["0.weight"]
     assert verdict.kind == "neuron"
     assert "gradients of 7 training steps" in verdict.reason
@@ -108,6 +115,9 @@ def test_watchdog(change: str, is_lost: bool) -> None:
     verdict = {"0.weight": label_of_rows(), "0.bias": label_of_rows(kind="inert")}
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     watchdog = InvarianceWatchdog(named_roles(net), verdict, WIDE_OBSERVER)
+    dispatcher = StepDispatcher()
+    dispatcher.subscribe(watchdog)
+    dispatcher.attach([optimizer])
     lost = []
     for step in range(410):
         if step == 100 and change == "frozen":
@@ -120,14 +130,34 @@ def test_watchdog(change: str, is_lost: bool) -> None:
         if change == "penalty":
             loss = loss + 0.1 * net[0].weight.square().sum()
         loss.backward()
-        watchdog.gradients_ready(0, optimizer)
+        dispatcher.gradients_ready(0, optimizer)
         optimizer.step()
-        watchdog.after_step(0, optimizer, None)
         lost.append(watchdog.lost())
-    assert [bool(x) for x in lost].index(True) == 203 if is_lost else not any(lost)
+    # Four steps from 20, 40, 80, 160 and 200 on; what changes, changes at 100, the penalty is there from the start.
+    assert [bool(x) for x in lost].index(True) == (23 if change == "penalty" else 163) if is_lost else not any(lost)
     assert sum(map(bool, lost)) == is_lost
 
 
 def label_of_rows(kind: Any = "neuron") -> ScaleInvariance:
     """A verdict on rows."""
     return ScaleInvariance(kind, dim=0 if kind == "neuron" else None, block_size=1 if kind == "neuron" else None)
+
+
+def test_gradients_of_a_step_that_never_came_do_not_count() -> None:
+    """A loss scaler that skips calls no optimizer; what it has skipped is replaced by the next gradients."""
+    net = bn_net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    observer = GradientObserver(named_roles(net), WIDE_OBSERVER)
+    dispatcher = StepDispatcher()
+    dispatcher.subscribe(observer)
+    dispatcher.attach([optimizer])
+    for step in range(33):
+        for is_skipped in (True, False):
+            for p in net.parameters():
+                p.grad = torch.full_like(p, float("inf") if is_skipped else 1.0)
+            dispatcher.gradients_ready(0, optimizer)
+        optimizer.step()
+        assert observer.steps == step + 1
+    verdict = observer.verdict()["0.weight"]
+    assert verdict.z is not None  # seen in enough steps, and finite
+    assert 0 < verdict.z < float("inf")

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_normreg._weights import ParameterRole, Table, Watched, named_roles, watch
 from lightning_normreg._weights._watched import Part
 from lightning_normreg.functional._device import Way, as_on
+from lightning_normreg.functional._rotation import Mixture
+from tests.benchmarks.table_cost import BOUNDS, ratios
 
 SHAPES = [(7, 5), (3, 4, 3, 3), (11,)]
 
@@ -79,10 +81,10 @@ def test_a_set_is_measured_as_one_unit(angle: float, radial: float, way: Way) ->
 @pytest.mark.parametrize("radial", [0.0, 1.0, 10.0])
 @pytest.mark.parametrize("angle", [1e-5, 1e-3, 0.1, 1.0])
 def test_a_device_without_float64(angle: float, radial: float) -> None:
-    """Norms to 2.5e-7; rotations lose digits as the radial part grows, which is taken off in float32.
+    """Norms to 2.5e-7; rotations to 5e-6: what the update has along the unit is taken off it entry by entry.
 
-    What is across is the difference of two squares, each with two sums (ε) and two roundings (ε): 2ε of each.
-    With a radial part r times the tangential one that is 2ε(2r² + 1) of the difference, of which the root keeps half.
+    With a radial part r = 10 times the tangential one, d and its share of a are each rounded by ε/2 of 10 times what
+    is left: 8e-7 of it, evenly spread over entries and signs.
     """
     before, after = made(angle, radial, torch.float32)
     tensors = [nn.Parameter(a.clone()) for a in after]
@@ -91,7 +93,7 @@ def test_a_device_without_float64(angle: float, radial: float) -> None:
         lengths = Table([a_set(tensors)]).lengths(dict(zip(tensors, before, strict=True)).__getitem__)
     assert lengths.norm.dtype == torch.float32
     assert lengths.norm.item() == pytest.approx(norm, rel=2.5e-7)
-    assert lengths.rotation().item() == pytest.approx(turned, rel=1.2e-7 * (2 * radial**2 + 1) + 2.5e-7)
+    assert lengths.rotation().item() == pytest.approx(turned, rel=5e-6)
 
 
 @pytest.mark.parametrize("way", ["host", "wide"])
@@ -175,6 +177,10 @@ class Counted(TorchDispatchMode):
             read = [a for a in args if isinstance(a, Tensor)]
             read = read[1:] if name == "copy_" else read
             big = [t for t in (*read, written) if isinstance(t, Tensor) and t.numel() >= self.entries]
+            wider = (kwargs or {}).get("dtype")
+            if wider is not None and read and read[0].numel() >= self.entries and wider != read[0].dtype:
+                # A norm in another type may cast first: a write and a read of the wider entries.
+                self.passes += 2 * read[0].numel() * wider.itemsize / (4 * self.entries)
             self.passes += sum(t.numel() * t.element_size() / (4 * self.entries) for t in big)
         return found
 
@@ -196,52 +202,56 @@ def counts(what: str, tensors: int) -> tuple[int, float]:
     table = Table(watch(named_roles(net), None, ()))
     parameters = list(net.parameters())
     copies = {p: torch.randn_like(p) for p in parameters}
-
-    def act() -> None:
-        if what == "projection":
-            table.project(1.0)
-            return
-        for p in parameters:
-            copies[p].copy_(p)
-        with torch.no_grad():
-            for p in parameters:
-                p.add_(p.grad, alpha=1e-3)
-        with mode:
-            if what == "gradients":
-                table.norms_of(table.squares(lambda p: p.grad.detach()))  # type: ignore[union-attr]
-                return
-            if what == "alignment":
-                table.lengths_of(table.gradients())
-                return
-            lengths = table.lengths(copies.__getitem__)
-            for values in (lengths.rotation(), lengths.relative(), lengths.norm):
-                table.root_mean_squares(values)
-            table.extremes(lengths.norm)
+    start = [p.detach().clone() for p in parameters]
 
     with torch.no_grad():
-        mode = Counted(64 * 576)
-        act()
-        mode = Counted(64 * 576)
-        if what == "projection":
-            with mode:
-                act()
-        else:
-            act()
+        for _ in range(2):
+            for p, x in zip(parameters, start, strict=True):
+                copies[p].copy_(x)
+                p.copy_(x if what == "projection" else x + 1e-3 * p.grad)
+            with Counted(64 * 576) as mode:
+                do(what, table, copies)
     return mode.operations, mode.passes
+
+
+def do(what: str, table: Table, copies: dict[nn.Parameter, Tensor]) -> None:
+    """One event."""
+    if what == "projection":
+        table.project(1.0)
+    elif what == "mix":
+        numbers = torch.full((sum(table.sizes),), 0.5)
+        table.mix(Mixture(numbers, numbers, numbers < 0), copies.__getitem__)
+    elif what == "gradients":
+        table.norms_of(table.squares(lambda p: p.grad.detach()))  # type: ignore[union-attr]
+    elif what == "alignment":
+        table.lengths_of(table.gradients())
+    else:
+        lengths = table.lengths(copies.__getitem__)
+        for values in (lengths.rotation(), lengths.relative(), lengths.norm):
+            table.root_mean_squares(values)
+        table.extremes(lengths.norm)
 
 
 @pytest.mark.parametrize(
     "what, way, operations, passes",
     [
-        # The copy before the step, one operation and two passes, comes on top of "update".
-        ("projection", "host", 3, 3),
-        ("projection", "wide", 2, 3),
-        ("projection", "narrow", 3, 3),
-        ("update", "host", 6, None),
+        # A logged step copies first, by one operation and two passes: 8 and 22 with the update, gradients come on top,
+        # and as seen from the weights for alignments: 9 and 12 operations. Control copies, measures and mixes: 13.
+        ("projection", "host", 2, 3),
+        ("projection", "wide", 2, 7),
+        ("projection", "narrow", 2, 3),
+        ("update", "host", 5, 12),
         ("update", "wide", 5, 20),
-        ("update", "narrow", 6, None),
-        ("gradients", "wide", 1, 1),
+        ("update", "narrow", 7, None),
+        ("gradients", "host", 1, 1),
+        ("gradients", "wide", 1, 5),
+        ("gradients", "narrow", 1, 1),
+        ("alignment", "host", 4, None),
         ("alignment", "wide", 5, 22),
+        ("alignment", "narrow", 4, None),
+        ("mix", "host", 2, None),
+        ("mix", "wide", 5, None),
+        ("mix", "narrow", 5, None),
     ],
 )
 def test_operations_for_each_tensor(what: str, way: Way, operations: int, passes: float | None) -> None:
@@ -263,3 +273,20 @@ def test_gradients_are_not_kept_alive() -> None:
     net.zero_grad()
     gc.collect()
     assert [reference() for reference in held] == [None, None]
+
+
+@pytest.mark.parametrize("shapes", [[(512, 256, 3, 3)] * 4, [(64, 64)] * 300], ids=["4 large", "300 small"])
+def test_what_it_costs(shapes: Any) -> None:
+    """At most 1.5 times the bounds of the benchmark, in the best of a few attempts: other processes only add."""
+    bounds = BOUNDS["1000 × 64²"]
+    threads, best = torch.get_num_threads(), [math.inf] * len(bounds)
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for _ in range(6):
+                best = [min(pair) for pair in zip(best, ratios(shapes, rounds=1), strict=True)]
+                if all(found <= 1.5 * bound for found, bound in zip(best, bounds, strict=True)):
+                    return
+    finally:
+        torch.set_num_threads(threads)
+    pytest.fail(f"{best} is more than 1.5 times {bounds}.")

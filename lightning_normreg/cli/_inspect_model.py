@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import inspect as introspection
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lightning_normreg._compat import pl
 from lightning_normreg._optimizers import find_rule
 from lightning_normreg._param_groups import load_by_name
 from lightning_normreg._reports import Checkpoint, SavedGroup, inspect_parameters, read_checkpoint, summary_table
 from lightning_normreg._weights import Verdict
-from lightning_normreg.callbacks._base import StepCallback, optimizers_of, run_of
+from lightning_normreg.callbacks._base import StepCallback
 from lightning_normreg.callbacks._holding import held_norms
 from lightning_normreg.callbacks._norm_projection import NormProjection
 from lightning_normreg.callbacks._norm_summary import summary_of
+from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
+from lightning_normreg.cli._inspect import Report, add_output_arguments, show
 from lightning_normreg.cli._namespace import namespace_of
-from lightning_normreg.cli._normreg_cli import NormRegCLI
+from lightning_normreg.cli._normreg_cli import Commands, NormRegCLI
 from lightning_normreg.cli._subcommands import PROGRAM
-from lightning_normreg.cli.inspect._report import Report, add_output_arguments, show
-
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
-
-    from lightning_normreg.cli._normreg_cli import Commands
-else:
-    Commands = object
 
 # What is looked at comes before any of it; norms are the same on every device.
 _TRAINER = {
@@ -41,7 +36,6 @@ _TRAINER = {
     "max_steps": -1,
     "max_time": None,
     "fast_dev_run": False,
-    "num_sanity_val_steps": 0,
     "limit_val_batches": 0,
     "profiler": None,
     "barebones": False,
@@ -50,7 +44,6 @@ _TRAINER = {
 
 
 def inspect_model(words: list[str]) -> None:
-    """Inspect what arguments of ``fit`` name."""
     base: Any = NormRegCLI.of(namespace_of(None, words))
     type("InspectCLI", (_Inspection, base), {})(args=["fit", *words], save_config_callback=None)
 
@@ -77,7 +70,7 @@ class _Inspection(Commands):
             with refusals_of("ckpt_path"):
                 self._checkpoint = read_checkpoint(path)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer that writes nothing."""
         known = introspection.signature(self.trainer_class).parameters
         quiet = {key: value for key, value in _TRAINER.items() if key in known}
@@ -110,7 +103,7 @@ class _Look(StepCallback):
         self._checkpoint = checkpoint
         self.report: Report | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the weights and the state of the optimizers where they belong."""
         super().on_fit_start(trainer, pl_module)
         if self._checkpoint is None:
@@ -131,7 +124,7 @@ class _Look(StepCallback):
                 "ckpt_path", f"it does not go with the model. {why} Leave --model and --config out to see it alone."
             ) from error
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, verdict: Verdict) -> None:
         summary, meaning = summary_of(trainer, verdict)
         rows, blanks = inspect_parameters(run_of(trainer).named, _owners(trainer), verdict, held_norms(trainer))
         more = {
@@ -145,7 +138,7 @@ class _Look(StepCallback):
         raise _Seen
 
 
-def _owners(trainer: Trainer) -> dict[str, SavedGroup]:
+def _owners(trainer: pl.Trainer) -> dict[str, SavedGroup]:
     names = {parameter: name for name, parameter, _ in run_of(trainer).named}
     optimizers = optimizers_of(trainer)
     owners: dict[str, SavedGroup] = {}

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from lightning_normreg._reports import (
-    Checkpoint,
-    as_parameters,
-    inspect_parameters,
-    match_parameters,
-    read_checkpoint,
-    saved_groups,
-)
-from lightning_normreg._symmetries import load_verdict
+import csv
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import RenderableType
+
+from lightning_normreg import _reports
+from lightning_normreg._symmetries import load_verdict, save_verdict
 from lightning_normreg._weights import Verdict, listed
 from lightning_normreg.cli._errors import ArgumentRefused, blamed_on, refusals_of
-from lightning_normreg.cli._parser import Parser, add_optional, parser_of
-from lightning_normreg.cli.inspect._report import Report, add_output_arguments, show
+from lightning_normreg.cli._parser import Parser, add_optional, console, parser_of
+
+
+@dataclass(frozen=True)
+class Report:
+    rows: Sequence[_reports.InspectedParameter]
+    notes: Sequence[str]  # what is assumed, and what is left blank, in sentences
+    verdict: Verdict  # empty where nothing is known
+    title: str  # above the table
+    before: Sequence[RenderableType] = ()  # what people see above all that
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # further entries of each row for machines
 
 
 def inspect(args: list[str]) -> None:
@@ -22,7 +34,7 @@ def inspect(args: list[str]) -> None:
     words = ["--ckpt_path", *args] if args and not args[0].startswith("-") else list(args)
     keys = {word.split("=")[0].split(".")[0] for word in words}
     if keys & {"--model", "--config", "-c"} and not keys & {"-h", "--help"}:
-        from lightning_normreg.cli.inspect._model import inspect_model  # noqa: PLC0415, which imports Lightning
+        from lightning_normreg.cli._inspect_model import inspect_model  # noqa: PLC0415, which imports Lightning
 
         inspect_model(words)
         return
@@ -42,19 +54,19 @@ def inspect(args: list[str]) -> None:
 def inspect_checkpoint(path: str, optimizer: str | None, invariance: str | None) -> Report:
     """What a file alone says."""
     with refusals_of("ckpt_path"):
-        checkpoint = read_checkpoint(path)
+        checkpoint = _reports.read_checkpoint(path)
     with refusals_of("invariance"):
         verdict = checkpoint.verdict or {} if invariance is None else load_verdict(invariance)
     with blamed_on("ckpt_path"):  # what is in the file need make no sense
         with refusals_of("optimizer"):
-            groups, said = saved_groups(checkpoint.optimizers, [w for w in (optimizer or "").split(",") if w])
-        owners, matched = match_parameters(groups, checkpoint.tensors, checkpoint.aliases)
-        rows, blanks = inspect_parameters(as_parameters(checkpoint.tensors), owners, verdict)
+            groups, said = _reports.saved_groups(checkpoint.optimizers, [w for w in (optimizer or "").split(",") if w])
+        owners, matched = _reports.match_parameters(groups, checkpoint.tensors, checkpoint.aliases)
+        rows, blanks = _reports.inspect_parameters(_reports.as_parameters(checkpoint.tensors), owners, verdict)
     notes = [*_about_weights(checkpoint, verdict, given=invariance is not None), *said, *matched, *blanks]
     return Report(rows, notes, verdict, f"{path}: {checkpoint.about}")
 
 
-def _about_weights(checkpoint: Checkpoint, verdict: Verdict, given: bool) -> list[str]:
+def _about_weights(checkpoint: _reports.Checkpoint, verdict: Verdict, given: bool) -> list[str]:
     said = []
     if verdict:
         source = "the file that you gave" if given else "what a callback of the run has noted in the checkpoint"
@@ -96,3 +108,43 @@ def _parser() -> Parser:
     for key, help_text in (("config", "YAML of fit."), ("model", "Class path."), ("data", "Class path.")):
         add_optional(model, key, str, key.upper(), help_text)
     return parser
+
+
+def add_output_arguments(parser: Any) -> None:
+    """How the report is given, for both forms."""
+    group = parser.add_argument_group("output", "A table, unless something else is said.")
+    group.add_argument("--json", action="store_true", help="JSON with all digits; null is what is not known.")
+    group.add_argument("--csv", action="store_true", help="CSV; what is said beside it goes to stderr.")
+    add_optional(
+        group, "save", str, "FILE", "Write which units are scale-invariant; callbacks take the file as invariance=."
+    )
+    add_optional(group, "invariance", str, "FILE", "Such a file, in place of asking the model.")
+
+
+def show(report: Report, options: Any) -> None:
+    if options.json and options.csv:
+        raise ArgumentRefused("json", "it cannot be had together with --csv. Leave one out.")
+    if options.save is not None:
+        if not report.verdict:
+            raise ArgumentRefused(
+                "save", "which units are scale-invariant is not known. Name the model by --model and --data."
+            )
+        with refusals_of("save"):
+            save_verdict(report.verdict, options.save)
+    rows = [asdict(row) | dict(report.more.get(row.parameter, {})) for row in report.rows]
+    if options.json:
+        print(json.dumps({"parameters": [*map(_finite, rows)], "notes": list(report.notes)}, indent=1, allow_nan=False))
+    elif options.csv:
+        writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else ["parameter"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | {"shape": "x".join(map(str, row["shape"]))} for row in rows)
+        sys.stderr.write("\n".join([*report.notes, ""]))
+    else:
+        page = console()
+        for part in (*report.before, _reports.inspection_table(report.rows, report.title), *report.notes):
+            page.print(part, highlight=False, markup=False)
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """For JSON, which has no infinite numbers: those are words."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -1,0 +1,106 @@
+"""What is known of scale invariance, once for all callbacks of a fit, and when it is asked again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_normreg._weights import ParameterRole, Verdict, listed, summarize
+from lightning_normreg.callbacks._probing import observer_limits, probe, same_on_all_ranks
+from lightning_normreg.steps._observer import GradientObserver
+from lightning_normreg.steps._step_hooks import StepDispatcher
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+    from torch.nn.parameter import Parameter
+
+AGAIN = (2, 8, 32, 128)
+"""Batches, counted from 1, at which what is unknown is asked again; so it is at the beginning of an epoch."""
+
+
+class Knowledge:
+    """The verdict so far. Every process comes to the same one, at the same batch.
+
+    Attributes:
+        verdict: What is known; None before there was an answer, empty where there is none to be had.
+        named: All parameters, by clean names.
+        observer: Watches gradients where nothing could be asked.
+    """
+
+    def __init__(self, dispatcher: StepDispatcher) -> None:
+        self.verdict: Verdict | None = None
+        self.named: Sequence[tuple[str, Parameter, ParameterRole]] = ()
+        self.observer: GradientObserver | None = None
+        self._dispatcher = dispatcher
+        self._batch = 0
+        self._epoch = 0
+        self._is_due = False
+        self._open: set[str] = set()
+
+    def begin_batch(self, trainer: Trainer) -> None:
+        """Decide whether it is time to ask."""
+        self._batch += 1
+        still_open = self._unknown(trainer)
+        again = self._batch in (1, *AGAIN) or trainer.current_epoch > self._epoch
+        self._is_due = bool(still_open - self._open) or (again and (self.verdict is None or bool(still_open)))
+        self._open, self._epoch = still_open, trainer.current_epoch
+
+    def ask(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *, observe: bool
+    ) -> Verdict | None:
+        """What is known by now; the same object as long as nothing new is.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+            batch: The coming batch.
+            batch_idx: Its number.
+            observe: Watch gradients of training where nothing can be found out otherwise.
+        """
+        if self._is_due:
+            self._is_due = False
+            found = probe(trainer, pl_module, batch, batch_idx, give_up=self._batch >= AGAIN[-1])
+            if found is not None:
+                self._learn(found, "Scale invariance")
+            self._open = self._unknown(trainer)
+        if observe and not self.verdict:
+            self._observe(trainer)
+        return self.verdict
+
+    def lose(self, lost: Collection[str]) -> None:
+        """Note that units have turned out to be no longer scale-invariant."""
+        self.verdict = without(self.verdict or {}, lost)
+
+    def _learn(self, found: Verdict, whence: str) -> None:
+        known = self.verdict or {}
+        new = {n: v for n, v in found.items() if n not in known or (known[n].is_unknown and not v.is_unknown)}
+        if new or self.verdict is None:
+            self.verdict = {**known, **new} if known else found
+            also = f" New: {listed(list(new), 5)}." if known else ""
+            rank_zero_info(f"{whence}: {summarize(self.verdict)}{also}") if self.verdict else None
+
+    def _observe(self, trainer: Trainer) -> None:
+        if self.observer is None:
+            self.observer = GradientObserver(self.named, observer_limits(trainer))
+            self._dispatcher.subscribe(self.observer)
+        elif self.observer.is_done:
+            self._dispatcher.unsubscribe(self.observer)
+            self._learn(same_on_all_ranks(trainer, self.observer.verdict()), "Scale invariance, from gradients")
+
+    def _unknown(self, trainer: Trainer) -> set[str]:
+        """Names of parameters that are trained, and of which nothing is known that a probe could find out."""
+        unknown = {n for n, v in (self.verdict or {}).items() if v.is_unknown and v.evidence != "observer"}
+        if not unknown:
+            return unknown
+        trained = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        return {name for name, p, _ in self.named if name in unknown and p.requires_grad and p in trained}
+
+
+def without(verdict: Verdict, lost: Collection[str]) -> Verdict:
+    """A verdict in which some units no longer hold; the verdict itself where that is said already."""
+    if not any(name in verdict and verdict[name].holds for name in lost):
+        return verdict
+    return {name: replace(v, holds=False) if name in lost else v for name, v in verdict.items()}

@@ -1,3 +1,0 @@
-"""``lightning-normreg inspect``."""
-
-from lightning_normreg.cli.inspect._command import inspect as inspect
