@@ -21,7 +21,15 @@ from lightning_normreg._symmetries._quiet import quiet
 from lightning_normreg._symmetries._random import seed_all
 from lightning_normreg._symmetries._slices import Table, Tables
 from lightning_normreg._symmetries._stand_ins import attach
-from lightning_normreg._weights import find_flat_pieces, local, reshard, spread_shards, summed, whole_shape
+from lightning_normreg._weights import (
+    find_flat_pieces,
+    forget_gathered,
+    local,
+    reshard,
+    spread_shards,
+    summed,
+    whole_shape,
+)
 
 T = TypeVar("T")
 _NOT_COPIED = {*vars(nn.Module()), "_trainer", "_fabric", "_device_mesh"}
@@ -60,12 +68,14 @@ class InPlaceCall(Call):
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def __enter__(self) -> InPlaceCall:
+        forget_gathered(self._outer)
         self._kept = {name: local(p).to("cpu", copy=True) for name, p in self._parameters.items()}
         self._gradients = [(p, p.grad) for p in self._outer.parameters()]
         return self
 
     def __exit__(self, *error: object) -> None:
         reshard(self._outer, aborted=error[0] is not None)
+        forget_gathered(self._outer)
         self._write(self._kept)
         for p, gradient in self._gradients:
             p.grad = gradient
@@ -87,7 +97,7 @@ class InPlaceCall(Call):
 
     def largest(self, value: float) -> float:
         """See :class:`Call`; every process must ask."""
-        if not _is_distributed():
+        if not is_distributed():
             return value
         device = next((local(p).device for p in self._parameters.values()), torch.device("cpu"))
         found = torch.tensor([value], device=device)
@@ -102,7 +112,7 @@ class InPlaceCall(Call):
             for table in tables.values()
             for values in table
         ]
-        if not _is_distributed() or not parts:
+        if not is_distributed() or not parts:
             return super().summed(found)
         sums = summed(parts)
         flat = torch.cat(sums)
@@ -169,7 +179,8 @@ class InPlaceCall(Call):
                     buffer.copy_(bits)
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether there are other processes to talk to."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from lightning_normreg._symmetries._classify import classify, dead_parameters, o
 from lightning_normreg._symmetries._eps_share import with_eps_shares
 from lightning_normreg._symmetries._euler import Draw, EulerSums, euler_draw
 from lightning_normreg._symmetries._generic_point import AMOUNT, LADDER, magnitudes
-from lightning_normreg._symmetries._in_place import InPlaceCall
+from lightning_normreg._symmetries._in_place import InPlaceCall, is_distributed
 from lightning_normreg._symmetries._losses import ProbeError
 from lightning_normreg._symmetries._reasons import (
     FROZEN,
@@ -123,6 +124,8 @@ def find_scale_invariance(
 
 
 def _is_first_rank() -> bool:
+    if is_distributed():
+        return dist.get_rank() == 0
     return bool(getattr(rank_zero_only, "rank", 0) == 0)  # not set where Lightning was never imported
 
 

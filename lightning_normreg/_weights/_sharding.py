@@ -84,6 +84,33 @@ def reshard(model: nn.Module, *, aborted: bool = False) -> None:
             handle.reshard(True)  # before the first forward pass there is nothing to forget
 
 
+def forget_gathered(model: nn.Module) -> None:
+    """Let FSDP gather narrow weights into new memory: what it has for that is of the type in which it was first used.
+
+    Raises:
+        NotImplementedError: If it cannot be told to.
+    """
+    for part in model.modules():
+        narrow = getattr(getattr(part, "_handle", None), "_uses_param_mixed_precision", False)
+        if narrow:
+            raise NotImplementedError(
+                "FSDP's first version must compute in the type of the weights, but it has a mixed precision of its own. "
+                "Use ModelParallelStrategy with fully_shard (FSDP2)."
+            )
+        if not is_named(part, "FSDPModule"):
+            continue
+        state: Any = part._get_fsdp_state()  # type: ignore[operator]
+        try:
+            groups = [group for group in state._fsdp_param_groups if group.mp_policy.param_dtype is not None]
+            for parameter in (p for group in groups for p in group.fsdp_params):
+                parameter.all_gather_outputs = []
+                vars(parameter).pop("_unsharded_param", None)
+        except AttributeError as error:
+            raise NotImplementedError(
+                f"FSDP2 does not say in torch {torch.__version__} where it gathers narrow weights ({error})."
+            ) from error
+
+
 def shard_of(parameter: Any, name: str) -> Shard | None:
     """How a parameter is spread, None for one that is not.
 
