@@ -94,8 +94,8 @@ def forget_gathered(model: nn.Module) -> None:
         narrow = getattr(getattr(part, "_handle", None), "_uses_param_mixed_precision", False)
         if narrow:
             raise NotImplementedError(
-                "FSDP's first version must compute in the type of the weights, but it has a mixed precision of its own. "
-                "Use ModelParallelStrategy with fully_shard (FSDP2)."
+                "FSDP's first version must compute in the type of the weights to be asked in place, but it has a mixed "
+                "precision of its own. Use ModelParallelStrategy with fully_shard (FSDP2)."
             )
         if not is_named(part, "FSDPModule"):
             continue

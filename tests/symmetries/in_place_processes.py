@@ -46,7 +46,7 @@ ONE_GROUP = ["two_embeddings_layernorm", "l2_inside_the_loss"]
 def fsdp2(module: nn.Module, *shape: int, one_group: bool = False, **options: Any) -> nn.Module:
     """Each child a group of its own, and the rest another; what has no dimension is not spread."""
     options |= {
-        "mesh": init_device_mesh("cpu", shape),
+        "mesh": init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :]),
         "ignored_params": {p for p in module.parameters() if not p.ndim},
     }
     uses = [id(p) for child in module.children() for p in set(child.parameters())]

@@ -20,7 +20,7 @@ def found(world: int) -> list[dict[str, Any]]:
     """What each process found."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(SCRIPT), str(world), folder]
-        done = subprocess.run(command, timeout=580, capture_output=True, text=True, cwd=SCRIPT.parents[2])
+        done = subprocess.run(command, check=False, timeout=580, capture_output=True, text=True, cwd=SCRIPT.parents[2])
         assert not done.returncode, done.stderr[-3000:]
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
 
@@ -53,4 +53,4 @@ def test_nothing_is_left_of_it(world: int, strategy: str, raises: bool) -> None:
         kept = results["kept"][f"{strategy}, {'raises' if raises else 'passes'}"]
         assert ("in the middle" in kept["why"]) == raises
         assert kept["labels"].get("first.weight") == (None if raises else "layer")
-        assert kept["bits"] and kept["states"] and kept["gradients"] and kept["step"], kept
+        assert all(kept[what] for what in ("bits", "states", "gradients", "step")), kept
