@@ -19,10 +19,11 @@ from lightning_normreg._weights._selection import Verdict as Verdict
 from lightning_normreg._weights._selection import check_selection as check_selection
 from lightning_normreg._weights._selection import watch as watch
 from lightning_normreg._weights._sharding import Shard as Shard
+from lightning_normreg._weights._sharding import forget_gathered as forget_gathered
 from lightning_normreg._weights._sharding import is_sharded as is_sharded
 from lightning_normreg._weights._sharding import local as local
 from lightning_normreg._weights._sharding import reshard as reshard
-from lightning_normreg._weights._sharding import shard_of as shard_of
+from lightning_normreg._weights._sharding import spread_shards as spread_shards
 from lightning_normreg._weights._sharding import summed as summed
 from lightning_normreg._weights._table import Norms as Norms
 from lightning_normreg._weights._table import Table as Table

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,32 @@ class Shard:
     # In place of `index` for the pieces of FSDP's first version: first entry, in the tensor's own order, and end.
     entries: tuple[int, int] | None = None
 
+    def place(self) -> int:
+        """Number of this part among those of the tensor: the same for processes that hold copies of one part."""
+        number = 0
+        for group in self.groups:
+            number = number * dist.get_world_size(group) + dist.get_rank(group)
+        return number
+
+    def slices(self, dim: int, groups: int = 1) -> tuple[tuple[int, ...], Tensor]:
+        """Dimensions of what is held that run over slices of the whole tensor, and the numbers of these slices.
+
+        Slices are those along ``dim``; with ``groups`` the neurons of a transposed convolution, which are spread over
+        dimension 0 as well.
+        """
+        if self.entries is None:
+            first, along = self.index[0], self.index[dim]
+            kept = (dim,) if groups == 1 else (0, 1)
+        else:
+            places = torch.arange(*self.entries)
+            stride = self.shape[dim + 1 :].numel()
+            along, first = places // stride % self.shape[dim], places // self.shape[1:].numel()
+            kept = (0,)
+        if groups > 1:
+            first = first if kept == (0,) else first[:, None]
+            along = first // (self.shape[0] // groups) * self.shape[1] + along
+        return kept, along.flatten()
+
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a process holds a part of the tensor only, or may do so."""
@@ -38,15 +65,50 @@ def local(tensor: Any) -> Tensor:
     return entries
 
 
-def reshard(model: nn.Module) -> None:
-    """Let FSDP forget the whole weights that it keeps after a validation: they would hide what is written to shards."""
+def reshard(model: nn.Module, *, aborted: bool = False) -> None:
+    """Let FSDP forget the whole weights that it keeps after a validation: they would hide what is written to shards.
+
+    Args:
+        model: The outermost module.
+        aborted: Whether a forward or backward pass has raised in the middle, which FSDP must forget as well.
+    """
     for part in model.modules():
         handle: Any = getattr(part, "_handle", None)
         flat = getattr(handle, "flat_param", None)
         if is_named(part, "FSDPModule"):
+            if aborted and hasattr(part, "reset_iter_state"):
+                with contextlib.suppress(RuntimeError):  # which says that it is not the root
+                    part.reset_iter_state()  # type: ignore[operator]
             part.reshard()  # type: ignore[operator]
         elif is_named(part, "FullyShardedDataParallel") and hasattr(flat, "_local_shard"):
             handle.reshard(True)  # before the first forward pass there is nothing to forget
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Let FSDP gather narrow weights into new memory: what it has for that is of the type in which it was first used.
+
+    Raises:
+        NotImplementedError: If it cannot be told to.
+    """
+    for part in model.modules():
+        narrow = getattr(getattr(part, "_handle", None), "_uses_param_mixed_precision", False)
+        if narrow:
+            raise NotImplementedError(
+                "FSDP's first version must compute in the type of the weights to be asked in place, but it has a mixed "
+                "precision of its own. Use ModelParallelStrategy with fully_shard (FSDP2)."
+            )
+        if not is_named(part, "FSDPModule"):
+            continue
+        state: Any = part._get_fsdp_state()  # type: ignore[operator]
+        try:
+            groups = [group for group in state._fsdp_param_groups if group.mp_policy.param_dtype is not None]
+            for parameter in (p for group in groups for p in group.fsdp_params):
+                parameter.all_gather_outputs = []
+                vars(parameter).pop("_unsharded_param", None)
+        except AttributeError as error:
+            raise NotImplementedError(
+                f"FSDP2 does not say in torch {torch.__version__} where it gathers narrow weights ({error})."
+            ) from error
 
 
 def shard_of(parameter: Any, name: str) -> Shard | None:
@@ -71,6 +133,12 @@ def shard_of(parameter: Any, name: str) -> Shard | None:
         groups=tuple(mesh.get_group(d) for d in split),
         split_dims=frozenset(split.values()),
     )
+
+
+def spread_shards(named: Iterable[tuple[str, Tensor]]) -> dict[str, Shard]:
+    """Name → how it is spread, of those of some parameters that are."""
+    shards = ((name, shard_of(p, name)) for name, p in named if is_sharded(p))
+    return {name: shard for name, shard in shards if shard is not None and (shard.groups or shard.entries)}
 
 
 def _places(parameter: Any) -> tuple[Tensor, ...]:
