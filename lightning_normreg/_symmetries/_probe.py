@@ -55,6 +55,7 @@ def find_scale_invariance(
     seed: int = 0,
     draws: int = 4,
     in_place: bool = False,
+    progress: bool = True,
 ) -> dict[str, ScaleInvariance]:
     r"""Find out which units of which parameters can be rescaled without changing the loss.
 
@@ -82,6 +83,7 @@ def find_scale_invariance(
         in_place: Ask the module itself instead of a copy, in the type of its weights, also where it is not sharded: for
             models that are too large to be copied. Under manual optimization, and with weights narrower than float32,
             that is not possible.
+        progress: Show a bar where it takes longer than a moment.
 
     Returns:
         Clean name → verdict, in the order of ``parameter_roles(module)``. Frozen parameters are unknown.
@@ -109,14 +111,14 @@ def find_scale_invariance(
     """
     _check_arguments(dtype, seed, draws)
     if in_place or any(map(is_sharded, module.parameters())):
-        return find_in_place(module, batch, forward, outer=module, seed=seed, draws=draws)
+        return find_in_place(module, batch, forward, outer=module, seed=seed, draws=draws, progress=progress)
     check_callable(module, batch, forward)
     if dtype != "auto":
-        return _probe(module, batch, forward, _TYPES[dtype], seed=seed, draws=draws)
+        return _probe(module, batch, forward, _TYPES[dtype], seed=seed, draws=draws, progress=progress)
     try:
-        return _probe(module, batch, forward, torch.float64, seed=seed, draws=draws)
+        return _probe(module, batch, forward, torch.float64, seed=seed, draws=draws, progress=progress)
     except (ProbeError, RuntimeError, TypeError, MemoryError) as error:
-        verdicts = _probe(module, batch, forward, torch.float32, seed=seed, draws=draws)
+        verdicts = _probe(module, batch, forward, torch.float32, seed=seed, draws=draws, progress=progress)
         why = str(error.__cause__ or error)[:200]
         if _is_first_rank():
             warnings.warn(f"Scale invariance was probed in float32, because float64 failed ({why}).", stacklevel=2)
@@ -139,7 +141,7 @@ def _check_arguments(dtype: str, seed: int, draws: int) -> None:
 
 
 def _probe(
-    module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int
+    module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int, progress: bool
 ) -> dict[str, ScaleInvariance]:
     """All steps, in one type, with huge embeddings made small where that works."""
     reached = reached_rows(module, forward, batch)
@@ -148,27 +150,33 @@ def _probe(
         shrink_tables(call.module, reached)
         setup = _Setup(module, call, seed=seed, draws=draws)
         with contextlib.suppress(ProbeError):
-            verdicts = _ask(setup)
+            verdicts = _ask(setup, progress)
             small = [verdicts[setup.names[f"{name}.weight"][0]] for name in reached]
             if not any(v.dim == 0 and (v.kind == "block" or v.slices) for v in small):  # which would be other rows
                 return verdicts
-    return _ask(_Setup(module, PrivateCall(module, forward, batch, dtype), seed=seed, draws=draws))
+    return _ask(_Setup(module, PrivateCall(module, forward, batch, dtype), seed=seed, draws=draws), progress)
 
 
 def find_in_place(
-    module: nn.Module, batch: Any, forward: Loss | None, *, outer: nn.Module, seed: int = 0, draws: int = 4
+    module: nn.Module,
+    batch: Any,
+    forward: Loss | None,
+    *,
+    outer: nn.Module,
+    seed: int = 0,
+    draws: int = 4,
+    progress: bool = True,
 ) -> dict[str, ScaleInvariance]:
     """See :func:`find_scale_invariance`, asked of the real module, which ``outer`` wraps; every process must ask."""
     check_callable(module, batch, forward)
     with InPlaceCall(module, forward, batch, outer) as call:
-        return _ask(_Setup(module, call, seed=seed, draws=draws))
+        return _ask(_Setup(module, call, seed=seed, draws=draws), progress)
 
 
-def _ask(setup: _Setup) -> dict[str, ScaleInvariance]:
-    """The steps; a bar shows them where that takes longer than a moment."""
-    with tqdm(
-        desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=not _is_first_rank()
-    ) as bar:
+def _ask(setup: _Setup, progress: bool) -> dict[str, ScaleInvariance]:
+    """The steps; with ``progress`` a bar shows them where that takes longer than a moment."""
+    hidden = not (progress and _is_first_rank())
+    with tqdm(desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=hidden) as bar:
         drawn = []
         for index in range(setup.draws):
             drawn.append(_draw(setup, index))
