@@ -37,7 +37,7 @@ from lightning_normreg._symmetries._reasons import (
 from lightning_normreg._symmetries._slices import axes
 from lightning_normreg._symmetries._thresholds import THRESHOLDS
 from lightning_normreg._symmetries._vocabulary import reached_rows, shrink_tables
-from lightning_normreg._weights import Evidence, ScaleInvariance, is_sharded, named_roles, whole_shape
+from lightning_normreg._weights import Evidence, ScaleInvariance, is_sharded, named_roles, same_memory, whole_shape
 
 ProbeType = Literal["auto", "float64", "float32"]
 _TYPES: dict[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
@@ -202,9 +202,10 @@ class _Setup:
 
     def __init__(self, module: nn.Module, call: Call, *, seed: int, draws: int) -> None:
         named = named_roles(module)
-        raw = [name for name, _ in module.named_parameters()]
-        self.names = {name: (clean, role) for name, (clean, _, role) in zip(raw, named, strict=True)}
-        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        same = same_memory(module)
+        distinct = {name: p for name, p in module.named_parameters() if same[p] is p}
+        self.names = {name: (clean, role) for name, (clean, _, role) in zip(distinct, named, strict=True)}
+        trainable = {name: p for name, p in distinct.items() if p.requires_grad}
         self.roles = {name: self.names[name][1] for name in trainable}
         shapes = {name: whole_shape(p) for name, p in trainable.items()}
         self.axes = {name: axes(shape, self.roles[name]) for name, shape in shapes.items()}

@@ -14,6 +14,7 @@ from lightning_normreg._weights._roles import is_matrix as is_matrix
 from lightning_normreg._weights._roles import named_roles as named_roles
 from lightning_normreg._weights._roles import parameter_roles as parameter_roles
 from lightning_normreg._weights._roles import role_by_shape as role_by_shape
+from lightning_normreg._weights._roles import same_memory as same_memory
 from lightning_normreg._weights._selection import UnitArgument as UnitArgument
 from lightning_normreg._weights._selection import Verdict as Verdict
 from lightning_normreg._weights._selection import check_selection as check_selection

@@ -122,3 +122,19 @@ def test_bare_matrices_are_watched_and_held_like_weights() -> None:
     assert {"weights/effective_lr/W", "weights/effective_lr_not_invariant/V"} <= set(monitor.history())
     assert not any(tag.endswith("/scale") for tag in monitor.history())
     assert net.W.detach().norm(dim=0) == pytest.approx(torch.ones(8), rel=1e-6)
+
+
+def test_parameters_that_share_memory_are_tied() -> None:
+    """Two parameters on one storage: watched, counted and held once, under the first name."""
+    net, monitor, summary = Model(), EffectiveLRMonitor(), NormSummary()
+    net.net[3].weight = nn.Parameter(torch.randn(8, 8))
+    twin = nn.Sequential(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8))
+    twin[0].weight = nn.Parameter(net.net[3].weight.data)  # another parameter, the same memory
+    net.net.insert(6, twin)
+    trainer(monitor, summary, NormProjection(), max_epochs=1).fit(net, batches())
+    assert "weights/effective_lr/net.3.weight" in monitor.history()
+    assert not any("net.6.0" in tag for tag in monitor.history())
+    assert "net.6.0.weight" not in {row["parameter"] for row in summary.rows()}
+    verdict = find_scale_invariance(net, next(iter(batches())), forward=lambda m, b: m.net(b[0]).exp().mean())
+    assert verdict["net.3.weight"].kind == "neuron"  # rows of both uses are normalized
+    assert net.net[3].weight.detach().norm(dim=1) == pytest.approx(torch.ones(8), rel=1e-6)
