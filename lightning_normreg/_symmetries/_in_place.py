@@ -120,18 +120,6 @@ class InPlaceCall(Call):
         wholes = iter(torch.split(flat.cpu(), [len(values) for values in sums]))
         return {n: {axis: Table(next(wholes), next(wholes)) for axis in tables} for n, tables in found.items()}
 
-    def run(self, point: Mapping[str, Tensor], then: Callable[[Losses], T], *, seed: int, shrink: float = 1.0) -> T:
-        """See :class:`Call`; all processes raise where one does."""
-        found: list[T] = []
-        why = ProbeError(f"{self._what} must be callable in place, but it raised in another process.")
-        try:
-            found.append(super().run(point, then, seed=seed, shrink=shrink))
-        except ProbeError as error:
-            why = error
-        if self.largest(float(not found)):
-            raise why
-        return found[0]
-
     def _run(self, point: Mapping[str, Tensor], then: Callable[[Losses], T], seed: int, shrink: float) -> T:
         self._write(point)
         for p in self._outer.parameters():
@@ -142,8 +130,20 @@ class InPlaceCall(Call):
         weights = {id(t): self._parameters[name] for name, t in point.items()}
         with self._state(seed), quiet(devices, generator), ProbeMode(self.dtype, shrink, constants, generator):
             attach(self._real, self._trainer(), {}, self._real, None)
-            loss = self._scalar_loss(self._real, copied(self._batch, self.dtype, {}))
-            return then(InPlaceLoss(loss, weights))
+            loss = self._together(lambda: self._scalar_loss(self._real, copied(self._batch, self.dtype, {})))
+            return self._together(lambda: then(InPlaceLoss(loss, weights)))
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """Do what may raise; all processes raise where one does, so that none waits for the others."""
+        done: list[T] = []
+        why: Exception = ProbeError(f"{self._what} must be callable in place, but it raised in another process.")
+        try:
+            done.append(work())
+        except Exception as error:  # whatever the user's code raises
+            why = error
+        if self.largest(float(not done)):
+            raise why
+        return done[0]
 
     @torch.no_grad()
     def _write(self, point: Mapping[str, Tensor]) -> None:

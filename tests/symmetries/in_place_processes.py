@@ -74,8 +74,9 @@ STRATEGIES: dict[int, dict[str, tuple[list[str], Callable[[nn.Module], nn.Module
     2: {
         "fsdp2": ([name for name in ALL if name not in ONE_GROUP], lambda m: fsdp2(m, 2)),
         "fsdp2 whole": (ONE_GROUP, lambda m: fsdp2(m, 2, one_group=True)),
+        "fsdp2, same samples": (SOME, lambda m: fsdp2(m, 2)),
         "fsdp1": (WITH_CONVOLUTIONS, fsdp1),
-        "tp": (SOME, tensor_parallel),
+        "tp, same samples": (SOME, tensor_parallel),
     },
     4: {"hsdp": (SOME, lambda m: fsdp2(m, 2, 2))},
 }
@@ -106,13 +107,23 @@ def bits(module: nn.Module) -> dict[str, Tensor]:
 
 
 def asked(name: str, rank: int, spread: Callable[[nn.Module], nn.Module], alike: bool) -> dict[str, Any]:
-    """Labels of an architecture, and whether its bits are those from before."""
+    """Labels of an architecture, whether its bits are those from before, and eps shares beside those of a copy."""
     case = built(name, 0 if alike else rank)
     module = spread(case.module)
     before = bits(module)
     verdicts = find_scale_invariance(module, case.batch, forward=case.loss)
+    shares: list[Any] = []
+    if alike:
+        whole = built(name, 0)
+        expected = find_scale_invariance(whole.module, whole.batch, forward=whole.loss, dtype="float32")
+        shares = [(v.rho_worst, verdicts[n].rho_worst) for n, v in expected.items()]
     kept = all(torch.equal(before[key], t) for key, t in bits(module).items())
-    return {"labels": {n: label(v) for n, v in verdicts.items()}, "expected": case.labels, "kept": kept}
+    return {
+        "labels": {n: label(v) for n, v in verdicts.items()},
+        "expected": case.labels,
+        "kept": kept,
+        "shares": shares,
+    }
 
 
 class Keeping(nn.Module):
@@ -150,10 +161,10 @@ def trained(module: nn.Module, x: Tensor) -> list[Any]:
     module.zero_grad()
     loss = module(x).exp().mean()
     loss.backward()
-    return [float(loss), *(local(p.grad).tolist() for p in module.parameters() if p.grad is not None)]
+    return [loss.item(), *(local(p.grad).tolist() for p in module.parameters() if p.grad is not None)]
 
 
-def keeps(spread: Callable[[nn.Module], nn.Module], raises: bool) -> dict[str, Any]:
+def keeps(spread: Callable[[nn.Module], nn.Module], raises: bool, **options: Any) -> dict[str, Any]:
     """What a probe leaves as it was; the training step after it is that of a module that was never asked."""
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     inner, other = Keeping(), Keeping()
@@ -167,7 +178,7 @@ def keeps(spread: Callable[[nn.Module], nn.Module], raises: bool) -> dict[str, A
     inner.raises = raises
     why, verdicts = "", {}
     try:
-        verdicts = find_scale_invariance(module, x, forward=lambda m, x: m(x).exp().mean())
+        verdicts = find_scale_invariance(module, x, forward=lambda m, x: m(x).exp().mean(), **options)
     except ProbeError as error:
         why = str(error)
     inner.raises = False
@@ -192,7 +203,7 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     found: dict[str, Any] = {"kept": {}}
     for strategy, (names, spread) in STRATEGIES[world].items():
-        found[strategy] = {name: asked(name, rank, spread, alike=strategy == "tp") for name in names}
+        found[strategy] = {name: asked(name, rank, spread, alike="same" in strategy) for name in names}
     for strategy, spread in KEEPING[world].items():
         for raises in (False, True):
             found["kept"][f"{strategy}, {'raises' if raises else 'passes'}"] = keeps(spread, raises)

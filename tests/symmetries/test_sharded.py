@@ -27,16 +27,29 @@ def found(world: int) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "world, strategy, count", [(2, "fsdp2", 40), (2, "fsdp2 whole", 2), (2, "fsdp1", 9), (2, "tp", 6), (4, "hsdp", 6)]
+    "world, strategy, count",
+    [
+        (2, "fsdp2", 40),
+        (2, "fsdp2 whole", 2),
+        (2, "fsdp1", 9),
+        (4, "hsdp", 6),
+        (2, "fsdp2, same samples", 6),
+        (2, "tp, same samples", 6),
+    ],
 )
 def test_verdicts_are_those_made_by_hand(world: int, strategy: str, count: int) -> None:
-    """On every process, with samples of its own on each; and weights and buffers keep their bits."""
+    """On every process, with samples of its own on each; weights and buffers keep their bits.
+
+    With the same samples on each, eps shares are those of a private copy, to the roundoff of float32.
+    """
     for results in found(world):
         assert len(results[strategy]) == count
         for name, result in results[strategy].items():
             wrong = {p: (result["expected"].get(p, "none"), a) for p, a in result["labels"].items()}
             assert {p: pair for p, pair in wrong.items() if pair[0] != pair[1]} == {}, name
             assert result["kept"], name
+            for expected, share in result["shares"]:
+                assert share == pytest.approx(expected, abs=1e-4), name
 
 
 @pytest.mark.slow
