@@ -138,3 +138,19 @@ def test_parameters_that_share_memory_are_tied() -> None:
     verdict = find_scale_invariance(net, next(iter(batches())), forward=lambda m, b: m.net(b[0]).exp().mean())
     assert verdict["net.3.weight"].kind == "neuron"  # rows of both uses are normalized
     assert net.net[3].weight.detach().norm(dim=1) == pytest.approx(torch.ones(8), rel=1e-6)
+
+
+def test_a_stream_has_no_epochs_and_names_are_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """An IterableDataset has no length, so no number of epochs is said; at 80 columns names are folded."""
+
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            yield from batches()
+
+    summary = NormSummary()
+    trainer(summary, max_steps=2, max_epochs=-1).fit(Model(decay=1e-2), DataLoader(Stream(), batch_size=None))
+    (said,) = [sentence for sentence in summary.sentences() if "1/(lr·decay)" in sentence]
+    assert said == "At lr 0.05 and decay 0.01 it acts over 1/(lr·decay) = 2e+03 steps."
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert len(max(shown.splitlines(), key=len)) >= 80
