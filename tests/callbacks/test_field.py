@@ -10,7 +10,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, NormSummary, find_scale_invariance
+from lightning_normreg import EffectiveLRMonitor, NormProjection, NormSummary, RotationControl, find_scale_invariance
 from tests.harness import trainer
 
 
@@ -154,3 +154,26 @@ def test_a_stream_has_no_epochs_and_names_are_not_cut(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert len(max(shown.splitlines(), key=len)) >= 80
+
+
+class Warming(Model):
+    """Its warm-up starts at 0."""
+
+    def configure_optimizers(self) -> Any:
+        """The first update does nothing."""
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 3))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def test_a_warm_up_from_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The first update that does something is the first that is logged; angles are checked before the first step."""
+    monitor = EffectiveLRMonitor()
+    with caplog.at_level("INFO"):
+        trainer(monitor, RotationControl("equilibrium"), log_every_n_steps=50).fit(Warming(decay=0.1), batches())
+    assert "turns 2 weights by an angle per step, that of the equilibrium of decay: now 0. Gradients" in caplog.text
+    (row,) = monitor.history().to_dict("records")
+    assert row["step"] == 1
+    assert row["weights/rotation/net.0.weight"] > 0
+    with pytest.raises(ValueError, match="`angle='equilibrium'` is that of weight decay at 'net.0.weight'"):
+        trainer(RotationControl("equilibrium")).fit(Warming(), batches())
