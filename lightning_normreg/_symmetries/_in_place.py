@@ -82,12 +82,13 @@ class InPlaceCall(Call):
 
     def own_point(self) -> dict[str, Tensor]:
         """See :class:`Call`; of the trained parameters."""
-        return {name: self._kept[name].to(local(p).device, copy=True) for name, p in self._parameters.items()}
+        return {name: self._kept[name].to(local(p).device) for name, p in self._parameters.items()}
 
     def generic_point(self, magnitude: Mapping[str, float], *, seed: int, amount: float) -> dict[str, Tensor]:
         """See :class:`Call`; copies of a part draw the same numbers, different parts different ones."""
         point: dict[str, Tensor] = {}
-        for name, own in self.own_point().items():
+        for name, p in self._parameters.items():
+            own = self._kept[name].to(local(p).device)  # one by one, to save memory
             place = self.shards[name].place() if name in self.shards else 0
             own_seed = random.Random(f"{seed} {name} {place}").getrandbits(60)
             point |= generic_point(
