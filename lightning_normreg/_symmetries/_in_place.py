@@ -23,7 +23,7 @@ from lightning_normreg._symmetries._slices import Table, Tables
 from lightning_normreg._symmetries._stand_ins import attach
 from lightning_normreg._weights import (
     find_flat_pieces,
-    forget_gathered,
+    in_type_of_weights,
     local,
     reshard,
     spread_shards,
@@ -64,19 +64,20 @@ class InPlaceCall(Call):
             raise ProbeError("A training_step under manual optimization can only be asked on a copy, not in place.")
         self.shards = spread_shards(self._parameters.items())
         self._shapes = {name: whole_shape(p) for name, p in self._parameters.items()}
+        self._stack = contextlib.ExitStack()
         self._kept: dict[str, Tensor] = {}
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def __enter__(self) -> InPlaceCall:
-        forget_gathered(self._outer)
+        self._stack.enter_context(in_type_of_weights(self._outer))
         self._kept = {name: local(p).to("cpu", copy=True) for name, p in self._parameters.items()}
         self._gradients = [(p, p.grad) for p in self._outer.parameters()]
         return self
 
     def __exit__(self, *error: object) -> None:
         reshard(self._outer, aborted=error[0] is not None)
-        forget_gathered(self._outer)
         self._write(self._kept)
+        self._stack.close()
         for p, gradient in self._gradients:
             p.grad = gradient
 
