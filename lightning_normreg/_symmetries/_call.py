@@ -76,7 +76,7 @@ class Call(ABC):
 
     @abstractmethod
     def own_point(self) -> dict[str, Tensor]:
-        """The module's parameters, in the probe's type, trained or frozen, in memory of their own."""
+        """The module's parameters, in the probe's type, trained or frozen; nobody writes to them."""
 
     @abstractmethod
     def generic_point(self, magnitude: Mapping[str, float], *, seed: int, amount: float) -> dict[str, Tensor]:

@@ -124,13 +124,14 @@ def with_eps_shares(
         own = read(lambda readings, _: [_Reading(r.variance.detach(), r.eps) for r in readings], 1.0)
         shares = [r.eps / (r.variance + r.eps) for r in own]
         ones = [torch.ones_like(share) for share in shares]
-        gradients: list[Gradients] = []
+        sums: list[dict[str, EulerSums]] = []
         for constants in [[shares], [ones]] if call.in_place else [[shares, ones]]:
             complete, some = read(partial(_degrees, constants=constants, weights=list(weights.values())), shrink)
-            gradients += some
+            sums += [euler_sums(call, weights, gradients, looked_at) for gradients in some]
+            del some  # as large as the model
     except ProbeError:
         return found
-    met, places = (euler_sums(call, weights, g, looked_at) for g in gradients)
+    met, places = sums
     standardized = _standardized(call, {n: weights[n] for n, v in invariant.items() if v.kind == "neuron"}, roles, own)
     for name, verdict in invariant.items():
         median, worst = _summary(_per_unit(verdict, name, met), _per_unit(verdict, name, places), complete)

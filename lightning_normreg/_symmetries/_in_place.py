@@ -23,7 +23,7 @@ from lightning_normreg._symmetries._slices import Table, Tables
 from lightning_normreg._symmetries._stand_ins import attach
 from lightning_normreg._weights import (
     find_flat_pieces,
-    forget_gathered,
+    in_type_of_weights,
     local,
     reshard,
     spread_shards,
@@ -64,30 +64,32 @@ class InPlaceCall(Call):
             raise ProbeError("A training_step under manual optimization can only be asked on a copy, not in place.")
         self.shards = spread_shards(self._parameters.items())
         self._shapes = {name: whole_shape(p) for name, p in self._parameters.items()}
+        self._stack = contextlib.ExitStack()
         self._kept: dict[str, Tensor] = {}
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def __enter__(self) -> InPlaceCall:
-        forget_gathered(self._outer)
+        self._stack.enter_context(in_type_of_weights(self._outer))
         self._kept = {name: local(p).to("cpu", copy=True) for name, p in self._parameters.items()}
         self._gradients = [(p, p.grad) for p in self._outer.parameters()]
         return self
 
     def __exit__(self, *error: object) -> None:
         reshard(self._outer, aborted=error[0] is not None)
-        forget_gathered(self._outer)
         self._write(self._kept)
+        self._stack.close()
         for p, gradient in self._gradients:
             p.grad = gradient
 
     def own_point(self) -> dict[str, Tensor]:
         """See :class:`Call`; of the trained parameters."""
-        return {name: self._kept[name].to(local(p).device, copy=True) for name, p in self._parameters.items()}
+        return {name: self._kept[name].to(local(p).device) for name, p in self._parameters.items()}
 
     def generic_point(self, magnitude: Mapping[str, float], *, seed: int, amount: float) -> dict[str, Tensor]:
         """See :class:`Call`; copies of a part draw the same numbers, different parts different ones."""
         point: dict[str, Tensor] = {}
-        for name, own in self.own_point().items():
+        for name, p in self._parameters.items():
+            own = self._kept[name].to(local(p).device)  # one by one, to save memory
             place = self.shards[name].place() if name in self.shards else 0
             own_seed = random.Random(f"{seed} {name} {place}").getrandbits(60)
             point |= generic_point(

@@ -3,6 +3,8 @@
 from lightning_normreg._weights._flat_shards import find_flat_pieces as find_flat_pieces
 from lightning_normreg._weights._flat_shards import is_flat as is_flat
 from lightning_normreg._weights._flat_shards import whole_shape as whole_shape
+from lightning_normreg._weights._fsdp import in_type_of_weights as in_type_of_weights
+from lightning_normreg._weights._fsdp import reshard as reshard
 from lightning_normreg._weights._names import check_globs as check_globs
 from lightning_normreg._weights._names import clean_name as clean_name
 from lightning_normreg._weights._names import counted as counted
@@ -21,10 +23,8 @@ from lightning_normreg._weights._selection import Verdict as Verdict
 from lightning_normreg._weights._selection import check_selection as check_selection
 from lightning_normreg._weights._selection import watch as watch
 from lightning_normreg._weights._sharding import Shard as Shard
-from lightning_normreg._weights._sharding import forget_gathered as forget_gathered
 from lightning_normreg._weights._sharding import is_sharded as is_sharded
 from lightning_normreg._weights._sharding import local as local
-from lightning_normreg._weights._sharding import reshard as reshard
 from lightning_normreg._weights._sharding import spread_shards as spread_shards
 from lightning_normreg._weights._sharding import summed as summed
 from lightning_normreg._weights._table import Norms as Norms

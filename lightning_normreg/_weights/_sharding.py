@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_normreg._compat import is_named
 from lightning_normreg._weights._flat_shards import is_flat, known_piece
 
 
@@ -63,52 +61,6 @@ def local(tensor: Any) -> Tensor:
     detached = tensor.detach()
     entries: Tensor = detached.to_local() if hasattr(detached, "placements") else detached
     return entries
-
-
-def reshard(model: nn.Module, *, aborted: bool = False) -> None:
-    """Let FSDP forget the whole weights that it keeps after a validation: they would hide what is written to shards.
-
-    Args:
-        model: The outermost module.
-        aborted: Whether a forward or backward pass has raised in the middle, which FSDP must forget as well.
-    """
-    for part in model.modules():
-        handle: Any = getattr(part, "_handle", None)
-        flat = getattr(handle, "flat_param", None)
-        if is_named(part, "FSDPModule"):
-            if aborted and hasattr(part, "reset_iter_state"):
-                with contextlib.suppress(RuntimeError):  # which says that it is not the root
-                    part.reset_iter_state()  # type: ignore[operator]
-            part.reshard()  # type: ignore[operator]
-        elif is_named(part, "FullyShardedDataParallel") and hasattr(flat, "_local_shard"):
-            handle.reshard(True)  # before the first forward pass there is nothing to forget
-
-
-def forget_gathered(model: nn.Module) -> None:
-    """Let FSDP gather narrow weights into new memory: what it has for that is of the type in which it was first used.
-
-    Raises:
-        NotImplementedError: If it cannot be told to.
-    """
-    for part in model.modules():
-        narrow = getattr(getattr(part, "_handle", None), "_uses_param_mixed_precision", False)
-        if narrow:
-            raise NotImplementedError(
-                "FSDP's first version must compute in the type of the weights to be asked in place, but it has a mixed "
-                "precision of its own. Use ModelParallelStrategy with fully_shard (FSDP2)."
-            )
-        if not is_named(part, "FSDPModule"):
-            continue
-        state: Any = part._get_fsdp_state()  # type: ignore[operator]
-        try:
-            groups = [group for group in state._fsdp_param_groups if group.mp_policy.param_dtype is not None]
-            for parameter in (p for group in groups for p in group.fsdp_params):
-                parameter.all_gather_outputs = []
-                vars(parameter).pop("_unsharded_param", None)
-        except AttributeError as error:
-            raise NotImplementedError(
-                f"FSDP2 does not say in torch {torch.__version__} where it gathers narrow weights ({error})."
-            ) from error
 
 
 def shard_of(parameter: Any, name: str) -> Shard | None:

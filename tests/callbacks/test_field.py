@@ -175,5 +175,5 @@ def test_a_warm_up_from_nothing(caplog: pytest.LogCaptureFixture) -> None:
     (row,) = monitor.history().to_dict("records")
     assert row["step"] == 1
     assert row["weights/rotation/net.0.weight"] > 0
-    with pytest.raises(ValueError, match="`angle='equilibrium'` is that of weight decay at 'net.0.weight'"):
+    with pytest.raises(ValueError, match=r"`angle='equilibrium'` is that of weight decay at 'net\.0\.weight'"):
         trainer(RotationControl("equilibrium")).fit(Warming(), batches())

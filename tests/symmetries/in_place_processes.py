@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
@@ -50,16 +50,16 @@ def fsdp2(module: nn.Module, *shape: int, one_group: bool = False, **options: An
         "ignored_params": {p for p in module.parameters() if not p.ndim},
     }
     uses = [id(p) for child in module.children() for p in set(child.parameters())]
-    for child in [] if one_group else module.children():
+    for child in () if one_group else module.children():
         own = {p for p in child.parameters() if p.ndim}
         if own and all(uses.count(id(p)) == 1 for p in own):
             fully_shard(child, **options)
     return fully_shard(module, **options)
 
 
-def fsdp1(module: nn.Module) -> nn.Module:
+def fsdp1(module: nn.Module, **options: Any) -> nn.Module:
     """All of it in one long vector."""
-    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True, **options)
 
 
 def tensor_parallel(module: nn.Module) -> nn.Module:
@@ -81,11 +81,13 @@ STRATEGIES: dict[int, dict[str, tuple[list[str], Callable[[nn.Module], nn.Module
     4: {"hsdp": (SOME, lambda m: fsdp2(m, 2, 2))},
 }
 POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+NARROW = MixedPrecision(torch.bfloat16, torch.bfloat16, torch.bfloat16)
 KEEPING = {
     2: {
         "fsdp2": lambda m: fsdp2(m, 2),
         "fsdp2 in bfloat16": lambda m: fsdp2(m, 2, mp_policy=POLICY),
         "fsdp1": fsdp1,
+        "fsdp1 in bfloat16": lambda m: fsdp1(m, mixed_precision=NARROW),
         "tp": tensor_parallel,
     },
     4: {"hsdp": lambda m: fsdp2(m, 2, 2)},

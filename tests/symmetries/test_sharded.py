@@ -54,7 +54,15 @@ def test_verdicts_are_those_made_by_hand(world: int, strategy: str, count: int) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "world, strategy", [(2, "fsdp2"), (2, "fsdp2 in bfloat16"), (2, "fsdp1"), (2, "tp"), (4, "hsdp")]
+    "world, strategy",
+    [
+        (2, "fsdp2"),
+        (2, "fsdp2 in bfloat16"),
+        (2, "fsdp1"),
+        (2, "fsdp1 in bfloat16"),
+        (2, "tp"),
+        (4, "hsdp"),
+    ],
 )
 @pytest.mark.parametrize("raises", [False, True])
 def test_nothing_is_left_of_it(world: int, strategy: str, raises: bool) -> None:
