@@ -164,6 +164,10 @@ class PrivateCall(Call):
     Each call has a fresh copy, so that a step that keeps state starts from the same one every time. The module is
     copied, never called.
 
+    Attributes:
+        buffers: What stands in place of some of the module's buffers in the coming calls.
+        left: What the last call has made of all buffers.
+
     Raises:
         ProbeError: If the module cannot be copied.
     """
@@ -171,6 +175,8 @@ class PrivateCall(Call):
     def __init__(self, module: nn.Module, loss: Loss | None, batch: Any, dtype: torch.dtype) -> None:
         super().__init__(module, loss, batch, dtype)
         self.module = self._copy(module, None, 0)
+        self.buffers: dict[str, Tensor] = {}
+        self.left: dict[str, Tensor] = {}
         names = {p: name for name, p in module.named_parameters()}
         self._names = {id(p): names[first] for p, first in same_memory(module).items()}
 
@@ -187,7 +193,7 @@ class PrivateCall(Call):
 
     def _run(self, point: Mapping[str, Tensor], then: Callable[[Losses], T], seed: int, shrink: float) -> T:
         twin = self._copy(self.module, self.dtype, seed)
-        buffers = {name: cast(b, self.dtype) for name, b in self.module.named_buffers()}
+        buffers = {name: cast(b, self.dtype) for name, b in self.module.named_buffers()} | dict(self.buffers)
         constants = [b for b in buffers.values() if b.ndim == 0 and b.is_floating_point()]
         devices = {t.device for t in point.values() if t.device.type != "cpu"}
         tensors = {f"inner.{name}": t for name, t in {**buffers, **point}.items()}
@@ -207,6 +213,7 @@ class PrivateCall(Call):
             attach(twin, self._trainer(), points, self._real, manual)
             batch = copied(self._batch, self.dtype, {})
             result: T = functional_call(_Call(twin, losses), tensors, (batch,))
+        self.left = {name: tensors[f"inner.{name}"] for name in buffers}
         return result
 
     def _copy(self, module: nn.Module, dtype: torch.dtype | None, seed: int) -> nn.Module:

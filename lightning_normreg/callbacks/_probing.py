@@ -96,11 +96,16 @@ def few_samples(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf[:SAMPLES] if isinstance(leaf, Tensor) else leaf, batch)
 
 
+def can_be_copied(pl_module: LightningModule) -> bool:
+    """Whether this process has all of a module, and memory for more of it."""
+    parameters = list(pl_module.parameters())
+    return sum(p.numel() for p in parameters) <= LARGEST and not any(map(is_sharded, parameters))
+
+
 def _asking(trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> Callable[[Any], Verdict]:
     """How the model is asked of a batch: on a private copy, or in place where it is sharded or too large for that."""
     bar = trainer.progress_bar_callback is not None  # enable_progress_bar=False is meant for all of them
-    size = sum(p.numel() for p in pl_module.parameters())
-    if size <= LARGEST and not any(is_sharded(p) for p in pl_module.parameters()):
+    if can_be_copied(pl_module):
         return lambda batch: find_scale_invariance(pl_module, batch, forward=OwnStep(batch_idx), progress=bar)
     step = OwnStep(batch_idx, through=trainer.strategy.training_step)
     return lambda batch: find_in_place(pl_module, batch, step, outer=trainer.model or pl_module, progress=bar)

@@ -140,8 +140,8 @@ class Projector(StepSubscriber):
                 spread = [f"{ratio:.3g}" for ratio in (min(ratios), median(ratios), max(ratios))]
                 by = f"factors of {spread[0]} (min), {spread[1]} (median), {spread[2]} (max)"
                 rank_zero_info(
-                    f"NormProjection puts {counted(len(ratios), 'weight')} at the radius. The function stays, the "
-                    f"recipe does not: effective learning rates under {type(optimizer).__name__} change by "
+                    f"NormProjection puts {counted(len(ratios), 'weight')} at the radius, which changes the "
+                    f"recipe: effective learning rates under {type(optimizer).__name__} change by "
                     f"{by if len(set(spread)) > 1 else f'a factor of {spread[0]}'}, and from now on "
                     "the learning-rate schedule is the rotation schedule. radius='initial' changes neither."
                 )

@@ -188,7 +188,7 @@ def test_manual_optimization_with_two_optimizers(wrapped: bool) -> None:
 
 
 @pytest.mark.pitfall(24)
-@pytest.mark.filterwarnings("ignore:BatchNorm could not follow")
+@pytest.mark.filterwarnings("ignore:Running statistics could not follow")
 def test_an_optimizer_of_which_nothing_is_watched() -> None:
     """Its steps have an empty list of weights; those of the other one are measured and held."""
     gan, chosen = Gan(), ["conv1.weight"]
