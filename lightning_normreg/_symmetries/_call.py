@@ -20,7 +20,7 @@ from lightning_normreg._symmetries._quiet import quiet
 from lightning_normreg._symmetries._random import seed_all
 from lightning_normreg._symmetries._slices import Table, Tables
 from lightning_normreg._symmetries._stand_ins import attach
-from lightning_normreg._weights import Shard
+from lightning_normreg._weights import Shard, same_memory
 
 Loss = Callable[[nn.Module, Any], Any]
 T = TypeVar("T")
@@ -171,7 +171,8 @@ class PrivateCall(Call):
     def __init__(self, module: nn.Module, loss: Loss | None, batch: Any, dtype: torch.dtype) -> None:
         super().__init__(module, loss, batch, dtype)
         self.module = self._copy(module, None, 0)
-        self._names = {id(p): name for name, p in module.named_parameters()}
+        names = {p: name for name, p in module.named_parameters()}
+        self._names = {id(p): names[first] for p, first in same_memory(module).items()}
 
     def own_point(self) -> dict[str, Tensor]:
         """See :class:`Call`."""

@@ -21,12 +21,12 @@ def unreached(found: Mapping[str, EulerSums]) -> set[str]:
     return {name for name, sums in found.items() if not bool(sums.total.any())}
 
 
-def dead_parameters(found: Mapping[str, EulerSums], names: Iterable[str], limits: Thresholds) -> set[str]:
+def dead_parameters(found: Mapping[str, EulerSums], names: Iterable[str], limit: float) -> set[str]:
     """Those of some parameters whose ``√Σ E²`` is nothing against the largest of ``found``, in every draw."""
     if not found:
         return set()
     largest = torch.stack([sums.total.sqrt() for sums in found.values()]).amax(0)
-    return {name for name in names if bool((found[name].total.sqrt() <= limits.inert * largest).all())}
+    return {name for name in names if bool((found[name].total.sqrt() <= limit * largest).all())}
 
 
 def classify(weight: EulerSums, biases: Mapping[str, EulerSums], limits: Thresholds) -> ScaleInvariance:

@@ -37,7 +37,7 @@ from lightning_normreg._symmetries._reasons import (
 from lightning_normreg._symmetries._slices import axes
 from lightning_normreg._symmetries._thresholds import THRESHOLDS
 from lightning_normreg._symmetries._vocabulary import reached_rows, shrink_tables
-from lightning_normreg._weights import Evidence, ScaleInvariance, is_sharded, named_roles, whole_shape
+from lightning_normreg._weights import Evidence, ScaleInvariance, is_sharded, named_roles, same_memory, whole_shape
 
 ProbeType = Literal["auto", "float64", "float32"]
 _TYPES: dict[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
@@ -55,6 +55,7 @@ def find_scale_invariance(
     seed: int = 0,
     draws: int = 4,
     in_place: bool = False,
+    progress: bool = True,
 ) -> dict[str, ScaleInvariance]:
     r"""Find out which units of which parameters can be rescaled without changing the loss.
 
@@ -63,10 +64,10 @@ def find_scale_invariance(
     where nothing vanishes by accident, with every eps of a normalization made negligible; then all units that passed
     are rescaled at once, which must leave the loss alone. The work is done on a private copy: the module, its buffers,
     metrics, Trainer, optimizers, schedulers and loggers, and the random states of torch, NumPy and Python stay as they
-    are; no other thread sees another default type. Each call has a fresh copy. Three things are out of reach: objects
-    that a closure holds, ``torch.get_default_dtype()``, which is the user's, and what scripted code chooses as types.
-    Under manual optimization each backward pass is a loss of its own, and a weight is scale-invariant if it is so under
-    all whose gradient reaches it before its optimizer steps.
+    are; no other thread sees another default type. Each call has a fresh copy. Out of reach are objects that a closure
+    holds, and ``torch.get_default_dtype()``, which stays the user's. Under manual optimization each backward pass is a
+    loss of its own, and a weight is scale-invariant if it is so under all whose gradient reaches it before its
+    optimizer steps.
 
     A sharded module (FSDP, tensor parallel) is asked in place, by all processes together: the points are written into
     its shards, and weights, buffers, attributes, gradients and random states are put back bit for bit, also when the
@@ -82,6 +83,7 @@ def find_scale_invariance(
         in_place: Ask the module itself instead of a copy, in the type of its weights, also where it is not sharded: for
             models that are too large to be copied. Under manual optimization, and with weights narrower than float32,
             that is not possible.
+        progress: Show a bar where it takes longer than a moment.
 
     Returns:
         Clean name → verdict, in the order of ``parameter_roles(module)``. Frozen parameters are unknown.
@@ -109,14 +111,14 @@ def find_scale_invariance(
     """
     _check_arguments(dtype, seed, draws)
     if in_place or any(map(is_sharded, module.parameters())):
-        return find_in_place(module, batch, forward, outer=module, seed=seed, draws=draws)
+        return find_in_place(module, batch, forward, outer=module, seed=seed, draws=draws, progress=progress)
     check_callable(module, batch, forward)
     if dtype != "auto":
-        return _probe(module, batch, forward, _TYPES[dtype], seed=seed, draws=draws)
+        return _probe(module, batch, forward, _TYPES[dtype], seed=seed, draws=draws, progress=progress)
     try:
-        return _probe(module, batch, forward, torch.float64, seed=seed, draws=draws)
+        return _probe(module, batch, forward, torch.float64, seed=seed, draws=draws, progress=progress)
     except (ProbeError, RuntimeError, TypeError, MemoryError) as error:
-        verdicts = _probe(module, batch, forward, torch.float32, seed=seed, draws=draws)
+        verdicts = _probe(module, batch, forward, torch.float32, seed=seed, draws=draws, progress=progress)
         why = str(error.__cause__ or error)[:200]
         if _is_first_rank():
             warnings.warn(f"Scale invariance was probed in float32, because float64 failed ({why}).", stacklevel=2)
@@ -139,7 +141,7 @@ def _check_arguments(dtype: str, seed: int, draws: int) -> None:
 
 
 def _probe(
-    module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int
+    module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int, progress: bool
 ) -> dict[str, ScaleInvariance]:
     """All steps, in one type, with huge embeddings made small where that works."""
     reached = reached_rows(module, forward, batch)
@@ -148,27 +150,33 @@ def _probe(
         shrink_tables(call.module, reached)
         setup = _Setup(module, call, seed=seed, draws=draws)
         with contextlib.suppress(ProbeError):
-            verdicts = _ask(setup)
+            verdicts = _ask(setup, progress)
             small = [verdicts[setup.names[f"{name}.weight"][0]] for name in reached]
             if not any(v.dim == 0 and (v.kind == "block" or v.slices) for v in small):  # which would be other rows
                 return verdicts
-    return _ask(_Setup(module, PrivateCall(module, forward, batch, dtype), seed=seed, draws=draws))
+    return _ask(_Setup(module, PrivateCall(module, forward, batch, dtype), seed=seed, draws=draws), progress)
 
 
 def find_in_place(
-    module: nn.Module, batch: Any, forward: Loss | None, *, outer: nn.Module, seed: int = 0, draws: int = 4
+    module: nn.Module,
+    batch: Any,
+    forward: Loss | None,
+    *,
+    outer: nn.Module,
+    seed: int = 0,
+    draws: int = 4,
+    progress: bool = True,
 ) -> dict[str, ScaleInvariance]:
     """See :func:`find_scale_invariance`, asked of the real module, which ``outer`` wraps; every process must ask."""
     check_callable(module, batch, forward)
     with InPlaceCall(module, forward, batch, outer) as call:
-        return _ask(_Setup(module, call, seed=seed, draws=draws))
+        return _ask(_Setup(module, call, seed=seed, draws=draws), progress)
 
 
-def _ask(setup: _Setup) -> dict[str, ScaleInvariance]:
-    """The steps; a bar shows them where that takes longer than a moment."""
-    with tqdm(
-        desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=not _is_first_rank()
-    ) as bar:
+def _ask(setup: _Setup, progress: bool) -> dict[str, ScaleInvariance]:
+    """The steps; with ``progress`` a bar shows them where that takes longer than a moment."""
+    hidden = not (progress and _is_first_rank())
+    with tqdm(desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=hidden) as bar:
         drawn = []
         for index in range(setup.draws):
             drawn.append(_draw(setup, index))
@@ -194,9 +202,10 @@ class _Setup:
 
     def __init__(self, module: nn.Module, call: Call, *, seed: int, draws: int) -> None:
         named = named_roles(module)
-        raw = [name for name, _ in module.named_parameters()]
-        self.names = {name: (clean, role) for name, (clean, _, role) in zip(raw, named, strict=True)}
-        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        same = same_memory(module)
+        distinct = {name: p for name, p in module.named_parameters() if same[p] is p}
+        self.names = {name: (clean, role) for name, (clean, _, role) in zip(distinct, named, strict=True)}
+        trainable = {name: p for name, p in distinct.items() if p.requires_grad}
         self.roles = {name: self.names[name][1] for name in trainable}
         shapes = {name: whole_shape(p) for name, p in trainable.items()}
         self.axes = {name: axes(shape, self.roles[name]) for name, shape in shapes.items()}
@@ -249,8 +258,10 @@ def _euler_verdicts(setup: _Setup, drawn: list[dict[str, EulerSums]]) -> dict[st
             "function that is kept in an attribute or a closure may be bound to the module itself. Pass `forward`, a "
             "function of (module, batch) that returns the loss."
         )
-    small = dead_parameters(found, found.keys() - away, setup.limits)
-    inert = {name for name in small if name in dead_parameters(_beside(name, found), [name], setup.limits)}
+    small = dead_parameters(found, found.keys() - away, setup.limits.inert)
+    # Beside the weight of its own module, which may have less of the gradient than others; what has vanished on the
+    # way there has about as much as that weight.
+    inert = {name for name in small if dead_parameters(_beside(name, found), [name], 100 * setup.limits.inert)}
     vanished = _vanished(setup, [name for name in found if name in small - inert])
     verdicts = {}
     for name, sums in found.items():

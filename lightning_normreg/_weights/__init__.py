@@ -7,6 +7,7 @@ from lightning_normreg._weights._fsdp import in_type_of_weights as in_type_of_we
 from lightning_normreg._weights._fsdp import reshard as reshard
 from lightning_normreg._weights._names import check_globs as check_globs
 from lightning_normreg._weights._names import clean_name as clean_name
+from lightning_normreg._weights._names import counted as counted
 from lightning_normreg._weights._names import listed as listed
 from lightning_normreg._weights._names import match as match
 from lightning_normreg._weights._pieces import gradient_of as gradient_of
@@ -16,6 +17,7 @@ from lightning_normreg._weights._roles import is_matrix as is_matrix
 from lightning_normreg._weights._roles import named_roles as named_roles
 from lightning_normreg._weights._roles import parameter_roles as parameter_roles
 from lightning_normreg._weights._roles import role_by_shape as role_by_shape
+from lightning_normreg._weights._roles import same_memory as same_memory
 from lightning_normreg._weights._selection import UnitArgument as UnitArgument
 from lightning_normreg._weights._selection import Verdict as Verdict
 from lightning_normreg._weights._selection import check_selection as check_selection

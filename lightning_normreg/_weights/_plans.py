@@ -101,7 +101,7 @@ class Plans:
     ) -> Tensor:
         """What ``way`` gives for the marked rows and numbers of theirs: small pieces with equal rows at once."""
         places = odd.nonzero().flatten()
-        bounds = torch.searchsorted(places, self._ends).cpu().numpy().tolist()
+        bounds = torch.searchsorted(places, self._ends).tolist()
         found: list[Tensor] = []
         batch: list[list[Tensor]] = []
         entries = done = 0

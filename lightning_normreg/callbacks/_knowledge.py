@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_normreg._weights import ParameterRole, Verdict, listed, summarize
-from lightning_normreg.callbacks._probing import observer_limits, probe, same_on_all_ranks
+from lightning_normreg._weights import ParameterRole, ScaleInvariance, Verdict, listed, summarize
+from lightning_normreg.callbacks._probing import few_samples, observer_limits, probe, same_on_all_ranks
 from lightning_normreg.steps._observer import GradientObserver
 from lightning_normreg.steps._step_hooks import StepDispatcher
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from torch.nn.parameter import Parameter
 
 AGAIN = (2, 8, 32, 128)
-"""Batches, counted from 1, at which what is unknown is asked again; so it is at the beginning of an epoch."""
+"""Batches, counted from 1, at which what is unknown is asked again; so it is at the beginning of an epoch.
+
+At the last two it is also asked again whether an eps rules.
+"""
 
 
 class Knowledge:
@@ -37,15 +40,27 @@ class Knowledge:
         self._dispatcher = dispatcher
         self._batch = 0
         self._epoch = 0
-        self._is_due = False
+        self._due: Literal["now", "last"] | None = None
         self._open: set[str] = set()
+        self._stepped: set[int] = set()
+        self._observed = 0
+        self._last: tuple[Any, int] = (None, 0)
 
     def begin_batch(self, trainer: Trainer) -> None:
-        """Decide whether it is time to ask."""
+        """Decide whether it is time to ask, and of which batch."""
         self._batch += 1
         still_open = self._unknown(trainer)
         again = self._batch in (1, *AGAIN) or trainer.current_epoch > self._epoch
-        self._is_due = bool(still_open - self._open) or (again and (self.verdict is None or bool(still_open)))
+        new = {i for i, _ in enumerate(trainer.optimizers) if self._dispatcher.has_updated(i)} - self._stepped
+        self._due = None
+        ruled = self._batch in AGAIN[2:] and any(
+            v.has_units and v.is_ruled_by_eps for v in (self.verdict or {}).values()
+        )
+        if still_open - self._open or (again and (self.verdict is None or still_open)) or ruled:
+            self._due = "now"
+        elif still_open and new and self._stepped:
+            self._due = "last"  # a player that steps seldom has done so in that batch
+        self._stepped |= new
         self._open, self._epoch = still_open, trainer.current_epoch
 
     def ask(
@@ -60,13 +75,15 @@ class Knowledge:
             batch_idx: Its number.
             observe: Watch gradients of training where nothing can be found out otherwise.
         """
-        if self._is_due:
-            self._is_due = False
-            found = probe(trainer, pl_module, batch, batch_idx, give_up=self._batch >= AGAIN[-1])
+        if self._due is not None:
+            asked = self._last if self._due == "last" else (batch, batch_idx)
+            self._due = None
+            found = probe(trainer, pl_module, *asked, give_up=self._batch >= AGAIN[-1])
             if found is not None:
                 self._learn(found, "Scale invariance")
             self._open = self._unknown(trainer)
-        if observe and not self.verdict:
+        self._last = (few_samples(batch), batch_idx) if self._open else (None, 0)
+        if observe and (not self.verdict or self.observer is not None):
             self._observe(trainer)
         return self.verdict
 
@@ -76,7 +93,7 @@ class Knowledge:
 
     def _learn(self, found: Verdict, whence: str) -> None:
         known = self.verdict or {}
-        new = {n: v for n, v in found.items() if n not in known or (known[n].is_unknown and not v.is_unknown)}
+        new = {name: v for name, v in found.items() if name not in known or _says_more(v, known[name])}
         if new or self.verdict is None:
             self.verdict = {**known, **new} if known else found
             also = f" New: {listed(list(new), 5)}." if known else ""
@@ -86,8 +103,8 @@ class Knowledge:
         if self.observer is None:
             self.observer = GradientObserver(self.named, observer_limits(trainer))
             self._dispatcher.subscribe(self.observer)
-        elif self.observer.is_done:
-            self._dispatcher.unsubscribe(self.observer)
+        elif self.observer.done > self._observed:
+            self._observed = self.observer.done
             self._learn(same_on_all_ranks(trainer, self.observer.verdict()), "Scale invariance, from gradients")
 
     def _unknown(self, trainer: Trainer) -> set[str]:
@@ -97,6 +114,13 @@ class Knowledge:
             return unknown
         trained = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         return {name for name, p, _ in self.named if name in unknown and p.requires_grad and p in trained}
+
+
+def _says_more(new: ScaleInvariance, old: ScaleInvariance) -> bool:
+    """Whether something unknown is known now, or an eps has gained or lost its rule, as weights grow and shrink."""
+    if old.is_unknown:
+        return not new.is_unknown
+    return old.has_units and old.holds and new.has_units and new.is_ruled_by_eps != old.is_ruled_by_eps
 
 
 def without(verdict: Verdict, lost: Collection[str]) -> Verdict:

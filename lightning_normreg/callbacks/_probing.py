@@ -98,11 +98,12 @@ def few_samples(batch: Any) -> Any:
 
 def _asking(trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> Callable[[Any], Verdict]:
     """How the model is asked of a batch: on a private copy, or in place where it is sharded or too large for that."""
+    bar = trainer.progress_bar_callback is not None  # enable_progress_bar=False is meant for all of them
     size = sum(p.numel() for p in pl_module.parameters())
     if size <= LARGEST and not any(is_sharded(p) for p in pl_module.parameters()):
-        return lambda batch: find_scale_invariance(pl_module, batch, forward=OwnStep(batch_idx))
+        return lambda batch: find_scale_invariance(pl_module, batch, forward=OwnStep(batch_idx), progress=bar)
     step = OwnStep(batch_idx, through=trainer.strategy.training_step)
-    return lambda batch: find_in_place(pl_module, batch, step, outer=trainer.model or pl_module)
+    return lambda batch: find_in_place(pl_module, batch, step, outer=trainer.model or pl_module, progress=bar)
 
 
 def _on_few_samples(pl_module: LightningModule, batch: Any, ask: Callable[[Any], Verdict]) -> Verdict:
@@ -116,5 +117,5 @@ def _on_few_samples(pl_module: LightningModule, batch: Any, ask: Callable[[Any],
     trained = {name for name, p, _ in named_roles(pl_module) if p.requires_grad}
     if few is not batch and any(v.is_unknown for name, v in verdict.items() if name in trained):
         whole = ask(batch)  # experts that few samples do not reach
-        verdict |= {name: whole[name] for name, v in verdict.items() if v.is_unknown}
+        return {name: whole[name] if v.is_unknown else v for name, v in verdict.items()}
     return verdict

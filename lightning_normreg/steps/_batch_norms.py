@@ -68,7 +68,8 @@ def _callable_with(module: nn.Module, batches: list[Any], step: OwnStep) -> tupl
 
 def _batch_statistics(call: PrivateCall, module: nn.Module) -> Statistics:
     found: Statistics = {}
-    point = {name: p.detach().to(call.dtype).requires_grad_(p.requires_grad) for name, p in module.named_parameters()}
+    distinct = {name: module.get_parameter(name) for name, _ in call.module.named_parameters()}
+    point = {name: p.detach().to(call.dtype).requires_grad_(p.requires_grad) for name, p in distinct.items()}
     hooks = []
     for name, part in call.module.named_modules():
         if isinstance(part, _BatchNorm):

@@ -102,9 +102,9 @@ class GradientObserver(GradientWatch):
         return self._steps.get(index, 0) in self.STEPS
 
     @property
-    def is_done(self) -> bool:
-        """Whether an optimizer has made all of the steps."""
-        return self.steps > self.STEPS[-1]
+    def done(self) -> int:
+        """How many optimizers have made all of the steps; of what the others have too little has been seen."""
+        return sum(steps > self.STEPS[-1] for steps in self._steps.values())
 
     def verdict(self) -> dict[str, ScaleInvariance]:
         """What was seen, for every parameter; reads the device."""
@@ -113,7 +113,7 @@ class GradientObserver(GradientWatch):
         for name in self._names:
             if name not in self._matrices:
                 reason = "It is no matrix, or frozen: the observer of gradients does not look at these."
-                found[name] = ScaleInvariance("none", evidence="observer", reason=reason)
+                found[name] = ScaleInvariance("unknown", evidence="observer", reason=reason)
                 continue
             biases = {bias: seen.get(bias, nothing) for bias in self._biases[name]}
             found[name] = observed_verdict(seen.get(name, nothing), biases, self._limits)

@@ -76,6 +76,10 @@ class StepDispatcher:
         """Whether any optimizer has updated its parameters."""
         return bool(self._updates)
 
+    def has_updated(self, index: int) -> bool:
+        """Whether an optimizer has stepped, by all that is known without reading the device."""
+        return index in self._updates
+
     def updates(self, index: int) -> int:
         """How often an optimizer has really updated its parameters; reads the device under a gradient scaler."""
         skipped = self._skipped.get(index)

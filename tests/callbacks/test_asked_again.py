@@ -152,3 +152,69 @@ def test_no_batch_with_a_loss_is_said() -> None:
     """At the end, by every callback that has waited."""
     with pytest.warns(UserWarning, match="had nothing to do|did nothing"):
         trainer(NormProjection()).fit(Late(99), DataLoader(samples(), 8))
+
+
+class Gan(LightningModule):
+    """The critic steps in every batch, the generator in the last of every twenty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
+        self.critic = nn.Sequential(nn.Linear(6, 8, bias=False), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One or the other."""
+        generator, critic = self.optimizers()
+        fake = self.generator(torch.randn(len(batch[0]), 4))
+        if (batch_idx + 1) % 20:
+            self.toggle_optimizer(critic)
+            self.manual_backward(self.critic(fake.detach()).mean() - self.critic(batch[0]).mean())
+            critic.step()
+            critic.zero_grad()
+            self.untoggle_optimizer(critic)
+        else:
+            self.toggle_optimizer(generator)
+            self.manual_backward(-self.critic(fake).mean())
+            generator.step()
+            generator.zero_grad()
+            self.untoggle_optimizer(generator)
+
+    def configure_optimizers(self) -> Any:
+        """One for each player."""
+        return [torch.optim.SGD(m.parameters(), lr=0.01) for m in (self.generator, self.critic)]
+
+
+def test_a_player_that_steps_seldom() -> None:
+    """Its curves and its projection begin after its first step, long before the epoch ends."""
+    net, monitor = Gan(), EffectiveLRMonitor()
+    run = trainer(monitor, NormProjection(), max_epochs=1)
+    run.fit(net, DataLoader(samples(240), 4))
+    history = monitor.history()
+    # The critic from the first batch on; the generator at its second and third step, in batches 40 and 60.
+    assert len(history["weights/effective_lr/generator.0.weight"].dropna()) == 2
+    assert len(history["weights/effective_lr/critic.0.weight"].dropna()) == 57
+    assert row_norms(net.generator[0].weight) == pytest.approx(torch.ones(8), rel=1e-6)
+    assert net.critic[0].weight.detach().norm().item() == pytest.approx(8**0.5, rel=1e-6)
+
+
+class TwoSpeeds(Gan):
+    """Cannot be copied, so gradients of training tell; the generator has made its 33 steps after 660 batches."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("not to be copied")
+
+
+def test_the_observer_waits_for_the_slowest_optimizer() -> None:
+    """It says "unknown" of what it has not seen often enough, and looks on."""
+    net, monitor = TwoSpeeds(), EffectiveLRMonitor()
+    run = trainer(monitor, max_epochs=12)
+    with pytest.warns(UserWarning, match="could not be found out on a private copy"):
+        run.fit(net, DataLoader(samples(240), 4))
+    known = monitor.state_dict()["invariance"]["parameters"]
+    assert known["generator.0.weight"]["kind"] == "neuron"
+    assert known["critic.0.weight"]["kind"] == "layer"
+    history = monitor.history().set_index("step")
+    assert history["weights/effective_lr/critic.0.weight"].dropna().index.min() < 40
+    assert history["weights/effective_lr/generator.0.weight"].dropna().index.min() >= 660

@@ -206,7 +206,39 @@ class Target(Manual):
                 slow.lerp_(fast, 0.5)
 
 
-MODELS = [TwoPlayers, Dropped, Penalized, Three, Toggled, GradientPenalty, Closures, Target]
+class Seldom(Manual):
+    """The generator steps in every 20th batch only, so nothing is known of it in the first."""
+
+    expected = labels("critic") | {
+        f"generator.{name}": "unknown" for name in ("1.weight", "1.bias", "2.weight", "2.bias", "4.weight", "4.bias")
+    }
+
+    def training_step(self, batch, batch_idx):
+        """Critic first."""
+        generator, critic = self.optimizers()
+        critic.zero_grad()
+        self.manual_backward(self.losses(batch[0])[1])
+        critic.step()
+        if batch_idx % 20 == 19:
+            generator.zero_grad()
+            self.manual_backward(self.losses(batch[0])[0])
+            generator.step()
+
+
+class Accumulated(Manual):
+    """Nothing steps in the first batch: its gradients wait, and count."""
+
+    def training_step(self, batch, batch_idx):
+        """Every fourth batch."""
+        for loss in self.losses(batch[0]):
+            self.manual_backward(loss / 4)
+        if batch_idx % 4 == 3:
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+MODELS = [TwoPlayers, Dropped, Penalized, Three, Toggled, GradientPenalty, Closures, Target, Seldom, Accumulated]
 
 
 def batch(seed=0):

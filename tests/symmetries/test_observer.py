@@ -35,7 +35,7 @@ def observed(case: Case, make: Any, limits: ObserverThresholds, *, narrow: bool)
     dispatcher = StepDispatcher()
     dispatcher.subscribe(observer)
     dispatcher.attach([optimizer])
-    while not observer.is_done:
+    while not observer.done:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             loss = case.loss(case.module, make().batch)
