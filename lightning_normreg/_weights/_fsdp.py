@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -64,10 +65,9 @@ def _widen(parts: list[Any]) -> list[tuple[Any, tuple[torch.dtype, torch.dtype]]
     handles = [part._handle for part in parts if getattr(part, "_handle", None) is not None]
     narrow = [h for h in handles if h._uses_param_mixed_precision or h._uses_reduce_mixed_precision]
     if narrow:
-        from torch.distributed.fsdp._runtime_utils import _lazy_init
-
+        fsdp = import_module("torch.distributed.fsdp._runtime_utils")
         for part in parts:  # what its first forward pass would set up in its own types
-            _lazy_init(part, part)
+            fsdp._lazy_init(part, part)
     found = [(handle, (handle._fwd_bwd_param_dtype, handle._reduce_dtype)) for handle in narrow]
     for handle in narrow:
         handle._fwd_bwd_param_dtype = handle._reduce_dtype = handle._orig_param_dtype
