@@ -74,7 +74,9 @@ class Watching(LightningModule):
         self.note("before the step")
         names = dict(self.named_parameters())
         states = self.trainer.optimizers[0].state
-        before = {n: (p.detach().clone(), {k: v.clone() for k, v in states.get(p, {}).items()}) for n, p in names.items()}
+        before = {
+            n: (p.detach().clone(), {k: v.clone() for k, v in states.get(p, {}).items()}) for n, p in names.items()
+        }
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.note("after the step")
         settings = {n: g for n, p in names.items() for g in optimizer.param_groups if any(p is q for q in g["params"])}
@@ -91,10 +93,7 @@ def _noting(name: str) -> Any:
     return hook
 
 
-for _name in (
-    "on_train_batch_start on_before_zero_grad on_before_backward on_after_backward on_before_optimizer_step "
-    "configure_gradient_clipping on_train_batch_end on_train_epoch_end on_save_checkpoint"
-).split():
+for _name in ["on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "on_train_batch_end", "on_train_epoch_end", "on_save_checkpoint"]:
     setattr(Watching, _name, _noting(_name))
 
 
