@@ -1,8 +1,11 @@
-"""What learning-rate schedulers keep of each parameter group."""
+"""What learning-rate schedulers keep of each parameter group, and how high they will take it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 from torch.optim import Optimizer, lr_scheduler, swa_utils
@@ -20,6 +23,8 @@ _NAMES = (
     "LinearLR MultiplicativeLR MultiStepLR OneCycleLR PolynomialLR ReduceLROnPlateau SequentialLR StepLR"
 )
 _KNOWN = {swa_utils.SWALR, *(getattr(lr_scheduler, name) for name in _NAMES.split())}
+_AHEAD = 100_000
+"""Steps that a schedule is run ahead for at most."""
 
 
 def flatten(schedulers: Iterable[Scheduler]) -> list[Scheduler]:
@@ -79,3 +84,43 @@ def multiply_rates(schedulers: Iterable[Scheduler], index: int, factor: float) -
             entries = getattr(scheduler, key, None)
             if isinstance(entries, list):
                 setattr(scheduler, key, [e * factor if i == index else e for i, e in enumerate(entries)])
+
+
+def highest_rates(optimizer: Optimizer, schedulers: Sequence[tuple[Scheduler, int]], steps: int) -> list[float]:
+    """The highest learning rate of each group in the coming steps, of which a scheduler is stepped after every n-th.
+
+    Copies are run ahead, with a stand-in for the optimizer, so nothing is changed. What a LambdaLR calls is called, on
+    numbers of steps.
+
+    Raises:
+        TypeError: If one of them is not torch's own, or follows a metric.
+    """
+    for scheduler in flatten(scheduler for scheduler, _ in schedulers):
+        if not _steps_like_torch(scheduler) or isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            raise TypeError(f"what {type(scheduler).__name__} will do is not known beforehand")
+    groups = [
+        deepcopy({k: v for k, v in g.items() if k not in ("params", "param_names")}) for g in optimizer.param_groups
+    ]
+    # The attributes keep a scheduler quiet that has not been stepped yet.
+    stand_in = SimpleNamespace(param_groups=groups, step=SimpleNamespace(_wrapped_by_lr_sched=True), _opt_called=True)
+    memo: dict[int, Any] = {id(optimizer): stand_in}
+    for scheduler in flatten(scheduler for scheduler, _ in schedulers):
+        memo[id(scheduler.optimizer)] = stand_in
+        # Copying a method copies its object, which may be the model.
+        memo |= {id(f): f for f in getattr(scheduler, "lr_lambdas", ()) if isinstance(f, MethodType)}
+    copies = [(deepcopy(scheduler, memo), every) for scheduler, every in schedulers]
+    stride = math.gcd(*(every for _, every in copies))
+    highest = [float(group["lr"]) for group in groups]
+    for step in range(stride, min(steps, _AHEAD * stride + 1), stride):
+        for scheduler, every in copies:
+            if step % every == 0:
+                scheduler.step()
+        highest = [max(rate, float(group["lr"])) for rate, group in zip(highest, groups, strict=True)]
+    return highest
+
+
+def _steps_like_torch(scheduler: Scheduler) -> bool:
+    """Whether it is torch's own, or a subclass that is only made in another way."""
+    parents = [cls for cls in type(scheduler).__mro__ if cls in _KNOWN]
+    names = ("step", "get_lr", "_get_closed_form_lr")
+    return any(all(getattr(type(scheduler), n, None) is getattr(cls, n, None) for n in names) for cls in parents[:1])

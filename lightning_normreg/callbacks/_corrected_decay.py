@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_normreg._weights import Verdict, strong
+from lightning_normreg._param_groups import highest_rates
+from lightning_normreg._weights import Verdict, Watched, listed, strong
 from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.callbacks._selecting import WeightCallback
-from lightning_normreg.steps._decay_corrector import DecayCorrector, PeakLR
+from lightning_normreg.steps._decay_corrector import DecayCorrector
+from lightning_normreg.steps._step_hooks import torch_optimizer
 from lightning_normreg.steps._targets import OnNotInvariant, choose_targets
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
+    from torch.optim import Optimizer
 
 
 class CorrectedDecay(WeightCallback):
@@ -26,20 +29,28 @@ class CorrectedDecay(WeightCallback):
     is not what the schedule says. With this correction the equilibrium norm stays put, and the schedule is that of the
     rotation, to the first power. Weights that are not scale-invariant keep their decay: there it regularizes.
 
-    When it runs: around each optimizer step, for whose length the weights have parameter groups of their own.
+    When it runs: between the closure of an optimizer's step (in Lightning the whole training step) and its arithmetic.
+    Only then have the weights parameter groups of their own: your code, other hooks on the optimizer, schedulers and
+    checkpoints see the groups that you made, and what they change in them is kept.
 
     What it logs: nothing.
 
-    What it costs: two groups instead of one in each step of an optimizer.
+    What it costs: two groups instead of one in each step of an optimizer; before the first one a copy of the scheduler
+    is run ahead, at most 100 000 steps of it.
 
     Args:
-        peak_lr: η_max, the learning rate at which decay is what the optimizer was given; ``"auto"``: the group's
-            ``max_lr`` (one-cycle and cyclic schedules), else its ``initial_lr`` (all others).
-        include: Globs over clean parameter names; by default all weights and embeddings that are scale-invariant. A
-            glob that matches nothing, or a weight that is not scale-invariant, is an error.
+        peak_lr: η_max, the learning rate at which decay is what the optimizer was given; ``"auto"``: of each group the
+            highest that the run will reach, by torch's own schedulers run ahead over it. Where that cannot be known
+            (ReduceLROnPlateau, schedulers of your own or stepped by yourself, none, a run without an end), the highest
+            so far: then decay is corrected from the peak on. Which it is, and why, is said.
+        include: Globs over clean parameter names; by default all weights and embeddings that are scale-invariant, or
+            all with ``on_not_invariant="allow"``. A glob that matches nothing is an error.
         exclude: Globs of parameters to leave out.
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
+        on_not_invariant: What to do with a weight that is not known to be scale-invariant by itself, as most are in
+            transformers: ``"raise"`` if ``include`` names it, ``"skip"`` it, or ``"allow"``: correct its decay too. The
+            sources do that with language models, for all that a normalization follows; leave out the head then.
 
     Raises:
         ValueError: For an argument out of its range, no scale-invariant weight, or an optimizer that is not known;
@@ -55,16 +66,20 @@ class CorrectedDecay(WeightCallback):
 
     def __init__(
         self,
-        peak_lr: PeakLR = "auto",
+        peak_lr: float | Literal["auto"] = "auto",
         *,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         invariance: str | Mapping[str, Any] | None = None,
+        on_not_invariant: OnNotInvariant = "raise",
     ) -> None:
         super().__init__("auto", include, exclude, invariance)
         if peak_lr != "auto" and not (isinstance(peak_lr, (int, float)) and 0 < peak_lr < math.inf):
             raise ValueError(f"`peak_lr` must be 'auto' or a positive number, got {peak_lr!r}.")
+        if on_not_invariant not in get_args(OnNotInvariant):
+            raise ValueError(f"`on_not_invariant` must be 'raise', 'skip' or 'allow', got {on_not_invariant!r}.")
         self.peak_lr = peak_lr
+        self.on_not_invariant = on_not_invariant
 
     def _reset(self) -> None:
         super()._reset()
@@ -76,23 +91,81 @@ class CorrectedDecay(WeightCallback):
         self._selected(trainer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        verdict = strong(verdict)
-        watched = self._known(trainer, verdict)
-        if self._waiting and not any(w.invariant for w in watched):
-            return
-        otherwise: OnNotInvariant = "skip" if run_of(trainer).dispatcher.has_seen_updates else "raise"
-        targets = choose_targets(watched, verdict, named=self.include is not None, otherwise=otherwise)
-        if self._corrector is None:
-            self._corrector = self._subscribe(trainer, DecayCorrector(targets, self.peak_lr))
-        else:
-            self._corrector.aim(targets)
-        for optimizer in optimizers_of(trainer):
-            self._corrector.check(optimizer)
-        rank_zero_info(
-            f"CorrectedDecay: the decay of {len(targets)} scale-invariant weights is proportional to lr/lr_max."
-        )
-
-    def _end(self, trainer: Trainer) -> None:
+        try:
+            targets = self._choose(trainer, strong(verdict))
+        except ValueError as error:
+            if not run_of(trainer).dispatcher.has_seen_updates:
+                raise
+            targets = []  # a run that has come this far is not ended
+            rank_zero_warn(f"CorrectedDecay leaves decay as it is. {error}")
         if self._corrector is not None:
-            self._corrector.restore()
-        super()._end(trainer)
+            self._corrector.aim(targets)
+        elif targets:
+            peak = None if self.peak_lr == "auto" else float(self.peak_lr)
+            self._corrector = self._subscribe(trainer, DecayCorrector(targets, peak))
+        for index, optimizer in enumerate(optimizers_of(trainer)):
+            mine = {p for group in optimizer.param_groups for p in group["params"]}
+            names = [t.name for t in targets if t.parameter in mine]
+            if self._corrector is not None and names:
+                self._corrector.check(optimizer)
+                peaks = self._expect(self._corrector, trainer, pl_module, index)
+                others = [t.name for t in targets if t.name in names and not t.invariant]
+                rank_zero_info(
+                    f"CorrectedDecay: the decay of {len(names)} weight{'s'[: len(names) > 1]} is proportional to "
+                    f"lr/lr_max, with lr_max {peaks}."
+                    + (f" Not scale-invariant by themselves: {listed(others, 5)}." if others else "")
+                )
+
+    def _choose(self, trainer: Trainer, verdict: Verdict) -> list[Watched]:
+        allows = self.on_not_invariant == "allow"
+        known = self._known(trainer, verdict)
+        if self._waiting and not allows and not any(w.invariant for w in known):
+            return []
+        watched = self._selected(trainer, verdict) if allows else known
+        otherwise: OnNotInvariant = self.on_not_invariant
+        if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
+            otherwise = "skip"
+        named = allows or self.include is not None
+        return choose_targets(watched, verdict, named=named, otherwise=otherwise, callback="CorrectedDecay")
+
+    def _expect(self, corrector: DecayCorrector, trainer: Trainer, pl_module: LightningModule, index: int) -> str:
+        """Tell what the schedule will reach; the same in words."""
+        if self.peak_lr != "auto":
+            return f"= {self.peak_lr:.3g}"
+        try:
+            rates = _highest_rates(trainer, pl_module, optimizers_of(trainer)[index])
+        except Exception as error:  # whatever a user's lambda raises on a step that it is not asked for in training
+            return f"the highest learning rate so far ({error})"
+        corrector.expect(index, rates)
+        words = " to ".join(f"{rate:.3g}" for rate in sorted({min(rates), max(rates)}))
+        return f"= {words} by the schedule"
+
+
+def _highest_rates(trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> list[float]:
+    """What the rest of the run will reach.
+
+    Raises:
+        ValueError: If that cannot be known; the message says why.
+    """
+    configs = [c for c in trainer.lr_scheduler_configs if _drives(c.scheduler, optimizer)]
+    if not configs:
+        raise ValueError("the Trainer steps no scheduler")
+    own = not type(pl_module).lr_scheduler_step.__module__.startswith(("pytorch_lightning.", "lightning.pytorch."))
+    if own or not pl_module.automatic_optimization:
+        raise ValueError("schedulers are stepped by your own code")
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        raise ValueError("the run has no end")
+    apart = trainer.accumulate_grad_batches
+    in_epoch = math.ceil(trainer.num_training_batches / apart)
+    # A scheduler looks at every frequency-th batch, if the optimizer steps after that one.
+    every = [
+        c.frequency * in_epoch if c.interval == "epoch" else math.lcm(c.frequency, apart) // apart for c in configs
+    ]
+    schedulers = [config.scheduler for config in configs]
+    return highest_rates(optimizer, list(zip(schedulers, every, strict=True)), int(steps) - trainer.global_step)
+
+
+def _drives(scheduler: Any, optimizer: Optimizer) -> bool:
+    its = getattr(scheduler, "optimizer", optimizer)
+    return its is optimizer or torch_optimizer(its) is optimizer

@@ -1,39 +1,51 @@
-"""Weight decay in proportion to the learning rate, on some weights of an optimizer and for the length of its step."""
+"""Weight decay in proportion to the learning rate, on some weights of an optimizer and while it computes its step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import Group, acting, update_rule
 from lightning_normreg._weights import Watched
-from lightning_normreg.steps._subscriber import Phase, StepSubscriber
-
-PeakLR = float | Literal["auto"]
+from lightning_normreg.steps._subscriber import StepSubscriber
 
 _OWN = ("params", "param_names", "weight_decay")
+_ROUNDOFF = 1e-6
+"""Learning rates that differ by less are the same: those of a schedule may be kept in float32 tensors."""
 
 
 class DecayCorrector(StepSubscriber):
-    """Splits each group for the length of a step: its targets have the corrected decay, the others that of the group.
+    """Splits each group while the optimizer computes: its targets have the corrected decay, the others the group's.
 
-    Outside of the step the groups are the user's own, so schedulers and checkpoints see nothing of it.
+    The corrected decay is λη/η_max.
+
+    Args:
+        targets: The weights.
+        peak_lr: η_max; None: for each group the highest learning rate so far, or that :meth:`expect` has told of.
     """
 
-    phase = Phase.RESTORE
-
-    def __init__(self, targets: Sequence[Watched], peak_lr: PeakLR) -> None:
+    def __init__(self, targets: Sequence[Watched], peak_lr: float | None = None) -> None:
         super().__init__()
-        self._argument = peak_lr
-        self._groups: dict[int, tuple[Optimizer, list[Group]]] = {}
+        self._peak = peak_lr
+        self._highest: dict[int, list[float]] = {}
+        self._told: set[int] = set()
+        self._groups: dict[int, list[Group]] = {}
+        self._parts: dict[int, list[tuple[Group, Group]]] = {}
         self.aim(targets)
 
     def aim(self, targets: Sequence[Watched]) -> None:
         """Correct the decay of these from the next step on."""
         self._parameters = {p for target in targets for p in target.tensors()}
+
+    def expect(self, index: int, rates: Sequence[float]) -> None:
+        """The learning rate of each group of an optimizer is going to reach these, by its schedule."""
+        self._told.add(index)
+        self._raise_to(index, rates)
 
     def check(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer whose decay is not understood.
@@ -49,40 +61,52 @@ class DecayCorrector(StepSubscriber):
                     "or sets its own learning rate. Describe yours by register_update_rule, or leave the callback out."
                 )
 
-    def before_step(self, index: int, optimizer: Optimizer) -> None:
+    def change_groups(self, index: int, optimizer: Optimizer) -> None:
         """Put the split groups in place."""
-        self.restore(index)  # a step that raised has had no post-hook
-        self._groups[index] = (optimizer, optimizer.param_groups)
-        split: list[Group] = []
-        for group in optimizer.param_groups:
-            targets, others = self._split(group)
+        groups = self._groups[index] = optimizer.param_groups
+        parts = self._parts[index] = []
+        for group, share in zip(groups, self._shares(index, groups), strict=True):
             decay = group.get("weight_decay", 0.0)
-            parts = [(targets, decay * self._share(group)), (others, decay)]
-            split += [{**group, "params": params, "weight_decay": d} for params, d in parts if params]
-        optimizer.param_groups = split
+            for params, its in zip(self._split(group), (decay * share, decay), strict=True):
+                if params:
+                    parts.append((group, {**group, "params": params, "weight_decay": its}))
+        optimizer.param_groups = [part for _, part in parts]
 
-    def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
-        """Put the user's groups back."""
-        self.restore(index)
+    def restore_groups(self, index: int, optimizer: Optimizer) -> None:
+        """Put the user's groups back, with what the optimizer counts or keeps in them, the same in both parts."""
+        for group, part in self._parts.pop(index, []):
+            group.update({key: value for key, value in part.items() if key not in _OWN})
+        optimizer.param_groups = self._groups.pop(index, optimizer.param_groups)
 
-    def restore(self, index: int | None = None) -> None:
-        """Put the groups of one optimizer, or of all, back as they were."""
-        for number in [index] if index is not None else list(self._groups):
-            optimizer, groups = self._groups.pop(number, (None, []))
-            if optimizer is None:
-                continue
-            split = iter(optimizer.param_groups)
-            for group in groups:
-                for part in [next(split) for params in self._split(group) if params]:
-                    # What an optimizer counts or keeps in its groups is the same in both parts.
-                    group.update({key: value for key, value in part.items() if key not in _OWN})
-            optimizer.param_groups = groups
+    def state_dict(self) -> dict[str, Any]:
+        """The highest learning rates of each optimizer's groups, which a run that is resumed cannot see again."""
+        return {"highest_lr": {index: list(rates) for index, rates in self._highest.items()}}
 
-    def _share(self, group: Group) -> float:
-        peak: Any = self._argument
-        if peak == "auto":
-            peak = next(group[key] for key in ("max_lr", "initial_lr", "lr") if key in group)
-        return float(group["lr"]) / float(peak) if peak > 0 else 1.0
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from these."""
+        for index, rates in state.get("highest_lr", {}).items():
+            self._raise_to(index, rates)
+
+    def _shares(self, index: int, groups: Sequence[Group]) -> list[float]:
+        """For each group η/η_max."""
+        rates = [float(group["lr"]) for group in groups]
+        if self._peak is not None:
+            return [rate / self._peak for rate in rates]
+        before = self._raise_to(index, rates)
+        above = [pair for pair in zip(rates, before, strict=False) if pair[0] > pair[1] * (1 + _ROUNDOFF)]
+        if above and index in self._told:
+            self._told.discard(index)
+            rank_zero_warn(
+                f"CorrectedDecay: the learning rate {above[0][0]:.3g} is above {above[0][1]:.3g}, the highest that the "
+                "schedule was to reach. From here on decay is proportional to lr/(highest lr so far). Give `peak_lr`."
+            )
+        peaks = self._highest[index]
+        return [rate / peak if peak > 0 else 1.0 for rate, peak in zip(rates, peaks, strict=False)]
+
+    def _raise_to(self, index: int, rates: Sequence[float]) -> list[float]:
+        before = self._highest.get(index, [])
+        self._highest[index] = [max(pair) for pair in zip_longest(before, rates, fillvalue=0.0)]
+        return before
 
     def _split(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
         mine = [p in self._parameters for p in group["params"]]

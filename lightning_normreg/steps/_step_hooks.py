@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,10 @@ class StepDispatcher:
     ``step`` calls ``super().step()`` fires its hooks twice; a step without any gradient updates nothing; a fused
     optimizer under a gradient scaler skips inside its kernel, which only ``found_inf`` tells. When gradients are
     complete only the loop knows, which calls :meth:`gradients_ready`.
+
+    Between the two hooks runs the closure, in Lightning the whole training step. The optimizer gets it wrapped, so that
+    groups are changed only when it has returned. An exception in the optimizer's own arithmetic no hook tells: then
+    they are put back at the next step, by :meth:`attach`, or by :meth:`remove`.
     """
 
     def __init__(self) -> None:
@@ -40,6 +45,7 @@ class StepDispatcher:
         self._by_hand: set[int] = set()
         self._updates: dict[int, int] = {}
         self._skipped: dict[int, Tensor] = {}
+        self._changed: dict[int, Optimizer] = {}
 
     def subscribe(self, subscriber: StepSubscriber) -> None:
         """Add a subscriber; within a phase they are called in the order of subscription."""
@@ -52,20 +58,28 @@ class StepDispatcher:
         self._subscribers.remove(subscriber)
 
     def attach(self, optimizers: Sequence[object]) -> None:
-        """Put hooks on these optimizers and take them off all others. Cheap where nothing has changed."""
-        self._depth.clear()  # a closure that raised has left a pre-hook without its post-hook
+        """Put hooks on these optimizers and take them off all others. Cheap where nothing has changed.
+
+        Of all hooks on an optimizer these come last before the step, and first after it.
+        """
+        self._depth.clear()  # a step that raised has left a pre-hook without its post-hook
         self._ready.clear()  # a gradient scaler that skips calls no optimizer
+        self._restore_all()
         same = len(optimizers) == len(self._optimizers) and all(map(_is, optimizers, self._optimizers))
-        if same:
-            return
-        self.remove()
-        self._optimizers = tuple(optimizers)
-        for index, optimizer in enumerate(map(torch_optimizer, optimizers)):
-            self._handles.append(optimizer.register_step_pre_hook(_Hook(self, index, entering=True)))
-            self._handles.append(optimizer.register_step_post_hook(_Hook(self, index, entering=False)))
+        if not same:
+            self.remove()
+            self._optimizers = tuple(optimizers)
+            for index, optimizer in enumerate(map(torch_optimizer, optimizers)):
+                self._handles.append(optimizer.register_step_pre_hook(_Hook(self.enter, index)))
+                self._handles.append(optimizer.register_step_post_hook(_Hook(self.leave, index)))
+        for number, handle in enumerate(self._handles):
+            hooks: Any = handle.hooks_dict_ref()
+            if hooks is not None:
+                hooks.move_to_end(handle.id, last=number % 2 == 0)
 
     def remove(self) -> None:
         """Take all hooks off, so that an optimizer that outlives the training is as it was."""
+        self._restore_all()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -86,16 +100,53 @@ class StepDispatcher:
         return self._updates.get(index, 0) - (0 if skipped is None else int(skipped.item()))
 
     @torch.no_grad()
-    def enter(self, index: int, optimizer: Optimizer) -> None:
-        """The pre-hook."""
+    def enter(self, index: int, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """The pre-hook: what ``step`` was given, the optimizer itself first, and what it is to have instead."""
         self._depth[index] = self._depth.get(index, 0) + 1
-        if self._depth[index] == 1:
-            self.record.begin()
-            for subscriber in self._subscribers:
-                subscriber.before_step(index, optimizer)
-            self.record.prepare()
-            if index in self._by_hand:
-                self.gradients_ready(index, optimizer, None)
+        if self._depth[index] > 1:
+            return None
+        self._restore(index)
+        self.record.begin()
+        for subscriber in self._subscribers:
+            subscriber.before_step(index, optimizer)
+        self.record.prepare()
+        if index in self._by_hand:
+            self.gradients_ready(index, optimizer, None)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._change(index, optimizer)
+            return None
+        wrapped = partial(self._evaluate, index, optimizer, closure)
+        return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": wrapped})
+
+    def _evaluate(
+        self, index: int, optimizer: Optimizer, closure: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        self._restore(index)
+        try:
+            loss = closure(*args, **kwargs)
+        except BaseException:
+            self._depth.pop(index, None)  # no post-hook will follow
+            raise
+        self._change(index, optimizer)
+        return loss
+
+    @torch.no_grad()
+    def _change(self, index: int, optimizer: Optimizer) -> None:
+        self._changed[index] = optimizer
+        for subscriber in self._subscribers:
+            subscriber.change_groups(index, optimizer)
+
+    @torch.no_grad()
+    def _restore(self, index: int) -> None:
+        optimizer = self._changed.pop(index, None)
+        if optimizer is not None:
+            for subscriber in reversed(self._subscribers):
+                subscriber.restore_groups(index, optimizer)
+
+    def _restore_all(self) -> None:
+        for index in list(self._changed):
+            self._restore(index)
 
     @torch.no_grad()
     def gradients_ready(self, index: int, optimizer: Optimizer, scale: float | None = 1.0) -> None:
@@ -113,11 +164,16 @@ class StepDispatcher:
             subscriber.gradients_ready(index, optimizer, scale)
 
     @torch.no_grad()
-    def leave(self, index: int, optimizer: Optimizer) -> None:
+    def leave(self, index: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The post-hook."""
         self._depth[index] = self._depth.get(index, 1) - 1
-        if self._depth[index] > 0 or not any(has_gradient(p) for g in optimizer.param_groups for p in g["params"]):
+        if self._depth[index] > 0:
             return
+        if any(has_gradient(p) for g in optimizer.param_groups for p in g["params"]):
+            self._tell(index, optimizer)
+        self._restore(index)
+
+    def _tell(self, index: int, optimizer: Optimizer) -> None:
         if index not in self._ready:
             self._by_hand.add(index)
         self._ready.discard(index)
@@ -168,13 +224,13 @@ class BackwardGuard:
 class _Hook:
     """A hook that ``torch.compile`` leaves alone, instead of tracing it into the optimizer's graph."""
 
-    def __init__(self, dispatcher: StepDispatcher, index: int, *, entering: bool) -> None:
-        self._act = dispatcher.enter if entering else dispatcher.leave
+    def __init__(self, act: Callable[[int, Optimizer, Any, Any], Any], index: int) -> None:
+        self._act = act
         self._index = index
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._act(self._index, optimizer)
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        return self._act(self._index, optimizer, args, kwargs)
 
 
 def torch_optimizer(optimizer: object) -> Optimizer:

@@ -13,15 +13,11 @@ from lightning_normreg.steps._record import StepRecord
 
 
 class Phase(IntEnum):
-    """Order in which subscribers see an update: its angle is set, it is measured, then weights are projected.
-
-    What was changed for the length of the step is put back last.
-    """
+    """Order in which subscribers see an update: its angle is set, it is measured, then weights are projected."""
 
     CONTROL = 0
     MEASURE = 1
     PROJECT = 2
-    RESTORE = 3
 
 
 class StepSubscriber:
@@ -50,8 +46,20 @@ class StepSubscriber:
                 that they may be clipped already.
         """
 
+    def change_groups(self, index: int, optimizer: Optimizer) -> None:
+        """The optimizer computes next: each time that its closure has returned, or at once where it has none.
+
+        The only event at which its ``param_groups`` may be replaced: no user code runs until they are put back.
+        """
+
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """The optimizer has updated its parameters, unless ``skipped`` (on the device, to be read later) is 1."""
+
+    def restore_groups(self, index: int, optimizer: Optimizer) -> None:
+        """User code runs next: a closure again, or the step is over for all subscribers, or has raised.
+
+        Told once after each ``change_groups``, which is undone here.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that is resumed goes on from, in plain types and tensors."""

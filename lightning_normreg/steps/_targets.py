@@ -1,4 +1,4 @@
-"""Which weights may be projected, given what is known of their scale invariance."""
+"""Which weights are acted on, given what is known of their scale invariance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from lightning_normreg._weights import SHOWS_EPS, Verdict, Watched, listed
 
 OnNotInvariant = Literal["raise", "skip", "allow"]
 
-_ALLOW = "Leave it out by `exclude`, or say on_not_invariant='skip' or 'allow' (then projecting changes the function)."
+_CORRECT = (
+    "To let the decay of all weights follow the learning rate, as AdamC does with language models: "
+    "CorrectedDecay(exclude=[…the head…], on_not_invariant='allow')."
+)
 
 
 def choose_targets(
@@ -22,7 +25,7 @@ def choose_targets(
     otherwise: OnNotInvariant,
     callback: str = "NormProjection",
 ) -> list[Watched]:
-    """Weights to project.
+    """Weights to act on.
 
     Args:
         watched: What is selected.
@@ -47,9 +50,12 @@ def choose_targets(
         return good
     if bad and otherwise == "raise":
         reasons = "; ".join(f"{w.name!r}: {_why(w, verdict)}" for w in bad[:4])
-        raise ValueError(f"`include` must name scale-invariant weights, but {reasons}. {_ALLOW}")
+        raise ValueError(
+            f"`include` must name scale-invariant weights, but {reasons}. Leave it out by "
+            f"`exclude`, or say on_not_invariant='skip' or 'allow' ({_consequence(callback)})."
+        )
     if bad and otherwise == "skip":
-        rank_zero_info(f"Not projected, because not scale-invariant: {', '.join(w.name for w in bad)}.")
+        rank_zero_info(f"{callback} leaves out what is not scale-invariant: {listed([w.name for w in bad], 5)}.")
         return good
     # A bias that belongs to the units of a weight is held with them, and cannot have a radius of its own as well.
     joined = {p for w in watched for p in w.joined}
@@ -75,15 +81,26 @@ def _why(watched: Watched, verdict: Verdict) -> str:
     return "nobody knows whether it is"
 
 
+def _consequence(callback: str) -> str:
+    if callback == "CorrectedDecay":
+        return "then its decay follows the learning rate all the same"
+    return "then projecting changes the function"
+
+
 def _nothing(verdict: Verdict, callback: str) -> str:
+    corrects = callback == "CorrectedDecay"
     if not verdict:
+        named = f"To project all the same, name the weights: {callback}(include=[…], on_not_invariant='allow')."
         return (
             "It must be known which weights are scale-invariant, but that could not be found out. Give the callback "
-            "`invariance`, a verdict from find_scale_invariance(module, forward=…) saved by save_verdict. To project "
-            f"all the same, name the weights: {callback}(include=[…], on_not_invariant='allow')."
+            "`invariance`, a verdict from find_scale_invariance(module, forward=…) saved by save_verdict. "
+            f"{_CORRECT if corrects else named}"
         )
+    hold = (
+        "To hold norms all the same, as Hyperball optimizers do: "
+        f"{callback}(include=['*.weight'], unit='layer', radius='initial', on_not_invariant='allow')."
+    )
     return (
         "There must be something to act on, but no selected weight is scale-invariant by itself, as in most "
-        "transformers. To hold norms all the same, as Hyperball optimizers do: "
-        f"{callback}(include=['*.weight'], unit='layer', radius='initial', on_not_invariant='allow')."
+        f"transformers. {_CORRECT if corrects else hold}"
     )

@@ -125,8 +125,8 @@ def holding(module: Weights) -> dict[str, Case]:
     dispatcher.subscribe(Projector(watch(module), 1.0))
 
     def ours() -> None:
-        dispatcher.enter(0, optimizer)
-        dispatcher.leave(0, optimizer)
+        dispatcher.enter(0, optimizer, (optimizer,), {})
+        dispatcher.leave(0, optimizer, (optimizer,), {})
 
     def floor() -> None:
         for w in weights:
