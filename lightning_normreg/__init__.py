@@ -40,6 +40,7 @@ _ROOMS = {
     "cli": "NormRegCLI",
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}
+__all__ = ["functional", *_ROOM_OF]  # noqa: PLE0604  # names, of which the type checker sees the imports above
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_normreg import EffectiveLRMonitor
+from tests.test_architecture import PUBLIC
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SNIPPET = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "trainer.fit" in block)
@@ -70,3 +71,10 @@ for module in pkgutil.walk_packages(lightning_normreg.__path__, "lightning_normr
         print(module.name)
 """
     assert "lightning_normreg.cli" in run(code, tmp_path).split()
+
+
+def test_a_star_import_brings_the_documented_names() -> None:
+    """Although each is looked up when it is first used."""
+    names: dict[str, object] = {}
+    exec("from lightning_normreg import *", names)
+    assert names.keys() | {"steps"} >= PUBLIC
