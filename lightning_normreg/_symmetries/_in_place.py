@@ -26,6 +26,7 @@ from lightning_normreg._weights import (
     in_type_of_weights,
     local,
     reshard,
+    same_memory,
     spread_shards,
     summed,
     whole_shape,
@@ -58,7 +59,10 @@ class InPlaceCall(Call):
         find_flat_pieces(outer)
         reshard(outer)
         self._outer = outer
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._tied: dict[nn.Parameter, list[nn.Parameter]] = {}  # each to all that are the same memory
+        for p, first in same_memory(module).items():
+            self._tied.setdefault(first, []).append(p)
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad and p in self._tied}
         super().__init__(module, loss, batch, _common_type(self._parameters))
         if self._is_manual:
             raise ProbeError("A training_step under manual optimization can only be asked on a copy, not in place.")
@@ -129,7 +133,7 @@ class InPlaceCall(Call):
         constants = [b for b in self._real.buffers() if b.ndim == 0 and b.is_floating_point()]
         devices = {t.device for t in point.values() if t.device.type != "cpu"}
         generator = torch.Generator().manual_seed(seed)
-        weights = {id(t): self._parameters[name] for name, t in point.items()}
+        weights = {id(t): self._tied[self._parameters[name]] for name, t in point.items()}
         with self._state(seed), quiet(devices, generator), ProbeMode(self.dtype, shrink, constants, generator):
             attach(self._real, self._trainer(), {}, self._real, None)
             loss = self._together(lambda: self._scalar_loss(self._real, copied(self._batch, self.dtype, {})))

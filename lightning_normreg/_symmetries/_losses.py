@@ -84,10 +84,10 @@ class InPlaceLoss(OneLoss):
 
     Args:
         loss: The loss.
-        parameters: Identity of what stands for a weight → the parameter.
+        parameters: Identity of what stands for a weight → the parameter, and those that are the same memory.
     """
 
-    def __init__(self, loss: Tensor, parameters: Mapping[int, nn.Parameter]) -> None:
+    def __init__(self, loss: Tensor, parameters: Mapping[int, Sequence[nn.Parameter]]) -> None:
         super().__init__(loss)
         self._parameters = parameters
 
@@ -100,7 +100,8 @@ class InPlaceLoss(OneLoss):
         """See :class:`Losses`; only once, because sharded weights are gone after that."""
         # The loss takes part in any case: weights are gathered for a module's backward pass when that reaches its end.
         (value if value is self._loss else value + 0 * self._loss).backward()  # type: ignore[no-untyped-call]
-        return tuple(gradient_of(self._parameters[id(weight)]) for weight in weights)
+        found = ([gradient_of(p) for p in self._parameters[id(weight)]] for weight in weights)
+        return tuple(sum(others, first) for first, *others in found)
 
 
 _BACKWARDS = {torch.autograd.backward, Tensor.backward}

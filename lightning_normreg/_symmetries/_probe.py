@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from lightning_normreg._symmetries._biases import bias_candidates
-from lightning_normreg._symmetries._call import Call, Loss, PrivateCall, check_callable
+from lightning_normreg._symmetries._call import Loss, PrivateCall, check_callable
 from lightning_normreg._symmetries._certificate import certify, moving
 from lightning_normreg._symmetries._classify import classify, dead_parameters, open_axes, unreached
 from lightning_normreg._symmetries._eps_share import with_eps_shares
 from lightning_normreg._symmetries._euler import Draw, EulerSums, euler_draw
-from lightning_normreg._symmetries._generic_point import AMOUNT, LADDER, magnitudes
 from lightning_normreg._symmetries._in_place import InPlaceCall, is_distributed
 from lightning_normreg._symmetries._losses import ProbeError
 from lightning_normreg._symmetries._reasons import (
@@ -34,14 +32,12 @@ from lightning_normreg._symmetries._reasons import (
     demoted,
     explain,
 )
-from lightning_normreg._symmetries._slices import axes
-from lightning_normreg._symmetries._thresholds import THRESHOLDS
+from lightning_normreg._symmetries._setup import ATTEMPTS, Setup
 from lightning_normreg._symmetries._vocabulary import reached_rows, shrink_tables
-from lightning_normreg._weights import Evidence, ScaleInvariance, is_sharded, named_roles, same_memory, whole_shape
+from lightning_normreg._weights import Evidence, ScaleInvariance, is_sharded
 
 ProbeType = Literal["auto", "float64", "float32"]
 _TYPES: dict[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
-_ATTEMPTS = 4
 _MOMENT = 1.5
 """Seconds after which progress is shown."""
 
@@ -148,13 +144,13 @@ def _probe(
     if reached:
         call = PrivateCall(module, forward, batch, dtype)
         shrink_tables(call.module, reached)
-        setup = _Setup(module, call, seed=seed, draws=draws)
+        setup = Setup(module, call, seed=seed, draws=draws)
         with contextlib.suppress(ProbeError):
             verdicts = _ask(setup, progress)
             small = [verdicts[setup.names[f"{name}.weight"][0]] for name in reached]
             if not any(v.dim == 0 and (v.kind == "block" or v.slices) for v in small):  # which would be other rows
                 return verdicts
-    return _ask(_Setup(module, PrivateCall(module, forward, batch, dtype), seed=seed, draws=draws), progress)
+    return _ask(Setup(module, PrivateCall(module, forward, batch, dtype), seed=seed, draws=draws), progress)
 
 
 def find_in_place(
@@ -170,10 +166,10 @@ def find_in_place(
     """See :func:`find_scale_invariance`, asked of the real module, which ``outer`` wraps; every process must ask."""
     check_callable(module, batch, forward)
     with InPlaceCall(module, forward, batch, outer) as call:
-        return _ask(_Setup(module, call, seed=seed, draws=draws), progress)
+        return _ask(Setup(module, call, seed=seed, draws=draws), progress)
 
 
-def _ask(setup: _Setup, progress: bool) -> dict[str, ScaleInvariance]:
+def _ask(setup: Setup, progress: bool) -> dict[str, ScaleInvariance]:
     """The steps; with ``progress`` a bar shows them where that takes longer than a moment."""
     hidden = not (progress and _is_first_rank())
     with tqdm(desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=hidden) as bar:
@@ -192,51 +188,16 @@ def _ask(setup: _Setup, progress: bool) -> dict[str, ScaleInvariance]:
     for raw, (clean, _) in setup.names.items():
         verdict = verdicts.get(raw, FROZEN)
         bias = setup.names[verdict.needs_bias][0] if verdict.needs_bias else None
-        verdict = replace(verdict, evidence=evidence, needs_bias=bias)
+        of = None if verdict.dim is None else setup.shapes[raw][verdict.dim] * verdict.groups
+        verdict = replace(verdict, evidence=evidence, needs_bias=bias, of=of)
         result[clean] = explain(verdict) if verdict.has_units else verdict
     return result
 
 
-class _Setup:
-    """What the steps of one probe share. Names are those of ``module.named_parameters()``, unless they say clean."""
-
-    def __init__(self, module: nn.Module, call: Call, *, seed: int, draws: int) -> None:
-        named = named_roles(module)
-        same = same_memory(module)
-        distinct = {name: p for name, p in module.named_parameters() if same[p] is p}
-        self.names = {name: (clean, role) for name, (clean, _, role) in zip(distinct, named, strict=True)}
-        trainable = {name: p for name, p in distinct.items() if p.requires_grad}
-        self.roles = {name: self.names[name][1] for name in trainable}
-        shapes = {name: whole_shape(p) for name, p in trainable.items()}
-        self.axes = {name: axes(shape, self.roles[name]) for name, shape in shapes.items()}
-        self.biases = bias_candidates(self.roles, shapes)
-        self.narrow = next((p.dtype for p in trainable.values()), torch.float32).to_real()
-        self.call, self.limits = call, THRESHOLDS[call.dtype]
-        self.seed, self.draws = seed, draws
-        self._magnitudes = magnitudes(self.roles, draws, seed)
-
-    def point(self, index: int, attempt: int = 0) -> tuple[dict[str, Tensor], int]:
-        """Generic point number ``index`` and its seed; each further attempt stays closer to the module's own point."""
-        magnitude = {name: m[index] if attempt == 0 else 1.0 for name, m in self._magnitudes.items()}
-        return self._drawn(magnitude, index, attempt)
-
-    def certificate_point(self, accepted: Collection[str], attempt: int) -> tuple[dict[str, Tensor], int]:
-        """A point that no draw has used, at which the accepted weights are as large as any draw had them.
-
-        Scale-invariant weights may have any size, so this is safe; clamps that a draw met by luck only are met here.
-        """
-        magnitude = {name: LADDER[-1] if name in accepted and attempt == 0 else 1.0 for name in self.roles}
-        return self._drawn(magnitude, self.draws, attempt)
-
-    def _drawn(self, magnitude: dict[str, float], index: int, attempt: int) -> tuple[dict[str, Tensor], int]:
-        seed = (self.seed * 1009 + index) * _ATTEMPTS + attempt
-        return self.call.generic_point(magnitude, seed=seed, amount=AMOUNT / 4**attempt), seed
-
-
-def _draw(setup: _Setup, index: int) -> Draw:
+def _draw(setup: Setup, index: int) -> Draw:
     """The Euler sums at one generic point at which the loss is finite."""
     losses = []
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         point, seed = setup.point(index, attempt)
         draw = euler_draw(setup.call, point, setup.axes, seed=seed, shrink=setup.limits.shrink)
         finite = all(map(math.isfinite, draw.losses)) and all(bool(s.total.isfinite()) for s in draw.sums.values())
@@ -244,12 +205,12 @@ def _draw(setup: _Setup, index: int) -> Draw:
             return draw
         losses.extend(draw.losses)
     raise ProbeError(
-        f"The loss and its gradient must be finite, but at {_ATTEMPTS} points close to the module's weights the loss "
+        f"The loss and its gradient must be finite, but at {ATTEMPTS} points close to the module's weights the loss "
         f"was {', '.join(f'{loss:g}' for loss in losses)}. Check the batch for NaN and the loss for logarithms of zero."
     )
 
 
-def _euler_verdicts(setup: _Setup, drawn: list[dict[str, EulerSums]]) -> dict[str, ScaleInvariance]:
+def _euler_verdicts(setup: Setup, drawn: list[dict[str, EulerSums]]) -> dict[str, ScaleInvariance]:
     found = {name: EulerSums.stack([sums[name] for sums in drawn]) for name in setup.roles}
     away = unreached(found)
     if found and len(away) == len(found):
@@ -282,7 +243,7 @@ def _beside(name: str, found: Mapping[str, EulerSums]) -> dict[str, EulerSums]:
     return {n: sums for n, sums in found.items() if n.rpartition(".")[0] == owner}
 
 
-def _vanished(setup: _Setup, names: list[str]) -> set[str]:
+def _vanished(setup: Setup, names: list[str]) -> set[str]:
     """Those of some parameters with next to no gradient that do not change the loss by more than roundoff either."""
     if not names:
         return set()
@@ -291,11 +252,11 @@ def _vanished(setup: _Setup, names: list[str]) -> set[str]:
 
 
 def _confirmed(
-    setup: _Setup, verdicts: dict[str, ScaleInvariance], reaching: Mapping[str, set[int]]
+    setup: Setup, verdicts: dict[str, ScaleInvariance], reaching: Mapping[str, set[int]]
 ) -> dict[str, ScaleInvariance]:
     """The verdicts without those that the certificate refutes."""
     invariant = {name: v for name, v in verdicts.items() if v.is_invariant}
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         point, seed = setup.certificate_point(invariant.keys(), attempt)
         found = certify(setup.call, point, invariant, setup.limits, seed=seed, reaching=reaching)
         if found is None:
@@ -305,4 +266,4 @@ def _confirmed(
                 return verdicts | dict.fromkeys(invariant, KEEPS_STATE)
             return verdicts | {name: replace(v, reason=UNSTEADY) for name, v in invariant.items()}
         return {name: demoted(v, found.changes[name]) if name in found.changes else v for name, v in verdicts.items()}
-    raise ProbeError(f"The loss must be finite close to the module's weights, but was not at {_ATTEMPTS} points there.")
+    raise ProbeError(f"The loss must be finite close to the module's weights, but was not at {ATTEMPTS} points there.")

@@ -82,7 +82,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _entry(name: str, entry: Any, names: Collection[str], where: str) -> ScaleInvariance:
     found = set(entry) if isinstance(entry, Mapping) else set()
-    if not _FIELDS - {"holds"} <= found <= _FIELDS:  # "holds" is newer than the first files
+    if not _FIELDS - {"holds", "of"} <= found <= _FIELDS:  # these are newer than the first files
         raise _wrong(
             f"The verdict on {name!r} in {where} must have the fields of ScaleInvariance, but "
             f"{sorted(_FIELDS - found)} are missing and {sorted(found - _FIELDS)} are unknown."

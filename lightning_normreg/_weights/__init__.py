@@ -21,6 +21,7 @@ from lightning_normreg._weights._roles import same_memory as same_memory
 from lightning_normreg._weights._selection import UnitArgument as UnitArgument
 from lightning_normreg._weights._selection import Verdict as Verdict
 from lightning_normreg._weights._selection import check_selection as check_selection
+from lightning_normreg._weights._selection import fitted_to as fitted_to
 from lightning_normreg._weights._selection import watch as watch
 from lightning_normreg._weights._sharding import Shard as Shard
 from lightning_normreg._weights._sharding import is_sharded as is_sharded

@@ -7,10 +7,11 @@ from typing import Literal, get_args
 
 from torch.nn.parameter import Parameter
 
+from lightning_normreg._weights._flat_shards import whole_shape
 from lightning_normreg._weights._names import check_globs, select
 from lightning_normreg._weights._roles import ParameterRole, is_matrix
 from lightning_normreg._weights._sharding import shard_of
-from lightning_normreg._weights._verdict import ScaleInvariance
+from lightning_normreg._weights._verdict import ScaleInvariance, fitted
 from lightning_normreg._weights._watched import Part, Watched
 
 UnitArgument = Literal["auto", "neuron", "column", "layer"]
@@ -56,6 +57,7 @@ def watch(
             f"`include` and `exclude` must leave at least one parameter of the model, got include={include}, "
             f"exclude={list(exclude)}. By default weights, embeddings and bare matrices are watched, of {len(default)}."
         )
+    verdict = None if verdict is None else fitted_to(verdict, named)
     watched = []
     for name in chosen:
         parameter, role = found[name]
@@ -67,6 +69,17 @@ def watch(
             shard_of(p, name)  # refuses what is spread in a way that is not understood
         watched.append(Watched(name, parameter, role, parts, joined, invariant, standardized))
     return watched
+
+
+def fitted_to(verdict: Verdict, named: Sequence[tuple[str, Parameter, ParameterRole]]) -> dict[str, ScaleInvariance]:
+    """See :func:`fitted`, for the parameters of a model."""
+    slices = {}
+    for name, parameter, role in named:
+        shape = list(whole_shape(parameter))
+        if len(shape) > 1:
+            shape[role.dim] *= role.groups
+        slices[name] = shape
+    return fitted(verdict, slices)
 
 
 def _units(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Kind = Literal["neuron", "block", "column", "dim", "layer", "inert", "none", "unknown"]
@@ -40,6 +40,7 @@ class ScaleInvariance:
             eps is small against the mean square of its entries, not against what it puts out.
         reason: Why, in one sentence.
         holds: Whether it was still so when gradients of training were last looked at.
+        of: Number of slices along ``dim`` of the tensor that was asked; None in verdicts that do not say.
     """
 
     kind: Kind
@@ -55,6 +56,7 @@ class ScaleInvariance:
     standardized: bool = False
     reason: str = ""
     holds: bool = True
+    of: int | None = None
 
     @property
     def has_units(self) -> bool:
@@ -87,6 +89,46 @@ class ScaleInvariance:
     def is_unknown(self) -> bool:
         """Whether it is worth asking again."""
         return self.kind == "unknown"
+
+
+def fitted(verdict: Mapping[str, ScaleInvariance], slices: Mapping[str, Sequence[int]]) -> dict[str, ScaleInvariance]:
+    """A verdict on a small twin as one on the model itself: blocks are kept by their number.
+
+    Args:
+        verdict: Of a model with the same names, maybe of other sizes.
+        slices: Name → slices along each dimension of the model's own parameters.
+
+    Raises:
+        ValueError: If blocks do not fit.
+
+    Examples:
+        >>> heads = ScaleInvariance("block", dim=0, block_size=4, slices=((0, 16),), of=24)
+        >>> found = fitted({"qkv": heads}, {"qkv": [96, 32]})["qkv"]
+        >>> found.block_size, found.slices
+        (16, ((0, 64),))
+    """
+    return {name: v if name not in slices else _fitted(name, v, slices[name]) for name, v in verdict.items()}
+
+
+def _fitted(name: str, verdict: ScaleInvariance, slices: Sequence[int]) -> ScaleInvariance:
+    if verdict.dim is None:
+        return verdict
+    own = slices[verdict.dim] if verdict.dim < len(slices) else 0
+    of = verdict.of or own
+    ranges = verdict.slices or ()
+    blocks = [] if verdict.kind != "block" or verdict.block_size is None else [verdict.block_size]
+    places = [*blocks, *(place for pair in ranges for place in pair)]
+    if not own or any(place * own % of or place > of for place in places):
+        raise ValueError(
+            f"`invariance` must fit the model, but the units of {name!r} end at {places} of {of} slices along "
+            f"dimension {verdict.dim}, where the model has {own}. Probe a twin with as many dimensions, and "
+            "with as many blocks as the model has, of any size."
+        )
+    if own == of:
+        return verdict
+    scaled = tuple((start * own // of, stop * own // of) for start, stop in ranges)
+    size = blocks[0] * own // of if blocks else verdict.block_size
+    return replace(verdict, block_size=size, slices=scaled or None, of=own)
 
 
 def strong(verdicts: Mapping[str, ScaleInvariance]) -> dict[str, ScaleInvariance]:

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_normreg._compat import CallbackBase
 from lightning_normreg._symmetries import load_verdict, verdict_to_dict
-from lightning_normreg._weights import Verdict
+from lightning_normreg._weights import Verdict, fitted_to
 from lightning_normreg.callbacks._knowledge import without
 from lightning_normreg.callbacks._probing import same_on_all_ranks
 from lightning_normreg.callbacks._run import end_run, run_of
@@ -76,6 +76,7 @@ class StepCallback(CallbackBase):
         run = run_of(trainer)
         run.prepare(trainer, pl_module, self)
         run.knowledge.verdict = run.knowledge.verdict or self._verdict
+        self._given = self._given and fitted_to(self._given, run.knowledge.named)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the optimizers."""

@@ -17,6 +17,7 @@ from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, group_of, update_rule
 from lightning_normreg._weights import Watched
 from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1, Formulas, Rates
+from lightning_normreg.steps._step_hooks import has_gradient
 from lightning_normreg.steps._subscriber import StepSubscriber
 
 _Written = tuple[float | Tensor, float]
@@ -87,7 +88,7 @@ class Equilibria(StepSubscriber):
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Write down learning rate and decay, which a scheduler may change before anything else is asked."""
         for group in optimizer.param_groups:
-            names = [self._names[p] for p in group["params"] if p in self._names and p.grad is not None]
+            names = [self._names[p] for p in group["params"] if p in self._names and has_gradient(p)]
             rule = update_rule(optimizer, group) if names else None
             if rule is not None and rule.family:
                 lr = rule.lr(group)

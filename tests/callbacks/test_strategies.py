@@ -42,7 +42,7 @@ TURNED = Config("adamw", "auto", "rotate", "32")
 RUNS += [(strategy, TURNED) for strategy in STRATEGIES]
 RUNS += [("fsdp", Config("sgd", "neuron", "rotate-mean", "64")), ("tp", Config("sgd", "layer", "rotate", "32"))]
 OBSERVED = Config("adamw", "auto", "observe", "32")
-RUNS.append(("fsdp", OBSERVED))
+RUNS += [("fsdp", OBSERVED), ("fsdp1", OBSERVED)]
 ASKED = Config("adamw", "auto", "asked", "32")  # without a verdict: on a copy, or in place
 RUNS += [(strategy, ASKED) for strategy in STRATEGIES]
 LOGGED = 5  # of 12 steps: the first one, and every third

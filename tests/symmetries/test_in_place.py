@@ -14,7 +14,7 @@ from lightning_normreg._symmetries import ProbeError
 from lightning_normreg.callbacks import _probing
 from tests.harness import Net, loader, sgd, trainer
 from tests.symmetries._cases import CASES
-from tests.symmetries._labels import differences
+from tests.symmetries._labels import differences, label
 from tests.symmetries.in_place_processes import keeps
 
 QUICK = ["qk_norm_attention_with_bias", "casts_inside", "unused_and_frozen", "sandwich_norm", "weight_standardization"]
@@ -67,6 +67,29 @@ def test_a_step_that_keeps_state_elsewhere_is_unknown() -> None:
     assert verdicts["0.weight"].is_unknown
     assert "Two calls of the loss at the same weights differ" in verdicts["0.weight"].reason
     assert verdicts["3.weight"].kind == "none"
+
+
+def test_weights_that_share_memory_are_one() -> None:
+    """Two parameters of one storage: their gradients belong together, as on a copy."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.word, self.norm, self.head = nn.Embedding(7, 5), nn.LayerNorm(5), nn.Linear(5, 7, bias=False)
+            self.head.weight = nn.Parameter(self.word.weight.detach())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Logits."""
+            return self.head(self.norm(self.word(x)))
+
+    x = torch.arange(6).view(2, 3)
+    found, expected = (
+        find_scale_invariance(Shared(), x, forward=lambda m, x: m(x).exp().mean(), in_place=in_place)
+        for in_place in (True, False)
+    )
+    assert {n: label(v) for n, v in found.items()} == {n: label(v) for n, v in expected.items()}
+    assert found["word.weight"].kind == "none"
 
 
 def test_what_cannot_be_asked_in_place_says_so() -> None:

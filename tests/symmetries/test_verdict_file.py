@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from torch import nn
 
-from lightning_normreg._symmetries import load_verdict, save_verdict, verdict_to_dict
-from lightning_normreg._weights import ScaleInvariance
+from lightning_normreg._symmetries import find_scale_invariance, load_verdict, save_verdict, verdict_to_dict
+from lightning_normreg._weights import ScaleInvariance, named_roles, watch
 
 VERDICT = {
     "conv.weight": ScaleInvariance("neuron", dim=0, block_size=1, z=1e-15, rho_median=1e-5, rho_worst=2e-5, reason="ü"),
@@ -84,3 +86,54 @@ def test_a_missing_file_is_missing(tmp_path):
     """Nothing hides that there is no such file."""
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_verdict(tmp_path / "nowhere.json")
+
+
+class Attention(nn.Module):
+    """Attention whose first two thirds of qkv are blocks of as many rows as a head is wide."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads, size = heads, heads * width
+        self.qkv, self.out = nn.Linear(8, 3 * size, bias=False), nn.Linear(size, 3)
+        self.up, self.norm = nn.Linear(3, size, bias=False), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        """Logits."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = (nn.functional.normalize(t, dim=-1) for t in (q, k))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.up(self.norm(self.out(y)))
+
+
+def asked(module):
+    """The verdict on the samples of this file."""
+    x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+    return find_scale_invariance(module, x, forward=lambda m, x: m(x).exp().mean())
+
+
+def test_a_verdict_on_a_twin_fits_the_model(tmp_path):
+    """With as many heads, of another width: what is selected is what the model's own verdict selects."""
+    torch.manual_seed(0)
+    twin, model = Attention(2, 3), Attention(2, 8)
+    save_verdict(asked(twin), tmp_path / "twin.json")
+    found, own = (
+        {w.name: (w.parts, w.invariant) for w in watch(named_roles(model), None, [], verdict=verdict)}
+        for verdict in (load_verdict(tmp_path / "twin.json"), asked(model))
+    )
+    assert found == own
+    assert found["qkv.weight"][0][0].unit == 8
+
+
+def test_a_verdict_that_does_not_fit_is_an_error():
+    """Three slices of another tensor are no number of blocks of this one; a file that does not say sizes is taken."""
+    named = named_roles(nn.Linear(2, 10))
+    for wrong in (
+        ScaleInvariance("block", dim=0, block_size=2, of=6),
+        ScaleInvariance("neuron", dim=0, block_size=1, slices=((0, 1),), of=3),
+        ScaleInvariance("block", dim=0, block_size=4, slices=((0, 12),)),
+        ScaleInvariance("dim", dim=2, block_size=1, of=3),
+    ):
+        with pytest.raises(ValueError, match=r"must fit the model, but the units of 'weight' .* Probe a twin"):
+            watch(named, None, [], verdict={"weight": wrong})
+    (old,) = watch(named, None, [], verdict={"weight": ScaleInvariance("block", dim=0, block_size=5)})
+    assert old.units() == 2
