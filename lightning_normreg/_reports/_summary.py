@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.table import Table
 from torch.nn.parameter import Parameter
@@ -123,7 +125,8 @@ def units_in_words(known: ScaleInvariance | None) -> str:
 def summary_table(rows: Iterable[SummaryRow]) -> Table:
     table = Table(title="Before training")
     for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in ("eps share", "norm", "radius", "decay") else "left")
+        side: Literal["right", "left"] = "right" if column in ("eps share", "norm", "radius", "decay") else "left"
+        table.add_column(column, justify=side, overflow="fold")
     for row in rows:
         table.add_row(*row.cells())
     return table
@@ -159,8 +162,8 @@ def sentences(rows: list[SummaryRow], verdict: Verdict, steps_per_epoch: float, 
     for lr, decay in sorted({(r.lr, r.weight_decay) for r in decayed if r.lr > 0}):
         steps = 1 / (lr * decay)
         found.append(
-            f"At lr {lr:g} and decay {decay:g} it acts over 1/(lr·decay) = {steps:.3g} steps, "
-            f"{steps / steps_per_epoch:.3g} epochs."
+            f"At lr {lr:g} and decay {decay:g} it acts over 1/(lr·decay) = {steps:.3g} steps"
+            + (f", {steps / steps_per_epoch:.3g} epochs." if math.isfinite(steps_per_epoch) else ".")
         )
     if clipping:
         found.append(f"Gradients are clipped at {clipping:g}: where that is active, a step no longer grows with them.")

@@ -10,6 +10,7 @@ from lightning_normreg._symmetries._observed import Observed as Observed
 from lightning_normreg._symmetries._observed import observed_axes as observed_axes
 from lightning_normreg._symmetries._observed import observed_verdict as observed_verdict
 from lightning_normreg._symmetries._observed import unit_statistic as unit_statistic
+from lightning_normreg._symmetries._probe import find_in_place as find_in_place
 from lightning_normreg._symmetries._probe import find_scale_invariance as find_scale_invariance
 from lightning_normreg._symmetries._slices import Axis as Axis
 from lightning_normreg._symmetries._thresholds import NARROW_OBSERVER as NARROW_OBSERVER

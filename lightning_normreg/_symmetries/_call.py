@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -17,17 +18,19 @@ from lightning_normreg._symmetries._generic_point import generic_point
 from lightning_normreg._symmetries._losses import Losses, ManualLosses, NoLossError, OneLoss, PlainBackward, ProbeError
 from lightning_normreg._symmetries._quiet import quiet
 from lightning_normreg._symmetries._random import seed_all
+from lightning_normreg._symmetries._slices import Table, Tables
 from lightning_normreg._symmetries._stand_ins import attach
+from lightning_normreg._weights import Shard, same_memory
 
 Loss = Callable[[nn.Module, Any], Any]
 T = TypeVar("T")
 
 
 class OwnStep:
-    """The module's own ``training_step``, as Lightning calls it for batch number ``index``."""
+    """The module's own ``training_step``, as Lightning calls it for batch number ``index``; ``through`` a strategy."""
 
-    def __init__(self, index: int = 0) -> None:
-        self._index = index
+    def __init__(self, index: int = 0, through: Callable[..., Any] | None = None) -> None:
+        self._index, self._through = index, through
 
     def __call__(self, module: nn.Module, batch: Any) -> Any:
         """Its loss, whatever it has to return."""
@@ -37,28 +40,32 @@ class OwnStep:
         # As Lightning does: the index of the batch comes second, whatever its name.
         kinds = [parameter.kind for parameter in parameters.values()]
         second = kinds[1:2] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] or inspect.Parameter.VAR_POSITIONAL in kinds
-        return module.training_step(batch, *([self._index] if second else []))  # type: ignore[operator]
+        step: Any = self._through or module.training_step
+        return step(batch, *([self._index] if second else []))
 
 
-class PrivateCall:
-    """Computes the loss of a private copy at any point, and hands it to a continuation.
+class Call(ABC):
+    """Computes the loss at any point, and hands it to a continuation.
 
-    Each call has a fresh copy, so that a step that keeps state starts from the same one every time.
+    A point has for each name of a parameter what this process holds of it.
 
     Args:
-        module: Is copied, never called.
-        loss: Called as ``loss(copy, batch)``; None for the module's own ``training_step``.
+        module: The module.
+        loss: Called as ``loss(module, batch)``; None for the module's own ``training_step``.
         batch: Is copied for every call.
         dtype: Type that everything is computed in.
 
-    Raises:
-        ProbeError: If the module cannot be copied.
+    Attributes:
+        shards: How parameters are spread over processes, of those that are.
+        in_place: Whether the real module is called, and not a copy.
     """
+
+    in_place = False
+    _where = "on a private copy of the module"
 
     def __init__(self, module: nn.Module, loss: Loss | None, batch: Any, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.module = self._copy(module, None, 0)
-        self._names = {id(p): name for name, p in module.named_parameters()}
+        self.shards: Mapping[str, Shard] = {}
         self._real = module
         self._loss = loss or OwnStep()
         own = isinstance(self._loss, OwnStep)
@@ -67,16 +74,25 @@ class PrivateCall:
         self._batch = batch
         self._one = OneLoss
 
+    @abstractmethod
     def own_point(self) -> dict[str, Tensor]:
-        """The module's parameters, in the probe's type, trained or frozen; they share no memory with the copy's."""
-        return {n: cast(p, self.dtype).requires_grad_(p.requires_grad) for n, p in self.module.named_parameters()}
+        """The module's parameters, in the probe's type, trained or frozen; nobody writes to them."""
 
+    @abstractmethod
     def generic_point(self, magnitude: Mapping[str, float], *, seed: int, amount: float) -> dict[str, Tensor]:
         """Parameters that ``magnitude`` names are drawn anew, and require a gradient; the others are as they were."""
-        own = dict(self.module.named_parameters())
-        rest = {name: cast(p, self.dtype) for name, p in own.items() if name not in magnitude}
-        drawn = generic_point({name: own[name] for name in magnitude}, magnitude, self.dtype, seed=seed, amount=amount)
-        return {**rest, **{name: t.requires_grad_() for name, t in drawn.items()}}
+
+    def shape(self, name: str, part: Tensor) -> torch.Size:
+        """Of the whole parameter of which this process holds a part."""
+        return self.shards[name].shape if name in self.shards else part.shape
+
+    def largest(self, value: float) -> float:
+        """Of a number that each process has."""
+        return value
+
+    def summed(self, found: Mapping[str, Tables]) -> dict[str, Tables]:
+        """Sums over the slices of each parameter, of the parts that all processes hold; on the CPU."""
+        return {n: {a: Table(*(v.cpu() for v in table)) for a, table in t.items()} for n, t in found.items()}
 
     def run(self, point: Mapping[str, Tensor], then: Callable[[Losses], T], *, seed: int, shrink: float = 1.0) -> T:
         """Compute the loss at ``point`` and return ``then`` of it.
@@ -102,47 +118,14 @@ class PrivateCall:
                 self._one = PlainBackward
                 return self.run(point, then, seed=seed, shrink=shrink)
             raise ProbeError(
-                f"{self._what} must be callable on a private copy of the module, but it raised {_shortly(error)}. If "
+                f"{self._what} must be callable {self._where}, but it raised {_shortly(error)}. If "
                 "it needs a Trainer, probe where one is attached, for example in a callback's on_train_batch_start; "
                 "else pass `forward`, a function of (module, batch) that returns the loss."
             ) from error
 
+    @abstractmethod
     def _run(self, point: Mapping[str, Tensor], then: Callable[[Losses], T], seed: int, shrink: float) -> T:
-        twin = self._copy(self.module, self.dtype, seed)
-        buffers = {name: cast(b, self.dtype) for name, b in self.module.named_buffers()}
-        constants = [b for b in buffers.values() if b.ndim == 0 and b.is_floating_point()]
-        devices = {t.device for t in point.values() if t.device.type != "cpu"}
-        tensors = {f"inner.{name}": t for name, t in {**buffers, **point}.items()}
-        generator = torch.Generator().manual_seed(seed)
-        manual = ManualLosses(list(point.values())) if self._is_manual else None
-        points = {key: point[name] for key, name in self._names.items()}
-
-        def losses(module: nn.Module, batch: Any) -> T:
-            if manual is None:
-                return then(self._one(self._scalar_loss(module, batch)))
-            with manual:
-                self._loss(module, batch)
-                manual.finish()
-                return then(manual)
-
-        with quiet(devices, generator), ProbeMode(self.dtype, shrink, constants, generator):
-            attach(twin, self._trainer(), points, self._real, manual)
-            batch = copied(self._batch, self.dtype, {})
-            result: T = functional_call(_Call(twin, losses), tensors, (batch,))
-        return result
-
-    def _copy(self, module: nn.Module, dtype: torch.dtype | None, seed: int) -> nn.Module:
-        try:
-            twin, objects = copied_module(module, dtype)
-        except Exception as error:
-            raise ProbeError(
-                f"`module` must survive copy.deepcopy, because the probe works on a private copy, but "
-                f"{type(module).__name__} raised {_shortly(error)}. Drop what cannot be copied (open files, locks, "
-                f"generators) from its attributes, or give it a `__deepcopy__`."
-            ) from error
-        if dtype is not None:
-            seed_all(objects, seed)
-        return twin
+        """See :meth:`run`."""
 
     def _trainer(self) -> Any:
         """The real Trainer; where a manual step has none, something with optimizers."""
@@ -173,6 +156,78 @@ class PrivateCall:
             f"{self._what} must return the loss, a scalar tensor or a mapping with one under 'loss', but it returned "
             f"{got}. Pass a batch for which it does, or `forward`, a function of (module, batch) that returns the loss."
         )
+
+
+class PrivateCall(Call):
+    """The loss of a private copy.
+
+    Each call has a fresh copy, so that a step that keeps state starts from the same one every time. The module is
+    copied, never called.
+
+    Attributes:
+        buffers: What stands in place of some of the module's buffers in the coming calls.
+        left: What the last call has made of all buffers.
+
+    Raises:
+        ProbeError: If the module cannot be copied.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss | None, batch: Any, dtype: torch.dtype) -> None:
+        super().__init__(module, loss, batch, dtype)
+        self.module = self._copy(module, None, 0)
+        self.buffers: dict[str, Tensor] = {}
+        self.left: dict[str, Tensor] = {}
+        names = {p: name for name, p in module.named_parameters()}
+        self._names = {id(p): names[first] for p, first in same_memory(module).items()}
+
+    def own_point(self) -> dict[str, Tensor]:
+        """See :class:`Call`."""
+        return {n: cast(p, self.dtype).requires_grad_(p.requires_grad) for n, p in self.module.named_parameters()}
+
+    def generic_point(self, magnitude: Mapping[str, float], *, seed: int, amount: float) -> dict[str, Tensor]:
+        """See :class:`Call`."""
+        own = dict(self.module.named_parameters())
+        rest = {name: cast(p, self.dtype) for name, p in own.items() if name not in magnitude}
+        drawn = generic_point({name: own[name] for name in magnitude}, magnitude, self.dtype, seed=seed, amount=amount)
+        return {**rest, **{name: t.requires_grad_() for name, t in drawn.items()}}
+
+    def _run(self, point: Mapping[str, Tensor], then: Callable[[Losses], T], seed: int, shrink: float) -> T:
+        twin = self._copy(self.module, self.dtype, seed)
+        buffers = {name: cast(b, self.dtype) for name, b in self.module.named_buffers()} | dict(self.buffers)
+        constants = [b for b in buffers.values() if b.ndim == 0 and b.is_floating_point()]
+        devices = {t.device for t in point.values() if t.device.type != "cpu"}
+        tensors = {f"inner.{name}": t for name, t in {**buffers, **point}.items()}
+        generator = torch.Generator().manual_seed(seed)
+        manual = ManualLosses(list(point.values())) if self._is_manual else None
+        points = {key: point[name] for key, name in self._names.items()}
+
+        def losses(module: nn.Module, batch: Any) -> T:
+            if manual is None:
+                return then(self._one(self._scalar_loss(module, batch)))
+            with manual:
+                self._loss(module, batch)
+                manual.finish()
+                return then(manual)
+
+        with quiet(devices, generator), ProbeMode(self.dtype, shrink, constants, generator):
+            attach(twin, self._trainer(), points, self._real, manual)
+            batch = copied(self._batch, self.dtype, {})
+            result: T = functional_call(_Call(twin, losses), tensors, (batch,))
+        self.left = {name: tensors[f"inner.{name}"] for name in buffers}
+        return result
+
+    def _copy(self, module: nn.Module, dtype: torch.dtype | None, seed: int) -> nn.Module:
+        try:
+            twin, objects = copied_module(module, dtype)
+        except Exception as error:
+            raise ProbeError(
+                f"`module` must survive copy.deepcopy, because the probe works on a private copy, but "
+                f"{type(module).__name__} raised {_shortly(error)}. Drop what cannot be copied (open files, locks, "
+                f"generators) from its attributes, or give it a `__deepcopy__`."
+            ) from error
+        if dtype is not None:
+            seed_all(objects, seed)
+        return twin
 
 
 class _Call(nn.Module):

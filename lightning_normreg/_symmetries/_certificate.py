@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_normreg._symmetries._call import PrivateCall
+from lightning_normreg._symmetries._call import Call
 from lightning_normreg._symmetries._slices import unit_of_slice
 from lightning_normreg._symmetries._thresholds import Thresholds
-from lightning_normreg._weights import ScaleInvariance
+from lightning_normreg._weights import ScaleInvariance, Shard
 from lightning_normreg.functional._units import over_units
 
 ROUNDS = 2
@@ -23,26 +23,31 @@ _EXPONENTS = torch.tensor([-3, -2, -1, 1, 2, 3])
 """Several, so that two weights that only move together (q and k) rarely cancel each other."""
 
 
-def rescaled(point: Mapping[str, Tensor], accepted: Mapping[str, ScaleInvariance], seed: int) -> dict[str, Tensor]:
+def rescaled(
+    call: Call, point: Mapping[str, Tensor], accepted: Mapping[str, ScaleInvariance], seed: int
+) -> dict[str, Tensor]:
     """The point with every unit multiplied by a power of two from 1/8 to 8, but not 1, of its own."""
     generator = torch.Generator().manual_seed(seed)
     result = dict(point)
     for name, verdict in accepted.items():
-        slices = 1 if verdict.dim is None else result[name].shape[verdict.dim] * verdict.groups
+        slices = 1 if verdict.dim is None else call.shape(name, result[name])[verdict.dim] * verdict.groups
         units = unit_of_slice(verdict, slices)
         drawn = torch.randint(len(_EXPONENTS), (int(units.max()) + 1,), generator=generator)
         factors = torch.where(units >= 0, 2.0 ** _EXPONENTS[drawn][units], 1.0)
         for each in (name, verdict.needs_bias):
             if each is not None:
-                result[each] = _scale(result[each], factors, verdict)
+                result[each] = _scale(result[each], factors, verdict, call.shards.get(each))
     return result
 
 
-def _scale(tensor: Tensor, factors: Tensor, verdict: ScaleInvariance) -> Tensor:
+def _scale(tensor: Tensor, factors: Tensor, verdict: ScaleInvariance, shard: Shard | None) -> Tensor:
     """Multiply each slice by its factor, the whole tensor by the only one where it is the unit."""
     factors = factors.to(tensor.device, tensor.dtype.to_real())
     if verdict.dim is None:
         return tensor * factors[0]
+    if shard is not None:
+        kept, slices = shard.slices(verdict.dim, verdict.groups) if len(shard.shape) > 1 else shard.slices(0)
+        return tensor * over_units(factors[slices.to(factors.device)], tensor, kept)
     if tensor.ndim < 2:
         return tensor * factors.reshape(tensor.shape)
     view = tensor.reshape(verdict.groups, len(tensor) // verdict.groups, *tensor.shape[1:])
@@ -57,7 +62,7 @@ class Refuted(NamedTuple):
 
 
 def certify(
-    call: PrivateCall,
+    call: Call,
     point: Mapping[str, Tensor],
     accepted: Mapping[str, ScaleInvariance],
     limits: Thresholds,
@@ -79,7 +84,7 @@ def certify(
         return call.run(leaves, lambda losses: losses.values(), seed=seed, shrink=limits.shrink)
 
     base = losses_at(point)
-    if not all(map(math.isfinite, base)):
+    if call.largest(float(not all(map(math.isfinite, base)))):
         return None
 
     found: dict[str, float] = {}
@@ -87,13 +92,14 @@ def certify(
 
         def change(names: list[str], index: int = index) -> float:
             part = {name: accepted[name] for name in names}
-            return max(_relative(losses_at(rescaled(point, part, seed + r)), base, index) for r in range(ROUNDS))
+            moved = [losses_at(rescaled(call, point, part, seed + r)) for r in range(ROUNDS)]
+            return call.largest(max(_relative(losses, base, index) for losses in moved))
 
         names = [name for name in accepted if index in reaching[name]]
         if change(names) <= limits.certificate:
             continue
         # Of two changes that differ, or a base that does not come back, one at least is not the weights' doing.
-        again = _relative(losses_at(point), base, index)
+        again = call.largest(_relative(losses_at(point), base, index))
         if again > limits.certificate or change(names) <= limits.certificate:
             return Refuted({}, steady=False)
         found |= _culprits(names, change, limits.certificate)
@@ -101,7 +107,7 @@ def certify(
 
 
 def moving(
-    call: PrivateCall, point: Mapping[str, Tensor], other: Mapping[str, Tensor], names: list[str], *, shrink: float
+    call: Call, point: Mapping[str, Tensor], other: Mapping[str, Tensor], names: list[str], *, shrink: float
 ) -> set[str]:
     """Those of some parameters that change a loss when they are as at another point; roundoff is no change."""
 
@@ -113,7 +119,7 @@ def moving(
 
     def change(names: list[str]) -> float:
         moved = losses_at({**point, **{name: other[name] for name in names}})
-        return max(_relative(moved, base, index) for index in range(len(base)))
+        return call.largest(max(_relative(moved, base, index) for index in range(len(base))))
 
     return set(_culprits(names, change, 1e3 * torch.finfo(call.dtype).eps)) if names else set()
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_normreg._weights import same_memory
+
 T = TypeVar("T")
 
 
@@ -42,11 +44,12 @@ def copied(value: T, dtype: torch.dtype | None, memo: dict[int, Any]) -> T:
 def copied_module(module: nn.Module, dtype: torch.dtype | None) -> tuple[nn.Module, list[Any]]:
     """A copy that shares parameters and buffers, which every call replaces, and everything that was copied for it."""
     memo: dict[int, Any] = {id(b): b for b in module.buffers()}
-    for p in module.parameters():
+    for p, first in same_memory(module).items():
         if type(p) is nn.Parameter:
-            alias = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
-            vars(alias).update(vars(p))
-            memo[id(p)] = alias
+            if id(first) not in memo:
+                memo[id(first)] = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+            memo[id(p)] = memo[id(first)]
+            vars(memo[id(p)]).update(vars(p))
     twin = copied(module, dtype, memo)
     _rebind_compiled(twin, module)
     return twin, list(memo.values())

@@ -7,7 +7,8 @@ away. With one constant c per entry of all variances,
 .. math:: \Phi_c = \sum_j c_j \tfrac12 \log v_j \quad\Rightarrow\quad \langle w, \partial\Phi_c/\partial w\rangle =
     \sum_{j \text{ behind } w} c_j .
 
-Two backward passes, with c = ρ and with c = 1, give the mean ρ that each unit meets.
+Two backward passes, with c = ρ and with c = 1, give the mean ρ that each unit meets. In place each has a forward
+pass of its own, because sharded weights are gone after the first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,13 +24,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_normreg._symmetries._call import PrivateCall
+from lightning_normreg._symmetries._call import Call
 from lightning_normreg._symmetries._dispatch import is_eps
-from lightning_normreg._symmetries._euler import EulerSums, euler_sums
-from lightning_normreg._symmetries._losses import ProbeError
-from lightning_normreg._symmetries._slices import Axis, unit_table
+from lightning_normreg._symmetries._euler import EulerSums, euler_sums, wide
+from lightning_normreg._symmetries._losses import Gradients, Losses, ProbeError
+from lightning_normreg._symmetries._slices import Axis, Table, unit_table
 from lightning_normreg._weights import ParameterRole, ScaleInvariance
-from lightning_normreg.functional._units import split_units, unit_rows
 
 T = TypeVar("T")
 
@@ -88,7 +89,7 @@ _ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, *_IN_PLACE}
 
 
 def with_eps_shares(
-    call: PrivateCall,
+    call: Call,
     verdicts: Mapping[str, ScaleInvariance],
     roles: Mapping[str, ParameterRole],
     *,
@@ -112,60 +113,67 @@ def with_eps_shares(
     roles = {name: role for name, role in roles.items() if name in wanted}
     looked_at = {name: [_axis(invariant.get(name))] for name in roles}
     point = call.own_point()
+    weights = {name: point[name] for name in roles}
 
-    def read(then: Callable[[list[_Reading]], T], shrink: float) -> T:
+    def read(then: Callable[[list[_Reading], Losses], T], shrink: float) -> T:
         with NormReader(torch.finfo(narrow).eps) as reader:
             # A copy, because what is done with the readings adds an eps as well, and is read in turn.
-            return call.run(point, lambda _losses: then(list(reader.readings)), seed=0, shrink=shrink)
+            return call.run(point, lambda losses: then(list(reader.readings), losses), seed=0, shrink=shrink)
 
     try:
-        own = read(lambda readings: [_Reading(r.variance.detach(), r.eps) for r in readings], 1.0)
+        own = read(lambda readings, _: [_Reading(r.variance.detach(), r.eps) for r in readings], 1.0)
         shares = [r.eps / (r.variance + r.eps) for r in own]
-        complete, met, places = read(lambda readings: _degrees(readings, shares, point, looked_at), shrink)
+        ones = [torch.ones_like(share) for share in shares]
+        sums: list[dict[str, EulerSums]] = []
+        for constants in [[shares], [ones]] if call.in_place else [[shares, ones]]:
+            complete, some = read(partial(_degrees, constants=constants, weights=list(weights.values())), shrink)
+            sums += [euler_sums(call, weights, gradients, looked_at) for gradients in some]
+            del some  # as large as the model
     except ProbeError:
         return found
+    met, places = sums
+    standardized = _standardized(call, {n: weights[n] for n, v in invariant.items() if v.kind == "neuron"}, roles, own)
     for name, verdict in invariant.items():
         median, worst = _summary(_per_unit(verdict, name, met), _per_unit(verdict, name, places), complete)
-        standardized = verdict.kind == "neuron" and _is_standardized(point[name], roles[name], own)
-        found[name] = replace(verdict, rho_median=median, rho_worst=worst, standardized=standardized)
+        found[name] = replace(verdict, rho_median=median, rho_worst=worst, standardized=name in standardized)
     return found
 
 
-def _is_standardized(weight: Tensor, role: ParameterRole, readings: Sequence[_Reading]) -> bool:
-    """Whether a normalization divides by the variance of the weight's own rows, or adds its eps to their deviation."""
-    neurons = weight.shape[role.dim] * role.groups if weight.ndim > 1 else 1
-    readings = [r for r in readings if r.variance.numel() == neurons]
-    if weight.is_complex() or not readings:
-        return False
-    rows = unit_rows(*split_units(weight, "neuron", role.dim, role.groups))
-    variances = [rows.var(1, correction=correction) for correction in (0, 1)]
-    close = 100 * torch.finfo(rows.dtype).eps  # no data has the variance of the rows to that many digits
-    return any(
-        torch.allclose(r.variance.flatten(), own, rtol=close, atol=0.0)
-        for r in readings
-        for own in (*variances, *(v.sqrt() for v in variances))
-    )
+def _standardized(
+    call: Call, weights: Mapping[str, Tensor], roles: Mapping[str, ParameterRole], readings: Sequence[_Reading]
+) -> set[str]:
+    """Those of some weights by whose rows' own variance a normalization divides, or adds its eps to their deviation."""
+    real = {name: weight for name, weight in weights.items() if not weight.is_complex()}
+    axes = {name: Axis(roles[name].dim, roles[name].groups) for name in real}
+    rows = {n: Table.along(w.detach().to(wide(w), copy=True), [axes[n]], call.shards.get(n)) for n, w in real.items()}
+    close = 100 * torch.finfo(call.dtype).eps  # no data has the variance of the rows to that many digits
+    found = set()
+    for name, tables in call.summed(rows).items():
+        sums, squares = tables[axes[name]]
+        entries = call.shape(name, real[name]).numel() // len(sums)
+        variances = [(squares - sums.square() / entries) / max(1, entries - correction) for correction in (0, 1)]
+        measured = [r.variance.flatten().cpu().to(sums.dtype) for r in readings if r.variance.numel() == len(sums)]
+        own = [v for variance in variances for v in (variance, variance.sqrt())]
+        if any(torch.allclose(m, v, rtol=close, atol=0.0) for m in measured for v in own):
+            found.add(name)
+    return found
 
 
 def _degrees(
-    readings: list[_Reading], shares: list[Tensor], point: dict[str, Tensor], axes: Mapping[str, Sequence[Axis]]
-) -> tuple[bool, dict[str, EulerSums], dict[str, EulerSums]]:
-    """Whether all variances are in the graph, and ``w·∂Φ_c/∂w`` of each parameter, with c = ρ and with c = 1."""
-    if [r.variance.shape for r in readings] != [share.shape for share in shares]:
+    readings: list[_Reading], losses: Losses, constants: list[list[Tensor]], weights: list[Tensor]
+) -> tuple[bool, list[Gradients]]:
+    """Whether all variances are in the graph, and ``∂Φ_c/∂w`` for each choice of the constants c."""
+    if any([r.variance.shape for r in readings] != [c.shape for c in chosen] for chosen in constants):
         raise ProbeError("The normalizations differ from one call to the next.")
-    pairs = [(r.variance, share) for r, share in zip(readings, shares, strict=True) if r.variance.requires_grad]
-    weights = [point[name] for name in axes]
-
-    def degrees(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, EulerSums]:
+    inside = [r.variance.requires_grad for r in readings]
+    found: list[Gradients] = []
+    for chosen in constants:
+        pairs = [(r.variance, c) for r, c in zip(readings, chosen, strict=True) if r.variance.requires_grad]
         # v/(2·constant v) has the gradient of ½ log v, but no trouble where v is 0.
         phi = sum((c * torch.where(v > 0, v / (2 * v.detach()), 0.0)).sum() for v, c in pairs)
-        gradients: Sequence[Tensor | None] = [None] * len(weights)
-        if isinstance(phi, Tensor):
-            gradients = torch.autograd.grad(phi, weights, retain_graph=True, allow_unused=True)
-        return {n: euler_sums(w, g, axes[n]) for n, w, g in zip(axes, weights, gradients, strict=True)}
-
-    ones = [(variance, torch.ones_like(share)) for variance, share in pairs]
-    return len(pairs) == len(shares), degrees(pairs), degrees(ones)
+        nothing = (None,) * len(weights)
+        found.append(losses.gradients_of(phi, weights) if isinstance(phi, Tensor) else nothing)
+    return all(inside), found
 
 
 def _per_unit(verdict: ScaleInvariance, name: str, degrees: Mapping[str, EulerSums]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_normreg._symmetries._call import PrivateCall
+from lightning_normreg._symmetries._call import Call
 from lightning_normreg._symmetries._losses import Gradients, Losses
 from lightning_normreg._symmetries._slices import Axis, Table, Tables
 
@@ -21,6 +21,11 @@ class EulerSums:
     tables: Tables  # along each axis
     total: Tensor  # Σ E² over the tensor, shape () or (draws,)
     is_vector: bool  # it has less than two dimensions, and so no units but itself
+
+    @staticmethod
+    def of(tables: Tables, shape: torch.Size) -> EulerSums:
+        """Those of a parameter of some shape."""
+        return EulerSums(tables, next(iter(tables.values())).squares.sum(), len(shape) < 2)
 
     @staticmethod
     def stack(draws: list[EulerSums]) -> EulerSums:
@@ -38,25 +43,27 @@ class Draw(NamedTuple):
     reaching: dict[str, set[int]]  # numbers of the losses whose gradient counts
 
 
-def euler_sums(weight: Tensor, gradient: Tensor | None, looked_at: Sequence[Axis]) -> EulerSums:
-    """Sum ``E = w·g`` and ``E²`` over the slices along some axes.
+def euler_sums(
+    call: Call, weights: Mapping[str, Tensor], gradients: Gradients, axes: Mapping[str, Sequence[Axis]]
+) -> dict[str, EulerSums]:
+    """Sum ``E = w·g`` and ``E²`` over the slices along some axes, of each weight, over all processes.
 
     Accumulates in float64, because E cancels. For complex weights E is Re(w̄·g), by torch's convention of gradients.
-
-    Examples:
-        >>> from lightning_normreg._symmetries import Axis
-        >>> weight = torch.tensor([[3.0, 4.0], [1.0, 1.0]])
-        >>> sums = euler_sums(weight, torch.tensor([[4.0, -3.0], [1.0, 1.0]]), [Axis(0)])
-        >>> sums.tables[Axis(0)].sums  # the first row's gradient is at a right angle to it
-        tensor([0., 2.], dtype=torch.float64)
 
     Reference:
         Twan van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, arXiv:1706.05350, section 2.
     """
-    wide = torch.float64 if weight.device.type != "mps" else torch.float32
-    entries = euler_entries(weight, gradient, wide)
-    tables = {axis: Table(*(v.cpu() for v in table)) for axis, table in Table.along(entries, looked_at).items()}
-    return EulerSums(tables, next(iter(tables.values())).squares.sum(), weight.ndim < 2)
+    found = {}
+    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+        entries = euler_entries(weight, gradient, wide(weight))
+        found[name] = Table.along(entries, axes[name], call.shards.get(name))
+    sums = call.summed(found)
+    return {name: EulerSums.of(tables, call.shape(name, weights[name])) for name, tables in sums.items()}
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The widest type of its device."""
+    return torch.float64 if tensor.device.type != "mps" else torch.float32
 
 
 def euler_entries(weight: Tensor, gradient: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -71,22 +78,22 @@ def euler_entries(weight: Tensor, gradient: Tensor | None, dtype: torch.dtype) -
 
 
 def euler_draw(
-    call: PrivateCall, point: Mapping[str, Tensor], axes: Mapping[str, Sequence[Axis]], *, seed: int, shrink: float
+    call: Call, point: Mapping[str, Tensor], axes: Mapping[str, Sequence[Axis]], *, seed: int, shrink: float
 ) -> Draw:
     """One forward and backward pass at ``point``, for each parameter that ``axes`` names.
 
     Raises:
         ProbeError: If the loss cannot be computed.
     """
-    weights = [point[name] for name in axes]
+    weights = {name: point[name] for name in axes}
 
     def backward(losses: Losses) -> tuple[list[float], Gradients, list[set[int]]]:
-        gradients = losses.gradients(weights)
-        return losses.values(), gradients, losses.reaching(weights)
+        tensors = list(weights.values())
+        gradients = losses.gradients(tensors)
+        return losses.values(), gradients, losses.reaching(tensors)
 
     values, gradients, reaching = call.run(point, backward, seed=seed, shrink=shrink)
-    pairs = zip(axes, weights, gradients, strict=True)
-    sums = {name: euler_sums(weight, gradient, axes[name]) for name, weight, gradient in pairs}
+    sums = euler_sums(call, weights, gradients, axes)
     return Draw(values, sums, dict(zip(axes, reaching, strict=True)))
 
 

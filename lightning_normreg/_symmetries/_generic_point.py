@@ -34,29 +34,31 @@ def generic_point(
     *,
     seed: int,
     amount: float = AMOUNT,
+    shapes: Mapping[str, torch.Size] | None = None,
 ) -> dict[str, Tensor]:
     """Draw every tensor anew, close to where it is but away from all special values.
 
     A vector p becomes ``p + 2·amount·n``, n standard normal. Anything else is brought to the root mean square
     r = magnitude/√fan_in and becomes ``p + amount·√(p² + r²)·n``; an all-zero tensor is drawn from ``n·r``. The result
-    is in ``dtype``, or the complex type of that width; each device draws from a stream of its own.
+    is in ``dtype``, or the complex type of that width; each device draws from a stream of its own. Parts of tensors
+    have the ``shapes`` of the whole ones, and are drawn each by itself.
     """
     generators: dict[torch.device, torch.Generator] = {}
     point = {}
     for name, tensor in tensors.items():
         generator = generators.setdefault(tensor.device, torch.Generator(tensor.device).manual_seed(seed))
         wide = tensor.detach().to(dtype.to_complex() if tensor.is_complex() else dtype, copy=True)
-        point[name] = _redraw(wide, magnitude[name], amount, generator)
+        point[name] = _redraw(wide, shapes[name] if shapes else wide.shape, magnitude[name], amount, generator)
     return point
 
 
-def _redraw(tensor: Tensor, magnitude: float, amount: float, generator: torch.Generator) -> Tensor:
+def _redraw(tensor: Tensor, shape: torch.Size, magnitude: float, amount: float, generator: torch.Generator) -> Tensor:
     # Single precision is generic enough, and drawing is a good part of the probe's cost.
     narrow = torch.complex64 if tensor.is_complex() else torch.float32
     noise = torch.randn(tensor.shape, generator=generator, dtype=narrow, device=tensor.device)
-    if tensor.ndim <= 1:
+    if len(shape) <= 1:
         return tensor.add_(noise, alpha=2 * amount)
-    fan_in = max(1, tensor[0].numel())
+    fan_in = max(1, shape[1:].numel())
     rms = magnitude / math.sqrt(fan_in)
     actual = float(torch.linalg.vector_norm(tensor)) / math.sqrt(max(1, tensor.numel()))
     if actual < 1e-3 / math.sqrt(fan_in):  # zero or a tiny layer scale: there is no direction to keep

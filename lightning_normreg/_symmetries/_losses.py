@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from lightning_normreg._weights import gradient_of
 
 Gradients = tuple[Tensor | None, ...]
 
 
 class ProbeError(RuntimeError):
-    """The module's loss could not be computed on a private copy."""
+    """The module's loss could not be computed."""
 
 
 class NoLossError(ProbeError):
     """This batch has no loss; another one may have."""
 
 
-class Losses(Protocol):
+class Losses(ABC):
     """Inside of the call that computed them."""
 
+    @abstractmethod
     def values(self) -> list[float]:
         """One number for each loss."""
 
+    @abstractmethod
     def gradients(self, weights: Sequence[Tensor]) -> Gradients:
         """Sum over the losses, for each weight those whose gradient reaches it before its optimizer steps."""
 
+    def gradients_of(self, value: Tensor, weights: Sequence[Tensor]) -> Gradients:
+        """Those of something else that was computed on the way; private calls may ask for several."""
+        return torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+
+    @abstractmethod
     def reaching(self, weights: Sequence[Tensor]) -> list[set[int]]:
         """For each weight the numbers of those losses."""
 
 
-class OneLoss:
+class OneLoss(Losses):
     """What an automatic training_step, or ``forward``, returns."""
 
     def __init__(self, loss: Tensor) -> None:
@@ -45,16 +55,19 @@ class OneLoss:
 
     def gradients(self, weights: Sequence[Tensor]) -> Gradients:
         """See :class:`Losses`."""
-        if not self._loss.requires_grad:
-            raise ProbeError(
-                "The loss must depend on a trainable parameter, but it has no gradient. Return it undetached."
-            )
+        self._check()
         # Not loss.backward(), which would also leave gradients on whatever the user's code holds outside of the module.
         return torch.autograd.grad(self._loss, weights, allow_unused=True)
 
     def reaching(self, weights: Sequence[Tensor]) -> list[set[int]]:
         """See :class:`Losses`."""
         return [{0} for _ in weights]
+
+    def _check(self) -> None:
+        if not self._loss.requires_grad:
+            raise ProbeError(
+                "The loss must depend on a trainable parameter, but it has no gradient. Return it undetached."
+            )
 
 
 class PlainBackward(OneLoss):
@@ -66,11 +79,35 @@ class PlainBackward(OneLoss):
         return tuple(weight.grad for weight in weights)
 
 
+class InPlaceLoss(OneLoss):
+    """Of the real module, by ``backward``, because sharded weights get their gradients from hooks of theirs.
+
+    Args:
+        loss: The loss.
+        parameters: Identity of what stands for a weight → the parameter.
+    """
+
+    def __init__(self, loss: Tensor, parameters: Mapping[int, nn.Parameter]) -> None:
+        super().__init__(loss)
+        self._parameters = parameters
+
+    def gradients(self, weights: Sequence[Tensor]) -> Gradients:
+        """See :class:`Losses`; what this process holds of them."""
+        self._check()
+        return self.gradients_of(self._loss, weights)
+
+    def gradients_of(self, value: Tensor, weights: Sequence[Tensor]) -> Gradients:
+        """See :class:`Losses`; only once, because sharded weights are gone after that."""
+        # The loss takes part in any case: weights are gathered for a module's backward pass when that reaches its end.
+        (value if value is self._loss else value + 0 * self._loss).backward()  # type: ignore[no-untyped-call]
+        return tuple(gradient_of(self._parameters[id(weight)]) for weight in weights)
+
+
 _BACKWARDS = {torch.autograd.backward, Tensor.backward}
 _ARGUMENTS = ("gradient", "retain_graph", "create_graph", "inputs")
 
 
-class ManualLosses(TorchFunctionMode):
+class ManualLosses(TorchFunctionMode, Losses):
     """Notes each backward pass of a manual training_step that runs inside of it, and which gradients optimizers take.
 
     Args:

@@ -33,12 +33,11 @@ class Observed:
     gradient: Tensor  # its norm
 
     @staticmethod
-    def of(weight: Tensor, gradient: Tensor, looked_at: Sequence[Axis]) -> Observed:
-        """Sum over the slices of some axes, in float32 at least."""
+    def of(weight: Tensor, gradient: Tensor, looked_at: Sequence[Axis], shard: Shard | None = None) -> Observed:
+        """Sum over the slices of some axes, in float32 at least; partial sums of a shard, see :meth:`summed`."""
         entries = euler_entries(weight, gradient, accumulator(weight.dtype))
-        return Observed(
-            Table.along(entries, looked_at), torch.linalg.vector_norm(gradient.detach(), dtype=entries.dtype)
-        )
+        norm = torch.linalg.vector_norm(gradient.detach(), dtype=entries.dtype)
+        return Observed(Table.along(entries, looked_at, shard), norm)
 
     @staticmethod
     def stack(steps: Sequence[Observed]) -> Observed:
@@ -47,30 +46,18 @@ class Observed:
         tables = {axis: Table.stack([step.tables[axis] for step in steps]) for axis in axes_seen}
         return Observed(tables, torch.stack([step.gradient for step in steps]) if steps else torch.zeros(0))
 
-    def spread(self, shard: Shard) -> Observed:
-        """This process's slices at their places in the whole tensor, with the square of the gradient's norm.
-
-        Like this they can be added over processes, see :meth:`sum_later`.
-        """
-        tables = {}
-        for axis, table in self.tables.items():
-            places = shard.index[axis.dim]
-            size = shard.shape[axis.dim]
-            tables[axis] = Table(*(v.new_zeros(size).index_add_(0, places, v) for v in table))
-        return Observed(tables, self.gradient.square())
-
     @staticmethod
-    def summed(spread: Mapping[str, tuple[Observed, Shard]]) -> dict[str, Observed]:
-        """The sums over processes of several steps that were spread, by one reduction for all parameters."""
+    def summed(found: Mapping[str, tuple[Observed, Shard]]) -> dict[str, Observed]:
+        """The sums over processes of partial sums, by one reduction for all parameters."""
         parts = [
             (values, shard.groups)
-            for seen, shard in spread.values()
-            for values in (*(v for table in seen.tables.values() for v in table), seen.gradient)
+            for seen, shard in found.values()
+            for values in (*(v for table in seen.tables.values() for v in table), seen.gradient.square())
         ]
         sums = iter(summed(parts))
         return {
             name: Observed({axis: Table(next(sums), next(sums)) for axis in seen.tables}, next(sums).sqrt())
-            for name, (seen, _) in spread.items()
+            for name, (seen, _) in found.items()
         }
 
     def where(self, steps: Tensor) -> Observed:

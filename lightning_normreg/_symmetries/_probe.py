@@ -10,23 +10,34 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_normreg._symmetries._biases import bias_candidates
-from lightning_normreg._symmetries._call import Loss, PrivateCall, check_callable
+from lightning_normreg._symmetries._call import Call, Loss, PrivateCall, check_callable
 from lightning_normreg._symmetries._certificate import certify, moving
 from lightning_normreg._symmetries._classify import classify, dead_parameters, open_axes, unreached
 from lightning_normreg._symmetries._eps_share import with_eps_shares
 from lightning_normreg._symmetries._euler import Draw, EulerSums, euler_draw
 from lightning_normreg._symmetries._generic_point import AMOUNT, LADDER, magnitudes
+from lightning_normreg._symmetries._in_place import InPlaceCall, is_distributed
 from lightning_normreg._symmetries._losses import ProbeError
-from lightning_normreg._symmetries._reasons import FROZEN, INERT, UNREACHED, UNSTEADY, VANISHED, demoted, explain
+from lightning_normreg._symmetries._reasons import (
+    FROZEN,
+    INERT,
+    KEEPS_STATE,
+    UNREACHED,
+    UNSTEADY,
+    VANISHED,
+    demoted,
+    explain,
+)
 from lightning_normreg._symmetries._slices import axes
 from lightning_normreg._symmetries._thresholds import THRESHOLDS
 from lightning_normreg._symmetries._vocabulary import reached_rows, shrink_tables
-from lightning_normreg._weights import Evidence, ScaleInvariance, named_roles
+from lightning_normreg._weights import Evidence, ScaleInvariance, is_sharded, named_roles, same_memory, whole_shape
 
 ProbeType = Literal["auto", "float64", "float32"]
 _TYPES: dict[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
@@ -43,6 +54,8 @@ def find_scale_invariance(
     dtype: ProbeType = "auto",
     seed: int = 0,
     draws: int = 4,
+    in_place: bool = False,
+    progress: bool = True,
 ) -> dict[str, ScaleInvariance]:
     r"""Find out which units of which parameters can be rescaled without changing the loss.
 
@@ -56,6 +69,10 @@ def find_scale_invariance(
     loss of its own, and a weight is scale-invariant if it is so under all whose gradient reaches it before its
     optimizer steps.
 
+    A sharded module (FSDP, tensor parallel) is asked in place, by all processes together: the points are written into
+    its shards, and weights, buffers, attributes, gradients and random states are put back bit for bit, also when the
+    loss raises on all processes.
+
     Args:
         module: In training mode. A LightningModule (anything with a ``training_step``) is asked for its own loss.
         batch: A few real samples, as ``training_step`` gets them.
@@ -63,6 +80,10 @@ def find_scale_invariance(
         dtype: ``"float64"``, ``"float32"``, or ``"auto"``: float64, and float32 with a warning where that fails.
         seed: Of everything that is drawn, ``≥ 0``.
         draws: Generic points, at least 2. Each costs a forward and a backward pass.
+        in_place: Ask the module itself instead of a copy, in the type of its weights, also where it is not sharded: for
+            models that are too large to be copied. Under manual optimization, and with weights narrower than float32,
+            that is not possible.
+        progress: Show a bar where it takes longer than a moment.
 
     Returns:
         Clean name → verdict, in the order of ``parameter_roles(module)``. Frozen parameters are unknown.
@@ -70,8 +91,8 @@ def find_scale_invariance(
     Raises:
         ValueError: If an argument is out of its range, ``module`` is not in training mode, or there is no way to get at
             its loss: no ``training_step``, no batch.
-        ProbeError: If the module cannot be copied, or its loss cannot be computed on the copy, is no scalar, or is not
-            finite.
+        ProbeError: If the module cannot be copied, or asked in place, or if its loss cannot be computed there, is no
+            scalar, or is not finite.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -89,13 +110,15 @@ def find_scale_invariance(
         Twan van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, arXiv:1706.05350, section 2.
     """
     _check_arguments(dtype, seed, draws)
+    if in_place or any(map(is_sharded, module.parameters())):
+        return find_in_place(module, batch, forward, outer=module, seed=seed, draws=draws, progress=progress)
     check_callable(module, batch, forward)
     if dtype != "auto":
-        return _probe(module, batch, forward, _TYPES[dtype], seed=seed, draws=draws)
+        return _probe(module, batch, forward, _TYPES[dtype], seed=seed, draws=draws, progress=progress)
     try:
-        return _probe(module, batch, forward, torch.float64, seed=seed, draws=draws)
+        return _probe(module, batch, forward, torch.float64, seed=seed, draws=draws, progress=progress)
     except (ProbeError, RuntimeError, TypeError, MemoryError) as error:
-        verdicts = _probe(module, batch, forward, torch.float32, seed=seed, draws=draws)
+        verdicts = _probe(module, batch, forward, torch.float32, seed=seed, draws=draws, progress=progress)
         why = str(error.__cause__ or error)[:200]
         if _is_first_rank():
             warnings.warn(f"Scale invariance was probed in float32, because float64 failed ({why}).", stacklevel=2)
@@ -103,6 +126,8 @@ def find_scale_invariance(
 
 
 def _is_first_rank() -> bool:
+    if is_distributed():
+        return dist.get_rank() == 0
     return bool(getattr(rank_zero_only, "rank", 0) == 0)  # not set where Lightning was never imported
 
 
@@ -116,26 +141,42 @@ def _check_arguments(dtype: str, seed: int, draws: int) -> None:
 
 
 def _probe(
-    module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int
+    module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int, progress: bool
 ) -> dict[str, ScaleInvariance]:
     """All steps, in one type, with huge embeddings made small where that works."""
     reached = reached_rows(module, forward, batch)
     if reached:
-        setup = _Setup(module, batch, forward, dtype, seed=seed, draws=draws)
-        shrink_tables(setup.call.module, reached)
+        call = PrivateCall(module, forward, batch, dtype)
+        shrink_tables(call.module, reached)
+        setup = _Setup(module, call, seed=seed, draws=draws)
         with contextlib.suppress(ProbeError):
-            verdicts = _ask(setup)
+            verdicts = _ask(setup, progress)
             small = [verdicts[setup.names[f"{name}.weight"][0]] for name in reached]
             if not any(v.dim == 0 and (v.kind == "block" or v.slices) for v in small):  # which would be other rows
                 return verdicts
-    return _ask(_Setup(module, batch, forward, dtype, seed=seed, draws=draws))
+    return _ask(_Setup(module, PrivateCall(module, forward, batch, dtype), seed=seed, draws=draws), progress)
 
 
-def _ask(setup: _Setup) -> dict[str, ScaleInvariance]:
-    """The steps; a bar shows them where that takes longer than a moment."""
-    with tqdm(
-        desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=not _is_first_rank()
-    ) as bar:
+def find_in_place(
+    module: nn.Module,
+    batch: Any,
+    forward: Loss | None,
+    *,
+    outer: nn.Module,
+    seed: int = 0,
+    draws: int = 4,
+    progress: bool = True,
+) -> dict[str, ScaleInvariance]:
+    """See :func:`find_scale_invariance`, asked of the real module, which ``outer`` wraps; every process must ask."""
+    check_callable(module, batch, forward)
+    with InPlaceCall(module, forward, batch, outer) as call:
+        return _ask(_Setup(module, call, seed=seed, draws=draws), progress)
+
+
+def _ask(setup: _Setup, progress: bool) -> dict[str, ScaleInvariance]:
+    """The steps; with ``progress`` a bar shows them where that takes longer than a moment."""
+    hidden = not (progress and _is_first_rank())
+    with tqdm(desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=hidden) as bar:
         drawn = []
         for index in range(setup.draws):
             drawn.append(_draw(setup, index))
@@ -159,19 +200,18 @@ def _ask(setup: _Setup) -> dict[str, ScaleInvariance]:
 class _Setup:
     """What the steps of one probe share. Names are those of ``module.named_parameters()``, unless they say clean."""
 
-    def __init__(
-        self, module: nn.Module, batch: Any, forward: Loss | None, dtype: torch.dtype, *, seed: int, draws: int
-    ) -> None:
+    def __init__(self, module: nn.Module, call: Call, *, seed: int, draws: int) -> None:
         named = named_roles(module)
-        raw = [name for name, _ in module.named_parameters()]
-        self.names = {name: (clean, role) for name, (clean, _, role) in zip(raw, named, strict=True)}
-        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        same = same_memory(module)
+        distinct = {name: p for name, p in module.named_parameters() if same[p] is p}
+        self.names = {name: (clean, role) for name, (clean, _, role) in zip(distinct, named, strict=True)}
+        trainable = {name: p for name, p in distinct.items() if p.requires_grad}
         self.roles = {name: self.names[name][1] for name in trainable}
-        self.axes = {name: axes(p.shape, self.roles[name]) for name, p in trainable.items()}
-        self.biases = bias_candidates(self.roles, {name: p.shape for name, p in trainable.items()})
+        shapes = {name: whole_shape(p) for name, p in trainable.items()}
+        self.axes = {name: axes(shape, self.roles[name]) for name, shape in shapes.items()}
+        self.biases = bias_candidates(self.roles, shapes)
         self.narrow = next((p.dtype for p in trainable.values()), torch.float32).to_real()
-        self.call = PrivateCall(module, forward, batch, dtype)
-        self.limits = THRESHOLDS[dtype]
+        self.call, self.limits = call, THRESHOLDS[call.dtype]
         self.seed, self.draws = seed, draws
         self._magnitudes = magnitudes(self.roles, draws, seed)
 
@@ -199,7 +239,8 @@ def _draw(setup: _Setup, index: int) -> Draw:
     for attempt in range(_ATTEMPTS):
         point, seed = setup.point(index, attempt)
         draw = euler_draw(setup.call, point, setup.axes, seed=seed, shrink=setup.limits.shrink)
-        if all(map(math.isfinite, draw.losses)) and all(bool(s.total.isfinite()) for s in draw.sums.values()):
+        finite = all(map(math.isfinite, draw.losses)) and all(bool(s.total.isfinite()) for s in draw.sums.values())
+        if not setup.call.largest(float(not finite)):
             return draw
         losses.extend(draw.losses)
     raise ProbeError(
@@ -260,6 +301,8 @@ def _confirmed(
         if found is None:
             continue
         if not found.steady:
-            verdicts = {name: replace(v, reason=UNSTEADY) if v.is_invariant else v for name, v in verdicts.items()}
+            if setup.call.in_place:
+                return verdicts | dict.fromkeys(invariant, KEEPS_STATE)
+            return verdicts | {name: replace(v, reason=UNSTEADY) for name, v in invariant.items()}
         return {name: demoted(v, found.changes[name]) if name in found.changes else v for name, v in verdicts.items()}
     raise ProbeError(f"The loss must be finite close to the module's weights, but was not at {_ATTEMPTS} points there.")

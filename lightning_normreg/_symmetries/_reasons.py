@@ -22,6 +22,13 @@ UNSTEADY = (
     "nothing."
 )
 
+KEEPS_STATE = ScaleInvariance(
+    "unknown",
+    reason="Two calls of the loss at the same weights differ. A module that is asked in place cannot be copied, so a "
+    "step that keeps state outside of it has no verdict: probe a small, unsharded copy of the model, and pass it as "
+    "invariance=.",
+)
+
 
 def explain(verdict: ScaleInvariance) -> ScaleInvariance:
     """Add the sentence to a verdict with units.

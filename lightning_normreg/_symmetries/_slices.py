@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_normreg._weights import ParameterRole, ScaleInvariance
+from lightning_normreg._weights import ParameterRole, ScaleInvariance, Shard
 from lightning_normreg.functional._units import split_units
 
 
@@ -26,10 +26,13 @@ class Table(NamedTuple):
     squares: Tensor
 
     @staticmethod
-    def along(entries: Tensor, looked_at: Sequence[Axis]) -> dict[Axis, Table]:
-        """Sum over the entries of each slice; they are squared in place."""
-        sums = _slice_sums(entries.clone() if entries.ndim == 1 else entries, looked_at)
-        squares = _slice_sums(entries.square_(), looked_at)
+    def along(entries: Tensor, looked_at: Sequence[Axis], shard: Shard | None = None) -> dict[Axis, Table]:
+        """Sum over the entries of each slice; they are squared in place.
+
+        Of a shard these are partial sums, for all slices of the whole tensor.
+        """
+        sums = _slice_sums(entries.clone() if entries.ndim == 1 else entries, looked_at, shard)
+        squares = _slice_sums(entries.square_(), looked_at, shard)
         return {axis: Table(*both) for axis, *both in zip(looked_at, sums, squares, strict=True)}
 
     @staticmethod
@@ -58,7 +61,9 @@ class Table(NamedTuple):
         return Table(*map(pooled, self))
 
 
-def _slice_sums(entries: Tensor, looked_at: Sequence[Axis]) -> list[Tensor]:
+def _slice_sums(entries: Tensor, looked_at: Sequence[Axis], shard: Shard | None) -> list[Tensor]:
+    if shard is not None:
+        return [_partial_sums(entries, axis, shard) for axis in looked_at]
     if entries.ndim == 1:
         return [entries]
     plane = entries
@@ -70,6 +75,14 @@ def _slice_sums(entries: Tensor, looked_at: Sequence[Axis]) -> list[Tensor]:
         view, kept = split_units(plane if axis.dim < 2 else entries, "neuron", *axis)
         found.append(view.sum([d for d in range(view.ndim) if d not in kept]).flatten())
     return found
+
+
+def _partial_sums(entries: Tensor, axis: Axis, shard: Shard) -> Tensor:
+    kept, slices = shard.slices(*axis)
+    entries = entries if shard.entries is None else entries.flatten()
+    inner = [d for d in range(entries.ndim) if d not in kept]
+    mine = (entries.sum(inner) if inner else entries).flatten()
+    return mine.new_zeros(shard.shape[axis.dim] * axis.groups).index_add_(0, slices.to(mine.device), mine)
 
 
 Tables = Mapping[Axis, Table]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def load_verdict(source: str | Path | Mapping[str, Any]) -> dict[str, ScaleInvar
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no verdict, is of another version, or has unknown or missing fields.
+        ValueError: If it is no verdict, is of another version, has unknown or missing fields, or values that make no
+            sense; named with the file.
 
     Examples:
         >>> verdict = {"conv.weight": ScaleInvariance("block", dim=0, block_size=2, slices=((0, 4),), z=1e-15)}
@@ -60,7 +62,8 @@ def load_verdict(source: str | Path | Mapping[str, Any]) -> dict[str, ScaleInvar
         raise _wrong(f"A verdict must say 'format': {FORMAT!r} and have 'parameters', but {where} does not.")
     if content.get("version") != VERSION:
         raise _wrong(f"A verdict must be of version {VERSION}, but {where} is of {content.get('version')!r}.")
-    return {name: _entry(name, entry) for name, entry in content["parameters"].items()}
+    names = content["parameters"].keys()
+    return {name: _entry(name, entry, names, where) for name, entry in content["parameters"].items()}
 
 
 def _wrong(what: str) -> ValueError:
@@ -77,17 +80,52 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _entry(name: str, entry: Any) -> ScaleInvariance:
+def _entry(name: str, entry: Any, names: Collection[str], where: str) -> ScaleInvariance:
     found = set(entry) if isinstance(entry, Mapping) else set()
     if not _FIELDS - {"holds"} <= found <= _FIELDS:  # "holds" is newer than the first files
         raise _wrong(
-            f"The verdict on {name!r} must have the fields of ScaleInvariance, but {sorted(_FIELDS - found)} are "
-            f"missing and {sorted(found - _FIELDS)} are unknown."
+            f"The verdict on {name!r} in {where} must have the fields of ScaleInvariance, but "
+            f"{sorted(_FIELDS - found)} are missing and {sorted(found - _FIELDS)} are unknown."
         )
-    for field, known in (("kind", KINDS), ("evidence", EVIDENCE)):
-        if entry[field] not in known:
-            raise _wrong(f"The {field} of {name!r} must be one of {', '.join(known)}, got {entry[field]!r}.")
-    slices = entry["slices"]
-    if slices is not None and not all(len(pair) == 2 and 0 <= pair[0] < pair[1] for pair in slices):
-        raise _wrong(f"The slices of {name!r} must be pairs (start, stop) with start < stop, got {slices!r}.")
-    return ScaleInvariance(**{**entry, "slices": slices and tuple((int(a), int(b)) for a, b in slices)})
+    for field, (rule, holds) in _RULES.items():
+        if not holds(entry.get(field, True)):
+            raise _wrong(f"The {field} of {name!r} in {where} must be {rule}, got {entry[field]!r}.")
+    bias, slices = entry["needs_bias"], entry["slices"]
+    if bias is not None and (bias == name or bias not in names):
+        raise _wrong(f"The needs_bias of {name!r} in {where} must be another parameter of it, got {bias!r}.")
+    return ScaleInvariance(**{**entry, "slices": slices and tuple((a, b) for a, b in slices)})
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any, most: float) -> bool:
+    return value is None or (isinstance(value, (int, float)) and 0 <= value <= most)  # NaN is not
+
+
+def _are_ranges(value: Any) -> bool:
+    """None, or ranges one after the other that do not overlap."""
+    if value is None:
+        return True
+    if not isinstance(value, (list, tuple)) or not all(isinstance(r, (list, tuple)) and len(r) == 2 for r in value):
+        return False
+    flat = [end for pair in value for end in pair]
+    ordered = all(_is_int(end, 0) for end in flat) and flat == sorted(flat)
+    return ordered and all(start < stop for start, stop in value)
+
+
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "kind": (f"one of {', '.join(KINDS)}", lambda v: v in KINDS),
+    "evidence": (f"one of {', '.join(EVIDENCE)}", lambda v: v in EVIDENCE),
+    "dim": ("a dimension or null", lambda v: v is None or _is_int(v, 0)),
+    "groups": ("an integer of at least 1", lambda v: _is_int(v, 1)),
+    "block_size": ("an integer of at least 1, or null", lambda v: v is None or _is_int(v, 1)),
+    "slices": ("pairs (start, stop) of integers in order that do not overlap, start < stop", _are_ranges),
+    "z": ("a number of at least 0, or null", lambda v: _is_number(v, math.inf)),
+    "rho_median": ("a share from 0 to 1, or null", lambda v: _is_number(v, 1.0)),
+    "rho_worst": ("a share from 0 to 1, or null", lambda v: _is_number(v, 1.0)),
+    "standardized": ("true or false", lambda v: isinstance(v, bool)),
+    "holds": ("true or false", lambda v: isinstance(v, bool)),
+    "reason": ("text", lambda v: isinstance(v, str)),
+}

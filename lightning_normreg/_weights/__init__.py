@@ -3,8 +3,11 @@
 from lightning_normreg._weights._flat_shards import find_flat_pieces as find_flat_pieces
 from lightning_normreg._weights._flat_shards import is_flat as is_flat
 from lightning_normreg._weights._flat_shards import whole_shape as whole_shape
+from lightning_normreg._weights._fsdp import in_type_of_weights as in_type_of_weights
+from lightning_normreg._weights._fsdp import reshard as reshard
 from lightning_normreg._weights._names import check_globs as check_globs
 from lightning_normreg._weights._names import clean_name as clean_name
+from lightning_normreg._weights._names import counted as counted
 from lightning_normreg._weights._names import listed as listed
 from lightning_normreg._weights._names import match as match
 from lightning_normreg._weights._pieces import gradient_of as gradient_of
@@ -14,6 +17,7 @@ from lightning_normreg._weights._roles import is_matrix as is_matrix
 from lightning_normreg._weights._roles import named_roles as named_roles
 from lightning_normreg._weights._roles import parameter_roles as parameter_roles
 from lightning_normreg._weights._roles import role_by_shape as role_by_shape
+from lightning_normreg._weights._roles import same_memory as same_memory
 from lightning_normreg._weights._selection import UnitArgument as UnitArgument
 from lightning_normreg._weights._selection import Verdict as Verdict
 from lightning_normreg._weights._selection import check_selection as check_selection
@@ -21,8 +25,7 @@ from lightning_normreg._weights._selection import watch as watch
 from lightning_normreg._weights._sharding import Shard as Shard
 from lightning_normreg._weights._sharding import is_sharded as is_sharded
 from lightning_normreg._weights._sharding import local as local
-from lightning_normreg._weights._sharding import reshard as reshard
-from lightning_normreg._weights._sharding import shard_of as shard_of
+from lightning_normreg._weights._sharding import spread_shards as spread_shards
 from lightning_normreg._weights._sharding import summed as summed
 from lightning_normreg._weights._table import Norms as Norms
 from lightning_normreg._weights._table import Table as Table

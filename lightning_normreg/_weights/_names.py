@@ -51,6 +51,11 @@ def check_globs(argument: str, globs: object) -> None:
         raise TypeError(f"`{argument}` must be a list of globs, got {globs!r}. Use for example ['*.weight'].")
 
 
+def counted(number: int, what: str) -> str:
+    """A number and what it counts, in the plural where there is not one: "1 weight", "2 weights"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def listed(names: Sequence[str], most: int = 4) -> str:
     """The first names, and how many more there are.
 

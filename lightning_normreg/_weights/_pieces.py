@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from math import prod
 
 import torch
 import torch.distributed as dist
@@ -101,18 +100,11 @@ def _rows(watched: Watched, parameter: Parameter, shard: Shard | None, is_own: b
     elif shard is None:
         yield from _whole(watched, is_own)
     elif shard.entries is not None:
-        yield from _flat(watched, shard.entries, is_own)
+        yield from _flat(watched, shard, shard.entries, is_own)
     else:
-        units, dim, groups = watched.unit_of_slice(), watched.parts[0].dim, watched.parts[0].groups
-        index = [places.cpu() for places in shard.index]
-        if not is_own:
-            yield _along((0,)), units[index[0]]
-        elif groups > 1:
-            # Number of a transposed convolution's neuron, from its places along the first two dimensions.
-            per_group = watched.shape[0] // groups
-            yield _along((0, 1)), units[(index[0][:, None] // per_group * watched.shape[1] + index[1]).flatten()]
-        else:
-            yield _along((dim,)), units[index[dim]]
+        part = watched.parts[0]
+        kept, slices = shard.slices(part.dim, part.groups) if is_own else shard.slices(0)
+        yield _along(kept), watched.unit_of_slice()[slices.cpu()]
 
 
 def _whole(watched: Watched, is_own: bool) -> Iterator[tuple[See, Tensor]]:
@@ -129,12 +121,13 @@ def _whole(watched: Watched, is_own: bool) -> Iterator[tuple[See, Tensor]]:
         yield replace(watched.parts[0], unit="layer", start=last, stop=end).view, torch.tensor([-1])
 
 
-def _flat(watched: Watched, entries: tuple[int, int], is_own: bool) -> Iterator[tuple[See, Tensor]]:
+def _flat(watched: Watched, shard: Shard, entries: tuple[int, int], is_own: bool) -> Iterator[tuple[See, Tensor]]:
     """A run of entries in the tensor's own order: the end of a row, whole rows, and the start of one."""
     units, part, (start, stop) = watched.unit_of_slice(), watched.parts[0], entries
-    length = prod(watched.shape) // watched.shape[0] if is_own else 1
+    length = watched.shape.numel() // watched.shape[0] if is_own else 1
     if is_own and (part.dim or part.groups > 1):
-        yield _along((0,)), units[_slice_of_entries(watched, start, stop)]
+        kept, slices = shard.slices(part.dim, part.groups)
+        yield _along(kept), units[slices]
         return
     first = min(-(-start // length) * length, stop)
     last = max(stop // length * length, first)
@@ -142,17 +135,6 @@ def _flat(watched: Watched, entries: tuple[int, int], is_own: bool) -> Iterator[
         if high > low:
             rows = (high - low) // length or 1
             yield _entries(low - start, high - start, rows), units[low // length : low // length + rows]
-
-
-def _slice_of_entries(watched: Watched, start: int, stop: int) -> Tensor:
-    """Number of the slice of each entry of a flat piece."""
-    part, shape = watched.parts[0], watched.shape
-    places = torch.arange(start, stop)
-    strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
-    along = places // strides[part.dim] % shape[part.dim]
-    if part.groups == 1:
-        return along
-    return places // strides[0] // (shape[0] // part.groups) * shape[1] + along
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -85,13 +85,26 @@ def named_roles(module: nn.Module) -> list[tuple[str, Parameter, ParameterRole]]
     for name, parameter in module.named_parameters():
         if is_flat(parameter):
             known_piece(parameter, clean_name(name))  # else a matrix would pass for a vector
+    same = same_memory(module)
     decided: dict[Parameter, ParameterRole] = {}
     for owner, name, parameter in owned:
-        decided.setdefault(parameter, _role(owner, name, parameter))
+        decided.setdefault(same[parameter], _role(owner, name, parameter))
     names: dict[Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(clean_name(name))
+        names.setdefault(same[parameter], []).append(clean_name(name))
     return [(n[0], p, replace(decided[p], aliases=tuple(n[1:]))) for p, n in names.items()]
+
+
+def same_memory(module: nn.Module) -> dict[Parameter, Parameter]:
+    """Each parameter → the first one that is the same memory, which is mostly itself: such parameters are tied."""
+    first: dict[object, Parameter] = {}
+    found = {}
+    for parameter in module.parameters():
+        key: object = parameter
+        if type(parameter) is Parameter and parameter.device.type != "meta" and parameter.numel():
+            key = (parameter.data_ptr(), parameter.shape, parameter.stride())
+        found[parameter] = first.setdefault(key, parameter)
+    return found
 
 
 def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, str, Parameter]]:

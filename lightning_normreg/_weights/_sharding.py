@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_normreg._compat import is_named
 from lightning_normreg._weights._flat_shards import is_flat, known_piece
 
 
@@ -25,6 +24,32 @@ class Shard:
     # In place of `index` for the pieces of FSDP's first version: first entry, in the tensor's own order, and end.
     entries: tuple[int, int] | None = None
 
+    def place(self) -> int:
+        """Number of this part among those of the tensor: the same for processes that hold copies of one part."""
+        number = 0
+        for group in self.groups:
+            number = number * dist.get_world_size(group) + dist.get_rank(group)
+        return number
+
+    def slices(self, dim: int, groups: int = 1) -> tuple[tuple[int, ...], Tensor]:
+        """Dimensions of what is held that run over slices of the whole tensor, and the numbers of these slices.
+
+        Slices are those along ``dim``; with ``groups`` the neurons of a transposed convolution, which are spread over
+        dimension 0 as well.
+        """
+        if self.entries is None:
+            first, along = self.index[0], self.index[dim]
+            kept = (dim,) if groups == 1 else (0, 1)
+        else:
+            places = torch.arange(*self.entries)
+            stride = self.shape[dim + 1 :].numel()
+            along, first = places // stride % self.shape[dim], places // self.shape[1:].numel()
+            kept = (0,)
+        if groups > 1:
+            first = first if kept == (0,) else first[:, None]
+            along = first // (self.shape[0] // groups) * self.shape[1] + along
+        return kept, along.flatten()
+
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a process holds a part of the tensor only, or may do so."""
@@ -36,17 +61,6 @@ def local(tensor: Any) -> Tensor:
     detached = tensor.detach()
     entries: Tensor = detached.to_local() if hasattr(detached, "placements") else detached
     return entries
-
-
-def reshard(model: nn.Module) -> None:
-    """Let FSDP forget the whole weights that it keeps after a validation: they would hide what is written to shards."""
-    for part in model.modules():
-        handle: Any = getattr(part, "_handle", None)
-        flat = getattr(handle, "flat_param", None)
-        if is_named(part, "FSDPModule"):
-            part.reshard()  # type: ignore[operator]
-        elif is_named(part, "FullyShardedDataParallel") and hasattr(flat, "_local_shard"):
-            handle.reshard(True)  # before the first forward pass there is nothing to forget
 
 
 def shard_of(parameter: Any, name: str) -> Shard | None:
@@ -71,6 +85,12 @@ def shard_of(parameter: Any, name: str) -> Shard | None:
         groups=tuple(mesh.get_group(d) for d in split),
         split_dims=frozenset(split.values()),
     )
+
+
+def spread_shards(named: Iterable[tuple[str, Tensor]]) -> dict[str, Shard]:
+    """Name → how it is spread, of those of some parameters that are."""
+    shards = ((name, shard_of(p, name)) for name, p in named if is_sharded(p))
+    return {name: shard for name, shard in shards if shard is not None and (shard.groups or shard.entries)}
 
 
 def _places(parameter: Any) -> tuple[Tensor, ...]:

@@ -43,7 +43,8 @@ class EffectiveLRMonitor(Monitor):
       ``layers/effective_lr_ratio_…``, the effective rate over its first logged value.
 
     At the end of a fit it says which layers are "consistent with equilibrium since step …" (after three relaxation
-    times, norm and rotation within 15 % of the prediction, 35 % for Muon), and for which the run was too short.
+    times, 8 of the last 10 logged ratios within 15 % of 1, 35 % for Muon, and none more than twice as far off), for
+    which the run was too short, and for how many nothing can be predicted, and why.
 
     When it runs: in the optimizer's step hooks; values are read in ``on_train_batch_end``. The first update is logged,
     then every ``every_n_steps`` batches, on the x-axis of ``LearningRateMonitor``.

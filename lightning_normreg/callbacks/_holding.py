@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,10 +15,10 @@ from lightning_normreg._compat import is_named
 from lightning_normreg._symmetries import OwnStep, ProbeError
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed, reshard, strong
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
-from lightning_normreg.callbacks._probing import few_samples
+from lightning_normreg.callbacks._probing import can_be_copied, few_samples
 from lightning_normreg.callbacks._run import batches_that_stepped, callbacks_of, log_interval, optimizers_of, run_of
 from lightning_normreg.callbacks._selecting import WeightCallback
-from lightning_normreg.steps._batch_norms import keep_batch_norms
+from lightning_normreg.steps._following import change_and_follow, keeps_running_statistics
 from lightning_normreg.steps._projector import Projector, Radius, check_radius_argument
 from lightning_normreg.steps._targets import OnNotInvariant, choose_targets, note_eps_shares
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 
 OnLost = Literal["stop", "keep", "raise"]
+KEPT = 1e-2
+"""Change of outputs, of their size, up to which the function counts as kept."""
 
 
 class NormHolder(WeightCallback):
@@ -154,7 +157,8 @@ class NormHolder(WeightCallback):
             projector.announce(moved, optimizers_of(trainer))
             if moved:
                 start = partial(projector.start, moved, optimizers_of(trainer))
-                _keep_the_function(trainer, pl_module, batch, OwnStep(batch_idx), start)
+                allowed = not all(target.invariant for target in moved)
+                _keep_the_function(trainer, pl_module, batch, OwnStep(batch_idx), start, allowed=allowed)
             projector.report()
         interval = log_interval(trainer)
         projector.looking = interval > 0 and (batches_that_stepped(trainer) + 1) % interval == 0
@@ -214,15 +218,41 @@ def held_norms(trainer: Trainer) -> dict[str, tuple[float, float]]:
 
 
 def _keep_the_function(
-    trainer: Trainer, pl_module: LightningModule, batch: Any, step: OwnStep, project: Callable[[], None]
+    trainer: Trainer,
+    pl_module: LightningModule,
+    batch: Any,
+    step: OwnStep,
+    project: Callable[[], None],
+    *,
+    allowed: bool,
 ) -> None:
     try:
-        keep_batch_norms(pl_module, [batch, few_samples(batch)], project, trainer.strategy.broadcast, step)
+        if not can_be_copied(pl_module):
+            raise ProbeError("The model is sharded, or too large to be copied.")
+        moved = change_and_follow(pl_module, [batch, few_samples(batch)], project, trainer.strategy.broadcast, step)
     except (ProbeError, ValueError) as error:
         project()  # again, where the error came after it: what is at its radius does not move
+        if keeps_running_statistics(pl_module):
+            rank_zero_warn(
+                f"Running statistics could not follow the first projection: {error} Until they have caught up by "
+                "themselves, evaluation is off."
+            )
+        else:
+            rank_zero_info(f"What the first projection changes of the outputs was not measured. {error}")
+        return
+    said = f"by {moved.training:.2g} of their size in training and {moved.evaluation:.2g} in evaluation mode"
+    if any(map(math.isnan, moved)):
+        rank_zero_info(
+            "Outputs before and after the first projection could not be compared: they are not the same ones."
+        )
+    elif max(moved) <= KEPT:
+        rank_zero_info(f"The first projection keeps the function: outputs of this batch change {said}.")
+    elif allowed:
+        rank_zero_info(f"The first projection changes what the network computes, as allowed: outputs change {said}.")
+    else:
         rank_zero_warn(
-            f"BatchNorm could not follow the first projection: {error} Until its running statistics have caught up by "
-            "themselves, evaluation is off."
+            f"The first projection changes what the network computes: outputs of this batch change {said}. An eps, or "
+            "running statistics of a kind that is not known, are behind it. radius='initial' changes nothing."
         )
 
 

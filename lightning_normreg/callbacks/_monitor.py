@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from lightning_normreg.steps._tracker import Row, Tracker
 if TYPE_CHECKING:
     import pandas as pd
     from pytorch_lightning import LightningModule, Trainer
+    from torch.optim import Optimizer
 
 PerLayer = bool | Literal["auto"]
 
@@ -149,7 +150,8 @@ class Monitor(WeightCallback):
             return
         self._step = batches_that_stepped(trainer)
         interval = self._interval(trainer)
-        self._tracker.arm(interval > 0 and (not self._logged_once or (self._step + 1) % interval == 0))
+        first = not self._logged_once and not _stand_still(optimizers_of(trainer))
+        self._tracker.arm(interval > 0 and (first or (self._step + 1) % interval == 0))
 
     def _interval(self, trainer: Trainer) -> int:
         return log_interval(trainer) if self.every_n_steps is None else self.every_n_steps
@@ -224,3 +226,9 @@ class Monitor(WeightCallback):
         self._logged_once = state_dict["logged_once"]
         self._first = dict(state_dict["first"])
         self._means.add_sums({_metrics.retagged(tag, self.prefix): s for tag, s in state_dict["sums"].items()})
+
+
+def _stand_still(optimizers: Iterable[Optimizer]) -> bool:
+    """Whether a warm-up that starts at 0 lets the coming update do nothing; the device is not read."""
+    rates = [group.get("lr") for optimizer in optimizers for group in optimizer.param_groups]
+    return all(not isinstance(rate, torch.Tensor) and rate == 0 for rate in rates)

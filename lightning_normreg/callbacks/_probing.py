@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -17,6 +17,7 @@ from lightning_normreg._symmetries import (
     ObserverThresholds,
     OwnStep,
     ProbeError,
+    find_in_place,
     find_scale_invariance,
     load_verdict,
     verdict_to_dict,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 SAMPLES = 4
 LONG_SECONDS = 2.0
 LARGEST = 500_000_000
-"""Parameters of a model that is still copied: the probe takes five times their memory in float64."""
+"""Parameters of a model that is still copied, which takes five times their memory in float64; else in place."""
 
 
 def probe(
@@ -43,7 +44,7 @@ def probe(
     started = time.perf_counter()
     verdict: Verdict | None = {}
     try:
-        verdict = _on_few_samples(pl_module, batch, OwnStep(batch_idx))
+        verdict = _on_few_samples(pl_module, batch, _asking(trainer, pl_module, batch_idx))
         seconds = time.perf_counter() - started
         if seconds > LONG_SECONDS:
             rank_zero_info(f"The probe for scale invariance took {seconds:.0f} s.")
@@ -52,7 +53,7 @@ def probe(
             verdict = None
         else:
             rank_zero_warn(
-                f"Which weights are scale-invariant could not be found out on a private copy: {error} Monitors watch "
+                f"Which weights are scale-invariant could not be found out by a probe: {error} Monitors watch "
                 f"the gradients of the first {GradientObserver.STEPS[-1] + 1} optimizer steps instead, which is weaker "
                 "evidence and never enough to project; their curves begin after that. The remedy: invariance=, a "
                 "verdict from find_scale_invariance(module, forward=…) on this model or a small copy, saved by "
@@ -95,21 +96,31 @@ def few_samples(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf[:SAMPLES] if isinstance(leaf, Tensor) else leaf, batch)
 
 
-def _on_few_samples(pl_module: LightningModule, batch: Any, step: OwnStep) -> Verdict:
-    size = sum(p.numel() for p in pl_module.parameters())
-    if size > LARGEST:
-        raise ProbeError(f"{size / 1e6:.0f} million parameters are too many to probe on a copy.")
-    if any(is_sharded(p) for p in pl_module.parameters()):
-        raise ProbeError("The model is sharded, so no process has all of it.")
+def can_be_copied(pl_module: LightningModule) -> bool:
+    """Whether this process has all of a module, and memory for more of it."""
+    parameters = list(pl_module.parameters())
+    return sum(p.numel() for p in parameters) <= LARGEST and not any(map(is_sharded, parameters))
+
+
+def _asking(trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> Callable[[Any], Verdict]:
+    """How the model is asked of a batch: on a private copy, or in place where it is sharded or too large for that."""
+    bar = trainer.progress_bar_callback is not None  # enable_progress_bar=False is meant for all of them
+    if can_be_copied(pl_module):
+        return lambda batch: find_scale_invariance(pl_module, batch, forward=OwnStep(batch_idx), progress=bar)
+    step = OwnStep(batch_idx, through=trainer.strategy.training_step)
+    return lambda batch: find_in_place(pl_module, batch, step, outer=trainer.model or pl_module, progress=bar)
+
+
+def _on_few_samples(pl_module: LightningModule, batch: Any, ask: Callable[[Any], Verdict]) -> Verdict:
     few = few_samples(batch)
     try:
-        verdict = find_scale_invariance(pl_module, few, forward=step)
+        verdict = ask(few)
     except ProbeError:
         if few is batch:
             raise
-        return find_scale_invariance(pl_module, batch, forward=step)  # a loss that wants the whole batch
+        return ask(batch)  # a loss that wants the whole batch
     trained = {name for name, p, _ in named_roles(pl_module) if p.requires_grad}
     if few is not batch and any(v.is_unknown for name, v in verdict.items() if name in trained):
-        whole = find_scale_invariance(pl_module, batch, forward=step)  # experts that few samples do not reach
-        verdict |= {name: whole[name] for name, v in verdict.items() if v.is_unknown}
+        whole = ask(batch)  # experts that few samples do not reach
+        return {name: whole[name] if v.is_unknown else v for name, v in verdict.items()}
     return verdict

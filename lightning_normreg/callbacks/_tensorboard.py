@@ -25,7 +25,7 @@ CHARTS: dict[str, tuple[Curve, ...]] = {
 MARGINS: dict[str, Curve] = {
     "effective learning rate over its first value, all layers": _metrics.EFFECTIVE_LR,
     "rotation per step, all layers": _metrics.ROTATION,
-    "rotation over its prediction, all layers": _metrics.EQUILIBRIUM_RATIO,
+    "rotation over its prediction, layers that have one": _metrics.EQUILIBRIUM_RATIO,
     "unit norm, all layers": _metrics.UNIT_NORM_RMS,
 }
 """Charts of the median over layers, with a margin from the minimum to the maximum."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import Group, update_rule
-from lightning_normreg._weights import Watched, listed
+from lightning_normreg._weights import Watched, counted, listed
 from lightning_normreg.functional import equilibrium_rotation
 from lightning_normreg.functional._rotation import check_angle
 from lightning_normreg.steps._formulas import Formulas
@@ -77,8 +77,9 @@ class Angles:
                 "`rotation` that EffectiveLRMonitor shows."
             )
         lr, decay = float(rule.lr(group)), float(group.get("weight_decay", 0.0))
-        if lr == 0:
+        if lr == 0 and decay:
             return 0.0
+        lr = lr or 1.0  # without decay there is no such angle, whatever a warm-up starts from
         settings = Formulas(rule, group, watched, None).settings
         settings.pop("entries", None)  # no rotation depends on them without a gradient's size
         hashable = tuple((key, tuple(v) if isinstance(v, list) else v) for key, v in settings.items())
@@ -106,11 +107,11 @@ class Angles:
         if not stepping:
             return
         angles = [float(self._of(*one)) for one in stepping]
+        now = " to ".join(dict.fromkeys(f"{angle:.3g}" for angle in (min(angles), max(angles))))
         source = {"lr": "the learning rate, in radians", "equilibrium": "that of the equilibrium of decay"}
         rank_zero_info(
-            f"RotationControl turns {len(stepping)} weights by an angle per step, "
-            f"{source.get(str(self._angle), 'constant')}: now {min(angles):.3g} to {max(angles):.3g}. Gradients and "
-            "optimizer give the direction only."
+            f"RotationControl turns {counted(len(stepping), 'weight')} by an angle per step, "
+            f"{source.get(str(self._angle), 'constant')}: now {now}. Gradients and optimizer give the direction only."
         )
         said: dict[str, list[str]] = {}
         for watched, group, optimizer in stepping:

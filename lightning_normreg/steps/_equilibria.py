@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
@@ -24,8 +23,8 @@ _Written = tuple[float | Tensor, float]
 """Learning rate and weight decay of a step as the optimizer has them: a tensor is not read at once."""
 RELAXATION_TIMES = 3.0
 """Relaxation times after which a twentieth is left of the initial norm."""
-_KEPT = 0.9
-"""Of the average over logged steps that measured rotations are smoothed by."""
+LAST, INSIDE = 10, 8
+"""Logged steps that the words are about, and how many of their ratios must be inside the family's tolerance."""
 _CONSTANT = ("momentum", "betas", "dampening", "nesterov")
 
 
@@ -36,32 +35,31 @@ class Course:
     norm: float  # what the norm equation gives for the schedule run so far
     constant: dict[str, Any]  # momentum of its group at the start; the formulas do not know a scheduled one
     relaxed: float = 0.0  # relaxation times since the start
-    half_life: float = math.inf  # steps in which the excess over equilibrium halves, at the last learning rate
-    norm_ratio: float = 1.0  # measured over predicted norm at the last logged step
-    rotation_sq: float | None = None  # smoothed square of measured over predicted rotation
+    ratios: list[float] = field(default_factory=list)  # measured over predicted rotation at the last logged steps
     since: int | None = None  # logged step from which on it has been consistent with equilibrium, None while it is not
     steps: int = 0  # optimizer steps that were followed
 
-    def compare(self, norm: float, rotation: float, tolerance: float, step: int) -> None:
-        """Note measured over predicted norm and rotation of a logged step."""
-        self.norm_ratio = norm
-        old = rotation**2 if self.rotation_sq is None else self.rotation_sq
-        self.rotation_sq = _KEPT * old + (1 - _KEPT) * rotation**2
-        near = all(abs(math.log(ratio)) <= math.log1p(tolerance) for ratio in (norm, math.sqrt(self.rotation_sq)))
+    def compare(self, ratio: float, tolerance: float, step: int) -> None:
+        """Note measured over predicted rotation of a logged step."""
+        self.ratios = [*self.ratios, ratio][-LAST:]
+        apart = [abs(math.log(ratio)) / math.log1p(tolerance) if ratio > 0 else math.inf for ratio in self.ratios]
+        near = sum(a <= 1 for a in apart) >= INSIDE and max(apart) <= 2
         if not near or self.relaxed < RELAXATION_TIMES:
             self.since = None
         elif self.since is None:
             self.since = step
 
     def words(self) -> str:
-        """The state in words, where there is something to say."""
+        """The state in words."""
         if self.since is not None:
             return f"consistent with equilibrium since step {self.since:,}".replace(",", " ")
         if self.relaxed < RELAXATION_TIMES:
-            run = f"{self.steps} were run up to the last logged one"
-            return f"too short to settle: half-life of {self.half_life:.3g} steps, {run}"
-        rotation = math.sqrt(self.rotation_sq or 0.0)
-        return f"not at equilibrium: norm {self.norm_ratio:.2f} and rotation {rotation:.2f} times what is predicted"
+            gone = f"{self.relaxed:.1f} of the {RELAXATION_TIMES:.0f} relaxation times that it takes"
+            return f"too short to settle: {gone}, in {self.steps} steps up to the last logged one"
+        if len(self.ratios) < INSIDE:
+            return f"not known to be at equilibrium: {len(self.ratios)} logged steps are too few to tell"
+        low, high = min(self.ratios), max(self.ratios)
+        return f"not at equilibrium: rotation {low:.2f} to {high:.2f} times what is predicted, in the last logged steps"
 
 
 class Equilibria(StepSubscriber):
@@ -74,13 +72,14 @@ class Equilibria(StepSubscriber):
         super().__init__()
         self._is_held = is_held
         self._steps: dict[str, list[_Written]] = {}
-        self._given_up: list[str] = []
+        self._failed: dict[str, str] = {}
+        self._constants: dict[str, dict[str, Any]] = {}
         self.courses: dict[str, Course] = {}
         self.watch(watched)
 
     def watch(self, watched: Sequence[Watched]) -> None:
-        """Follow these weights from now on, but for those that were given up."""
-        self._watched = {w.name: w for w in watched if w.invariant and w.name not in self._given_up}
+        """Follow these weights from now on."""
+        self._watched = {w.name: w for w in watched if w.invariant}
         self._names = {w.parameter: w.name for w in self._watched.values()}
         self._steps = {name: steps for name, steps in self._steps.items() if name in self._watched}
         self.courses = {name: course for name, course in self.courses.items() if name in self._watched}
@@ -113,18 +112,20 @@ class Equilibria(StepSubscriber):
                 try:
                     formulas = Formulas(rule, group, self._watched[name], gradient)
                     self._compare(name, row[name], formulas, group, step)
-                except ValueError as error:
-                    rank_zero_warn(f"From here on no equilibrium is predicted for {name!r}. {error}")
-                    self._drop(name)
+                    self._failed.pop(name, None)
+                except ValueError as error:  # tried anew from the next logged step on
+                    self._failed[name] = str(error)
+                    self.courses.pop(name, None)
+                    del self._steps[name][:-1]
 
     def _compare(self, name: str, values: dict[Curve, float], formulas: Formulas, group: Group, step: int) -> None:
         *done, present = _read(self._steps[name])
         self._steps[name] = [present]
         norm, rotation = values[_metrics.UNIT_NORM_RMS], values[_metrics.ROTATION]
         constant = {key: group[key] for key in _CONSTANT if key in group}
-        course = self.courses.setdefault(name, Course(norm, constant))
-        if constant != course.constant:
+        if constant != self._constants.setdefault(name, constant):
             raise ValueError("Its momentum is scheduled, and the formulas take it to be constant.")
+        course = self.courses.setdefault(name, Course(norm, constant))
         if course.steps:
             course.norm, relaxed = formulas.advance(course.norm, done)
             course.relaxed += relaxed
@@ -135,37 +136,36 @@ class Equilibria(StepSubscriber):
             curves, predicted = formulas.at(course.norm, present)
             values.update(curves)
             values[_metrics.EQUILIBRIUM_RATIO] = rotation / predicted
-            course.half_life = curves.get(_metrics.EQUILIBRIUM_HALF_LIFE, math.inf)
-            course.compare(norm / course.norm, rotation / predicted, formulas.family.tolerance, step)
+            course.compare(rotation / predicted, formulas.family.tolerance, step)
 
     def words(self) -> dict[str, list[str]]:
         """What there is to say → the weights that it is said of."""
         found: dict[str, list[str]] = {}
         for name, course in self.courses.items():
             found.setdefault(course.words(), []).append(name)
+        if self._failed:
+            count = f"{len(self._failed)} of {len(self._watched)}"
+            why = next(iter(self._failed.values())).rstrip(".")
+            found[f"no equilibrium is predicted, which is {count} layers. {why}"] = list(self._failed)
         return found
 
     def state_dict(self) -> dict[str, Any]:
         """All courses so far."""
         courses = {name: asdict(course) for name, course in self.courses.items()}
         steps = {name: _read(steps) for name, steps in self._steps.items()}
-        return {"equilibria": {"courses": courses, "steps": steps, "given_up": list(self._given_up)}}
+        return {"equilibria": {"courses": courses, "steps": steps}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Follow them on."""
         if "equilibria" in state:
             kept = state["equilibria"]
-            self.courses = {name: Course(**course) for name, course in kept["courses"].items()}
+            known = {f.name for f in fields(Course)}  # older versions had others as well
+            courses = {
+                n: {key: v for key, v in course.items() if key in known} for n, course in kept["courses"].items()
+            }
+            self.courses = {name: Course(**course) for name, course in courses.items()}
+            self._constants = {name: course.constant for name, course in self.courses.items()}
             self._steps = {name: list(steps) for name, steps in kept["steps"].items()}
-            for name in kept["given_up"]:
-                self._drop(name)
-
-    def _drop(self, name: str) -> None:
-        self._given_up.append(name)
-        if name in self._watched:
-            del self._names[self._watched.pop(name).parameter]
-        self._steps.pop(name, None)
-        self.courses.pop(name, None)
 
 
 def _read(steps: Sequence[_Written]) -> list[Rates]:

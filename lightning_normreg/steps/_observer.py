@@ -24,9 +24,9 @@ from lightning_normreg._weights import (
     ParameterRole,
     ScaleInvariance,
     Verdict,
-    is_sharded,
+    gradient_of,
     local,
-    shard_of,
+    spread_shards,
     whole_shape,
 )
 from lightning_normreg.steps._step_hooks import has_gradient, of_mine
@@ -41,15 +41,8 @@ class GradientWatch(StepSubscriber, ABC):
 
     def __init__(self, looked_at: Mapping[Parameter, tuple[str, list[Axis]]]) -> None:
         super().__init__()
-        shards = {name: shard_of(p, name) for p, (name, _) in looked_at.items() if is_sharded(p)}
-        self._shards = {name: shard for name, shard in shards.items() if shard is not None}
-        # Flat pieces, and neurons that are spread over two dimensions, are not looked at.
-        left_out = {
-            name
-            for name, axes in looked_at.values()
-            if name in self._shards and (self._shards[name].entries or any(axis.groups > 1 for axis in axes))
-        }
-        self._looked_at = {p: (name, axes) for p, (name, axes) in looked_at.items() if name not in left_out}
+        self._shards = spread_shards((name, p) for p, (name, _) in looked_at.items())
+        self._looked_at = looked_at
         self._seen: dict[str, list[Observed]] = {}
         self._noted: dict[int, dict[str, Observed]] = {}
         self._steps: dict[int, int] = {}
@@ -70,9 +63,9 @@ class GradientWatch(StepSubscriber, ABC):
         self._noted[index] = {}
         mine = {p: (p, *looked_at) for p, looked_at in self._looked_at.items()}
         for (parameter, name, axes), _, _ in of_mine([optimizer], mine):
-            if parameter.grad is not None:
-                seen = Observed.of(local(parameter), local(parameter.grad), axes)
-                self._noted[index][name] = seen.spread(self._shards[name]) if name in self._shards else seen
+            if has_gradient(parameter):
+                seen = Observed.of(local(parameter), gradient_of(parameter), axes, self._shards.get(name))
+                self._noted[index][name] = seen
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Count the step, and what was seen of it."""

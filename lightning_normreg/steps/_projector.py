@@ -14,7 +14,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import group_of, update_rule
-from lightning_normreg._weights import Table, Watched, norms_of, share
+from lightning_normreg._weights import Table, Watched, counted, norms_of, share
 from lightning_normreg.functional._projection import check_radius
 from lightning_normreg.steps._step_hooks import of_mine
 from lightning_normreg.steps._subscriber import Phase, StepSubscriber
@@ -137,10 +137,12 @@ class Projector(StepSubscriber):
             ]
             ratios = [r for r in ratios if r > 0 and math.isfinite(r)]
             if ratios and max(abs(r - 1) for r in ratios) > 1e-3:
+                spread = [f"{ratio:.3g}" for ratio in (min(ratios), median(ratios), max(ratios))]
+                by = f"factors of {spread[0]} (min), {spread[1]} (median), {spread[2]} (max)"
                 rank_zero_info(
-                    f"NormProjection puts {len(ratios)} weights at their radius. The function stays, the recipe does "
-                    f"not: their effective learning rates under {type(optimizer).__name__} change by factors of "
-                    f"{min(ratios):.3g} (min), {median(ratios):.3g} (median), {max(ratios):.3g} (max), and from now on "
+                    f"NormProjection puts {counted(len(ratios), 'weight')} at the radius, which changes the "
+                    f"recipe: effective learning rates under {type(optimizer).__name__} change by "
+                    f"{by if len(set(spread)) > 1 else f'a factor of {spread[0]}'}, and from now on "
                     "the learning-rate schedule is the rotation schedule. radius='initial' changes neither."
                 )
 

@@ -13,6 +13,7 @@ import os
 import re
 import time
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,14 +134,15 @@ def measure(name: str, dtype: str) -> None:
     module.zero_grad()
     resident = reset_peak_memory()
     start = time.perf_counter()
-    verdicts = find_scale_invariance(module, (x[:PROBED], y[:PROBED]), forward=loss_of, dtype=dtype)
+    how: dict[str, Any] = {"in_place": True} if dtype == "in place" else {"dtype": dtype}
+    verdicts = find_scale_invariance(module, (x[:PROBED], y[:PROBED]), forward=loss_of, **how)
     took, memory = time.perf_counter() - start, peak_memory() - resident
     step = step_time(module, (x, y))
     observed = observed_time(module, x, y)
     count = sum(p.numel() for p in module.parameters())
     invariant = sum(v.is_invariant for v in verdicts.values())
     print(
-        f"{name:12s} {dtype}: {count / 1e6:5.1f} M parameters, step {step:.2f} s, probe {took:5.1f} s = "
+        f"{name:12s} {dtype:8s}: {count / 1e6:5.1f} M parameters, step {step:.2f} s, probe {took:5.1f} s = "
         f"{took / step:4.1f} steps, memory {memory / count / 4:.1f} × the parameters, observer {observed / step:.1%}, "
         f"{invariant} of {len(verdicts)} invariant",
         flush=True,
@@ -151,7 +153,7 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     for model in ("resnet18", "transformer"):
-        for kind in ("float64", "float32"):
+        for kind in ("float64", "float32", "in place"):
             process = multiprocessing.get_context("spawn").Process(target=measure, args=(model, kind))
             process.start()
             process.join()

@@ -31,6 +31,7 @@ from lightning_normreg import (
     decay_groups,
     find_scale_invariance,
 )
+from lightning_normreg._symmetries import ProbeError
 from lightning_normreg.callbacks import _probing
 
 STEPS_PER_EPOCH, BATCH = 6, 8
@@ -139,17 +140,21 @@ def _callbacks(verdict: Any, optimizer: str, unit: Any, project: str) -> list[An
             scale_exponent=optimizer == "sgd",  # others have it in a state that is spread as well
         ),
     ]
-    if optimizer == "adamw" and project in ("project", "free"):
+    if optimizer == "adamw" and project in ("project", "asked", "free"):
         callbacks.append(CorrectedDecay(invariance=verdict))
     named = None if unit == "auto" else ["second.weight", "third.weight", "head.weight"]
     chosen: Any = {"invariance": verdict, "unit": unit, "include": named, "on_not_invariant": "allow"}
-    if project == "project":
+    if project in ("project", "asked"):
         callbacks.append(NormProjection(**chosen))
     if project.startswith("rotate"):
         callbacks.append(
             RotationControl(0.03, **chosen, **({"per": "unit", "hold": "mean"} if "mean" in project else {}))
         )
     return callbacks
+
+
+def _refuse(*args: Any) -> Any:
+    raise ProbeError("Nobody can be probed.")
 
 
 def main() -> None:
@@ -170,8 +175,10 @@ def main() -> None:
     verdict: Any = find_scale_invariance(copy, next(iter(loader)))
     if rank > 0:  # what the first process was given counts
         verdict = dict.fromkeys(verdict, verdict["head.weight"])
+    if project in ("observe", "asked"):
+        verdict = None
     if project == "observe":  # nobody can be probed: the gradients of the first steps have to do
-        verdict, _probing.LARGEST = None, 0
+        _probing._on_few_samples = _refuse
     used: Any = {"single": "auto", "ddp": "ddp"}.get(strategy)
     used = used or (FSDP1() if strategy == "fsdp1" else ModelParallelStrategy(*parts))
     callbacks = _callbacks(verdict, optimizer, unit, project)

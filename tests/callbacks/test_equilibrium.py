@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_normreg import EffectiveLRMonitor, NormProjection
 from lightning_normreg.functional import equilibrium_half_life
+from lightning_normreg.steps._equilibria import Course
 from tests.harness import Net, loader, sgd, trainer
 
 ROWS, ENTRIES = 16, 100
@@ -98,20 +100,26 @@ def test_under_a_schedule_the_norm_equation_is_followed() -> None:
 
 
 def test_too_short_a_run_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    """With the half-life, and the steps that were run."""
+    """With the relaxation times that it has gone through, along the schedule and not at the last learning rate."""
+    cosine = lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 61)  # noqa: E731
+    net = Noise(OPTIMIZERS["adamw"], cosine)
     with caplog.at_level("INFO"):
-        fit(Noise(OPTIMIZERS["adamw"]), 61)
-    half_life = equilibrium_half_life("adam_decoupled", lr=1e-2, weight_decay=0.2)
-    assert f"layer.weight: too short to settle: half-life of {half_life:.3g} steps, 60 were run" in caplog.text
+        fit(net, 61)
+    # Of a constant rate e-folding takes half-life/ln 2 steps; the cosine is integrated step by step.
+    rates = [1e-2 * (1 + math.cos(math.pi * step / 61)) / 2 for step in range(60)]
+    gone = sum(math.log(2) / equilibrium_half_life("adam_decoupled", lr=lr, weight_decay=0.2) for lr in rates)
+    assert (
+        f"layer.weight: too short to settle: {gone:.1f} of the 3 relaxation times that it takes, in 60 st"
+        in caplog.text
+    )
 
 
 def test_a_scheduled_momentum_is_told_of() -> None:
     """The formulas take it to be constant."""
     one_cycle = lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=100)  # noqa: E731
-    with pytest.warns(
-        UserWarning, match=r"no equilibrium is predicted for 'layer\.weight'\. Its momentum is scheduled"
-    ):
-        _, history = fit(Noise(OPTIMIZERS["momentum"], one_cycle), 41)
+    monitor, history = fit(Noise(OPTIMIZERS["momentum"], one_cycle), 41)
+    (said,) = monitor.equilibrium_status()
+    assert said.startswith("layer.weight: no equilibrium is predicted, which is 1 of 1 layers. Its momentum is sched")
     assert (
         history["weights/equilibrium_ratio/layer.weight"].notna().sum() == 1
     )  # the first step, before anything has changed
@@ -167,3 +175,31 @@ def test_momentum_gain_and_exponent_on_request() -> None:
     run = trainer(EffectiveLRMonitor(scale_exponent=True))
     run.fit(Net(lambda groups: torch.optim.Adam(groups, eps=1e-3)), loader())
     assert 1.001 < run.callback_metrics["weights/scale_exponent/conv1.weight"].item() < 1.999
+
+
+@pytest.mark.parametrize(
+    "ratios, settled",
+    [
+        ([1.0] * 10, True),
+        ([0.4] * 10 + [1.0] * 8, False),  # two of the last ten are far off
+        ([1.6] + [1.0] * 10, True),  # what is long ago does not count
+        ([1.0] * 8 + [1.2, 1.2], True),  # eight inside of 15 %, two within twice that
+        ([1.0] * 8 + [1.2, 1.5], False),
+        ([1.0] * 7 + [1.2] * 3, False),
+        ([4.56, 0.87, 1.19, 1.0, 0.95, 1.05, 1.1, 0.9, 1.0, 1.0, 1.0], True),  # one transient at the start
+        ([1.0] * 7, False),
+    ],
+)
+def test_words_are_about_the_last_logged_ratios(ratios: list[float], settled: bool) -> None:
+    """At least eight of the last ten inside the tolerance, none outside of twice the tolerance."""
+    course = Course(1.0, {}, relaxed=3.5)
+    for step, ratio in enumerate(ratios):
+        course.compare(ratio, 0.15, step)
+    assert course.words().startswith("consistent with equilibrium since step") is settled
+    last = ratios[-10:]
+    if not settled and len(ratios) >= 8:
+        assert f"rotation {min(last):.2f} to {max(last):.2f} times what is predicted" in course.words()
+    early = Course(1.0, {}, relaxed=2.4, steps=700)
+    for step, ratio in enumerate(ratios):
+        early.compare(ratio, 0.15, step)
+    assert early.words().startswith("too short to settle: 2.4 of the 3 relaxation times")

@@ -10,7 +10,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_normreg import EffectiveLRMonitor, NormProjection, NormSummary, find_scale_invariance
+from lightning_normreg import EffectiveLRMonitor, NormProjection, NormSummary, RotationControl, find_scale_invariance
 from tests.harness import trainer
 
 
@@ -122,3 +122,58 @@ def test_bare_matrices_are_watched_and_held_like_weights() -> None:
     assert {"weights/effective_lr/W", "weights/effective_lr_not_invariant/V"} <= set(monitor.history())
     assert not any(tag.endswith("/scale") for tag in monitor.history())
     assert net.W.detach().norm(dim=0) == pytest.approx(torch.ones(8), rel=1e-6)
+
+
+def test_parameters_that_share_memory_are_tied() -> None:
+    """Two parameters on one storage: watched, counted and held once, under the first name."""
+    net, monitor, summary = Model(), EffectiveLRMonitor(), NormSummary()
+    net.net[3].weight = nn.Parameter(torch.randn(8, 8))
+    twin = nn.Sequential(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8))
+    twin[0].weight = nn.Parameter(net.net[3].weight.data)  # another parameter, the same memory
+    net.net.insert(6, twin)
+    trainer(monitor, summary, NormProjection(), max_epochs=1).fit(net, batches())
+    assert "weights/effective_lr/net.3.weight" in monitor.history()
+    assert not any("net.6.0" in tag for tag in monitor.history())
+    assert "net.6.0.weight" not in {row["parameter"] for row in summary.rows()}
+    verdict = find_scale_invariance(net, next(iter(batches())), forward=lambda m, b: m.net(b[0]).exp().mean())
+    assert verdict["net.3.weight"].kind == "neuron"  # rows of both uses are normalized
+    assert net.net[3].weight.detach().norm(dim=1) == pytest.approx(torch.ones(8), rel=1e-6)
+
+
+def test_a_stream_has_no_epochs_and_names_are_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """An IterableDataset has no length, so no number of epochs is said; at 80 columns names are folded."""
+
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            yield from batches()
+
+    summary = NormSummary()
+    trainer(summary, max_steps=2, max_epochs=-1).fit(Model(decay=1e-2), DataLoader(Stream(), batch_size=None))
+    (said,) = [sentence for sentence in summary.sentences() if "1/(lr·decay)" in sentence]
+    assert said == "At lr 0.05 and decay 0.01 it acts over 1/(lr·decay) = 2e+03 steps."
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert len(max(shown.splitlines(), key=len)) >= 80
+
+
+class Warming(Model):
+    """Its warm-up starts at 0."""
+
+    def configure_optimizers(self) -> Any:
+        """The first update does nothing."""
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 3))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def test_a_warm_up_from_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The first update that does something is the first that is logged; angles are checked before the first step."""
+    monitor = EffectiveLRMonitor()
+    with caplog.at_level("INFO"):
+        trainer(monitor, RotationControl("equilibrium"), log_every_n_steps=50).fit(Warming(decay=0.1), batches())
+    assert "turns 2 weights by an angle per step, that of the equilibrium of decay: now 0. Gradients" in caplog.text
+    (row,) = monitor.history().to_dict("records")
+    assert row["step"] == 1
+    assert row["weights/rotation/net.0.weight"] > 0
+    with pytest.raises(ValueError, match=r"`angle='equilibrium'` is that of weight decay at 'net\.0\.weight'"):
+        trainer(RotationControl("equilibrium")).fit(Warming(), batches())

@@ -76,7 +76,9 @@ def test_optimizers_that_the_trainer_does_not_know(make: Any, callback: Any) -> 
         trainer(callback()).fit(make(), loader())
 
 
-@pytest.mark.filterwarnings("ignore:BatchNorm could not follow")  # because training_step cannot be called on a copy
+@pytest.mark.filterwarnings(
+    "ignore:Running statistics could not follow"
+)  # because training_step cannot be called on a copy
 def test_optimizers_that_the_trainer_knows() -> None:
     """Their steps are measured and projected as any others."""
     torch.manual_seed(0)
@@ -110,7 +112,9 @@ class ByHand(Net):
             torch._foreach_sub_(list(self.parameters()), gradients)
 
 
-@pytest.mark.filterwarnings("ignore:Which weights are scale-invariant could not", "ignore:BatchNorm could not follow")
+@pytest.mark.filterwarnings(
+    "ignore:Which weights are scale-invariant could not", "ignore:Running statistics could not follow"
+)
 @pytest.mark.parametrize("callback", [EffectiveLRMonitor, WeightNormMonitor, NormProjection])
 def test_steps_that_are_never_seen_are_said_at_the_end(callback: Any) -> None:
     """Whatever updates the weights, it was no optimizer of the Trainer."""

@@ -13,7 +13,7 @@ from lightning_normreg import EffectiveLRMonitor, NormProjection, NormSummary, W
 from lightning_normreg.steps._observer import InvarianceWatchdog
 from tests.harness import Net, loader, sgd, trainer
 
-CANNOT = "could not be found out on a private copy"
+CANNOT = "could not be found out by a probe"
 
 
 class Manual(Net):
@@ -49,9 +49,9 @@ def _only_on_the_real_thing(net: Net) -> None:
 
 
 def large(monkeypatch: pytest.MonkeyPatch) -> Net:
-    """A model above the size that is copied."""
+    """A model above the size that is copied, which cannot be asked in place."""
     monkeypatch.setattr("lightning_normreg.callbacks._probing.LARGEST", 100)
-    return Refuses(sgd())
+    return Manual()
 
 
 def out_of_memory(monkeypatch: pytest.MonkeyPatch) -> Net:
@@ -68,7 +68,7 @@ MODELS = {
     "manual": (lambda patch: Manual(), "only on the real thing"),
     "by hand": (lambda patch: Manual(wrapped=False), "only on the real thing"),
     "refuses": (lambda patch: Refuses(sgd()), "only on the real thing"),
-    "large": (large, "too many to probe on a copy"),
+    "large": (large, "can only be asked on a copy"),
     "memory": (out_of_memory, "Tried to allocate"),
 }
 
@@ -119,7 +119,7 @@ def test_weak_evidence_never_projects(tmp_path: Any) -> None:
         resumed.fit(Manual(), loader(), ckpt_path=tmp_path / "observed.ckpt")
     net = Manual()
     allowed = NormProjection(include=["conv1.weight"], on_not_invariant="allow", invariance=verdict)
-    with pytest.warns(UserWarning, match="BatchNorm could not follow the first projection"):
+    with pytest.warns(UserWarning, match="Running statistics could not follow the first projection"):
         trainer(allowed).fit(net, loader())
     assert net.conv1.weight.detach().flatten(1).norm(dim=1) == pytest.approx(torch.ones(6), rel=1e-6)
 

@@ -143,7 +143,7 @@ def test_hooks_could_run_on_any_accelerator(
     monkeypatch.setattr("lightning_normreg.steps._observer.InvarianceWatchdog.is_due", lambda self, step: True)
     if not given:
         monkeypatch.setattr("lightning_normreg.callbacks._knowledge.probe", lambda *args, **options: {})
-        monkeypatch.setattr("lightning_normreg.steps._observer.GradientObserver.STEPS", (0, 1))
+        monkeypatch.setattr("lightning_normreg.steps._observer.GradientObserver.STEPS", (0, 1, 2, 3))
     options, dtype = precision(name)
     everything = {"gradient": True, "scale_exponent": True, "momentum_gain": True}
     monitors = [WeightNormMonitor(), EffectiveLRMonitor(**everything, on_unhealthy="ignore")]

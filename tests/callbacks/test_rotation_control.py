@@ -105,7 +105,9 @@ def test_every_layer_turns_by_the_learning_rate_at_every_step(name: str, dtype: 
     assert turned == 36
 
 
-@pytest.mark.filterwarnings("ignore:BatchNorm could not follow")  # get_parameter finds no nn.Parameter on a copy
+@pytest.mark.filterwarnings(
+    "ignore:Running statistics could not follow"
+)  # get_parameter finds no nn.Parameter on a copy
 def test_two_optimizers_have_their_own_angles() -> None:
     """Stepped by hand, each with its own schedule, one of them every second batch."""
 

@@ -43,6 +43,8 @@ RUNS += [(strategy, TURNED) for strategy in STRATEGIES]
 RUNS += [("fsdp", Config("sgd", "neuron", "rotate-mean", "64")), ("tp", Config("sgd", "layer", "rotate", "32"))]
 OBSERVED = Config("adamw", "auto", "observe", "32")
 RUNS.append(("fsdp", OBSERVED))
+ASKED = Config("adamw", "auto", "asked", "32")  # without a verdict: on a copy, or in place
+RUNS += [(strategy, ASKED) for strategy in STRATEGIES]
 LOGGED = 5  # of 12 steps: the first one, and every third
 # After 12 steps; sums over another order of 4 to 144 terms, carried on by the optimizer.
 TOLERANCE = {"32": 1e-5, "64": 1e-12}

@@ -14,6 +14,7 @@ VERDICT = {
     "qkv.weight": ScaleInvariance(
         "block", dim=0, block_size=4, slices=((0, 8), (12, 16)), needs_bias="qkv.bias", z=1e-9
     ),
+    "qkv.bias": ScaleInvariance("none"),
     "head.weight": ScaleInvariance("none", z=0.7, evidence="float32"),
     "frozen.weight": ScaleInvariance("unknown", reason="It is frozen."),
 }
@@ -49,10 +50,20 @@ def changed(**changes):
     [
         ({}, "must say 'format'.* but the mapping does not"),
         ({**verdict_to_dict(VERDICT), "version": 2}, "must be of version 1, but the mapping is of 2"),
-        (changed(colour="red"), r"'conv.weight' must have the fields .* \['colour'\] are unknown"),
-        (changed(kind="row"), "kind of 'conv.weight' must be one of neuron, .* got 'row'"),
-        (changed(evidence="hope"), "evidence of 'conv.weight' must be one of .* got 'hope'"),
-        (changed(slices=[[4, 2]]), r"slices of 'conv.weight' must be pairs .* got \[\[4, 2\]\]"),
+        (changed(colour="red"), r"'conv.weight' in the mapping must have the fields .* \['colour'\] are unknown"),
+        (changed(kind="row"), "kind of 'conv.weight' in the mapping must be one of neuron, .* got 'row'"),
+        (changed(evidence="hope"), "evidence of 'conv.weight' .* must be one of .* got 'hope'"),
+        (changed(slices=[[4, 2]]), r"slices of 'conv.weight' .* must be pairs .* got \[\[4, 2\]\]"),
+        (changed(slices=[[0, 4], [2, 6]]), "slices of 'conv.weight' .* that do not overlap"),
+        (changed(slices=[[0, 1.5]]), "slices of 'conv.weight' .* of integers"),
+        (changed(slices=3), "slices of 'conv.weight'"),
+        (changed(dim=-1), "dim of 'conv.weight' .* must be a dimension or null, got -1"),
+        (changed(groups=0), "groups of 'conv.weight' .* at least 1, got 0"),
+        (changed(block_size=True), "block_size of 'conv.weight' .* got True"),
+        (changed(needs_bias="conv.weight"), "needs_bias of 'conv.weight' .* must be another parameter of it"),
+        (changed(needs_bias="conv.bias"), "needs_bias of 'conv.weight' .* got 'conv.bias'"),
+        (changed(rho_median=1.5), r"rho_median of 'conv.weight' .* a share from 0 to 1, or null, got 1\.5"),
+        (changed(z=float("nan")), "z of 'conv.weight' .* got nan"),
     ],
 )
 def test_what_is_no_verdict_is_named(content, message):
