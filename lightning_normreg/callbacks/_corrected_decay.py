@@ -38,7 +38,7 @@ class CorrectedDecay(WeightCallback):
     What it logs: nothing.
 
     What it costs: two groups instead of one in each step of an optimizer; before the first one a copy of the scheduler
-    is run ahead, at most 100 000 steps of it.
+    is run ahead, at most 100 000 steps of it: below a second with a few groups, about ten seconds with fifty.
 
     Args:
         peak_lr: η_max, the learning rate at which decay is what the optimizer was given; ``"auto"``: of each group the
