@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -86,11 +85,18 @@ def multiply_rates(schedulers: Iterable[Scheduler], index: int, factor: float) -
                 setattr(scheduler, key, [e * factor if i == index else e for i, e in enumerate(entries)])
 
 
-def highest_rates(optimizer: Optimizer, schedulers: Sequence[tuple[Scheduler, int]], steps: int) -> list[float]:
-    """The highest learning rate of each group in the coming steps, of which a scheduler is stepped after every n-th.
+def highest_rates(
+    optimizer: Optimizer, schedulers: Sequence[tuple[Scheduler, Callable[[int], bool]]], steps: range
+) -> list[float]:
+    """The highest learning rate of each group in the coming steps, at most 100 000 of them.
 
-    Copies are run ahead, with a stand-in for the optimizer, so nothing is changed. What a LambdaLR calls is called, on
-    numbers of steps.
+    Copies of the schedulers are run ahead, with a stand-in for the optimizer, so nothing is changed. What a LambdaLR
+    calls is called, on numbers of steps.
+
+    Args:
+        optimizer: The optimizer.
+        schedulers: Each of its schedulers, and whether that is stepped after a step.
+        steps: Numbers of the coming steps.
 
     Raises:
         TypeError: If one of them is not torch's own, or follows a metric.
@@ -108,14 +114,14 @@ def highest_rates(optimizer: Optimizer, schedulers: Sequence[tuple[Scheduler, in
         memo[id(scheduler.optimizer)] = stand_in
         # Copying a method copies its object, which may be the model.
         memo |= {id(f): f for f in getattr(scheduler, "lr_lambdas", ()) if isinstance(f, MethodType)}
-    copies = [(deepcopy(scheduler, memo), every) for scheduler, every in schedulers]
-    stride = math.gcd(*(every for _, every in copies))
+    copies = [(deepcopy(scheduler, memo), is_due) for scheduler, is_due in schedulers]
     highest = [float(group["lr"]) for group in groups]
-    for step in range(stride, min(steps, _AHEAD * stride + 1), stride):
-        for scheduler, every in copies:
-            if step % every == 0:
-                scheduler.step()
-        highest = [max(rate, float(group["lr"])) for rate, group in zip(highest, groups, strict=True)]
+    for step in steps[:_AHEAD][:-1]:  # after the last one no learning rate is used
+        due = [copy for copy, is_due in copies if is_due(step)]
+        for copy in due:
+            copy.step()
+        if due:
+            highest = [max(rate, float(group["lr"])) for rate, group in zip(highest, groups, strict=True)]
     return highest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,11 @@ def _noting(name: str) -> Any:
     return hook
 
 
-for _name in ["on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "on_train_batch_end", "on_train_epoch_end", "on_save_checkpoint"]:
+_HOOKS = """
+    on_train_batch_start on_before_zero_grad on_before_backward on_after_backward on_before_optimizer_step
+    configure_gradient_clipping on_train_batch_end on_train_epoch_end on_save_checkpoint
+"""
+for _name in _HOOKS.split():
     setattr(Watching, _name, _noting(_name))
 
 
@@ -288,4 +293,30 @@ def test_with_the_users_code_as_written_by_hand(kind: type[Watching], tmp_path: 
         for key in ("state_dict", "optimizer_states", "lr_schedulers"):
             torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
     head = [checkpoint["state_dict"]["head.weight"] for checkpoint in saved[0]]
-    assert not any(torch.equal(a, b) for a, b in zip(head[1:], head[2:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(head[1:]))
+
+
+class Falling(Watching):
+    """A rate that falls by hand."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """By the number of the step."""
+        for group in optimizer.param_groups:
+            group["lr"] = BASE * 0.8**self.global_step
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # Lightning on one that the first run has filled
+@pytest.mark.parametrize("kind", [Falling, Watching])
+def test_a_resumed_run_knows_the_highest_rate(kind: type[Watching], tmp_path: Path) -> None:
+    """Which it cannot see again: the peak is in the first epoch. Bit for bit as a run that was not interrupted."""
+    ends = []
+    for path in (None, tmp_path / "epoch=0.ckpt"):
+        net = kind(AHEAD["sequence"] if kind is Watching else None).double()  # Lightning loads before it converts
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        callbacks = [CorrectedDecay(invariance=known()), saver]
+        run = trainer(*callbacks, precision="64-true", max_epochs=2, enable_checkpointing=True)
+        run.fit(net, data(2), ckpt_path=path)
+        assert len(net.done) == (STEPS if path is None else STEPS // 2)
+        ends.append(net.state_dict())
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name

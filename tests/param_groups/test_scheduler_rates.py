@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer, lr_scheduler, swa_utils
 
 from lightning_normreg import accept_rescaled, rescale_
-from lightning_normreg._param_groups._scheduler_rates import _KNOWN
+from lightning_normreg._param_groups._scheduler_rates import _KNOWN, highest_rates
 
 Scheduler = Any
 STEPS, RESCALED, SAVED = 12, 5, 8
@@ -184,3 +184,70 @@ def test_a_bound_that_all_groups_share(cls: Any, options: dict[str, Any]) -> Non
         rescale_(optimizer, weights[0], 2.0, schedulers=[scheduler])
     relative = torch.optim.Adafactor(weights)
     assert rescale_(relative, weights[0], 2.0, schedulers=[cls(relative, eta_min=0.01, **options)])["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ReduceLROnPlateau"])
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_schedule_run_ahead_reaches_what_the_run_does(name: str, start: int, every: int) -> None:
+    """From the beginning and from the middle, bit for bit; nobody notices."""
+    weights, optimizer, scheduler = make(name)
+    for _ in range(start):
+        step(weights, optimizer, scheduler)
+
+    def kept() -> str:
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return repr((groups, scheduler.state_dict()))
+
+    before = kept()
+    rates = highest_rates(optimizer, [(scheduler, lambda t: t % every == 0)], range(start + 1, STEPS + 1))
+    assert kept() == before
+    real = [group["lr"] for group in optimizer.param_groups]
+    for t in range(start + 1, STEPS):
+        optimizer.step()
+        if t % every == 0:
+            scheduler.step()
+        real = [max(a, group["lr"]) for a, group in zip(real, optimizer.param_groups, strict=True)]
+    assert rates == real
+
+
+def test_what_cannot_be_run_ahead() -> None:
+    """A scheduler that follows a metric, or computes something of its own; one that is only made otherwise can."""
+
+    class Own(lr_scheduler.StepLR):
+        def get_lr(self) -> Any:
+            return super().get_lr()
+
+    class Halves(lr_scheduler.StepLR):
+        def __init__(self, optimizer: Optimizer) -> None:
+            super().__init__(optimizer, 1, gamma=0.5)
+
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = SGD([weight], lr=0.1)
+    for scheduler in (lr_scheduler.ReduceLROnPlateau(optimizer), Own(optimizer, 1)):
+        with pytest.raises(TypeError, match=f"what {type(scheduler).__name__} will do is not known beforehand"):
+            highest_rates(optimizer, [(scheduler, bool)], range(1, 5))
+    assert highest_rates(optimizer, [(Halves(optimizer), bool)], range(1, 5)) == [0.1]
+
+
+def test_the_models_method_is_called_on_numbers_and_not_copied() -> None:
+    """At most 100 000 times; tensors that are learning rates stay as they are."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.asked = nn.Parameter(torch.ones(2)), []
+
+        def factor(self, t: int) -> float:
+            self.asked.append(t)
+            return 1.0 + t
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("copied")
+
+    model = Model()
+    optimizer = SGD([model.weight], lr=torch.tensor(1.0))
+    scheduler = lr_scheduler.LambdaLR(optimizer, model.factor)
+    assert highest_rates(optimizer, [(scheduler, bool)], range(1, 10**9)) == [1e5]
+    assert model.asked == [0, *range(1, 10**5)]
+    assert optimizer.param_groups[0]["lr"].item() == 1.0

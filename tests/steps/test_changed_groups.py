@@ -77,7 +77,7 @@ def sgd(weight: Any, decay: float) -> Any:
     return weight - LR * (2 * weight + decay * weight)
 
 
-@pytest.mark.parametrize("way", ["argument", "keyword", "none"])
+@pytest.mark.parametrize("way", ["argument", "keyword", "none", "scaler"])
 def test_with_and_without_a_closure(way: str) -> None:
     """SGD by hand, to float64 roundoff; the groups are the user's list again after the step."""
     a, b, optimizer, _, closure = start(SGD)
@@ -85,6 +85,11 @@ def test_with_and_without_a_closure(way: str) -> None:
     if way == "none":
         closure()
         assert optimizer.step() is None
+    elif way == "scaler":
+        closure()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        scaler.scale(torch.zeros(()))  # its state is made when a loss is first scaled
+        scaler.step(optimizer)
     else:
         loss = optimizer.step(closure) if way == "argument" else optimizer.step(closure=closure)
         assert loss.item() == pytest.approx(sum((w**2).sum().item() for w in before), rel=1e-14)
@@ -106,7 +111,7 @@ def test_a_closure_that_is_evaluated_again() -> None:
 @pytest.mark.parametrize("where", ["closure", "arithmetic", "arithmetic without a closure"])
 def test_a_step_that_raises(where: str) -> None:
     """After an exception in the closure at once; after one in the arithmetic when the dispatcher is heard of again."""
-    a, b, optimizer, dispatcher, closure = start(Raises)
+    a, _, optimizer, dispatcher, closure = start(Raises)
     groups = optimizer.param_groups
 
     def broken() -> Any:
