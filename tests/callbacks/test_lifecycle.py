@@ -220,7 +220,7 @@ def test_finders_run_without_us(finder: Any, tmp_path: Path, monkeypatch: pytest
 
     seen = []
     enter = StepDispatcher.enter
-    monkeypatch.setattr(StepDispatcher, "enter", lambda *args: (seen.append(1), enter(*args)))
+    monkeypatch.setattr(StepDispatcher, "enter", lambda *args: (seen.append(1), enter(*args))[1])
     net = Tuned(sgd())
     run = trainer(EffectiveLRMonitor(), NormProjection(), finder, default_root_dir=tmp_path)
     run.fit(net)
