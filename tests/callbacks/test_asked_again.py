@@ -210,7 +210,7 @@ def test_the_observer_waits_for_the_slowest_optimizer() -> None:
     """It says "unknown" of what it has not seen often enough, and looks on."""
     net, monitor = TwoSpeeds(), EffectiveLRMonitor()
     run = trainer(monitor, max_epochs=12)
-    with pytest.warns(UserWarning, match="could not be found out on a private copy"):
+    with pytest.warns(UserWarning, match="could not be found out by a probe"):
         run.fit(net, DataLoader(samples(240), 4))
     known = monitor.state_dict()["invariance"]["parameters"]
     assert known["generator.0.weight"]["kind"] == "neuron"
