@@ -227,7 +227,7 @@ def _keep_the_function(
     allowed: bool,
 ) -> None:
     try:
-        if not can_be_copied(pl_module):
+        if not can_be_copied(pl_module) and not keeps_running_statistics(pl_module):
             raise ProbeError("The model is sharded, or too large to be copied.")
         moved = change_and_follow(pl_module, [batch, few_samples(batch)], project, trainer.strategy.broadcast, step)
     except (ProbeError, ValueError) as error:

@@ -57,7 +57,7 @@ def change_and_follow(
         step: How the module is called.
 
     Returns:
-        The largest change of what the outermost modules put out, in training and in evaluation mode.
+        The largest change of what the last of the outermost modules puts out, in training and in evaluation mode.
 
     Raises:
         ProbeError: If the module's loss cannot be computed on a private copy.
@@ -159,7 +159,10 @@ def _kept(norm: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def _recording(module: nn.Module, found: Statistics) -> Iterator[list[Tensor]]:
-    """Meanwhile what outermost modules put out is listed, and the statistics of what BatchNorms get are found."""
+    """Meanwhile the last output of an outermost module is kept, and the statistics of what BatchNorms get are found.
+
+    A step may call its layers one by one; what is in front of a normalization changes with the weights, and may.
+    """
     outputs: list[Tensor] = []
     depth = [0]
 
@@ -169,8 +172,8 @@ def _recording(module: nn.Module, found: Statistics) -> Iterator[list[Tensor]]:
 
     def leave(part: nn.Module, args: Any, output: Any) -> None:
         depth[0] -= 1
-        if not depth[0]:
-            outputs.extend(t.detach().clone() for t in tree_leaves(output) if _is_real(t))
+        found = [t.detach().clone() for t in tree_leaves(output) if not depth[0] and _is_real(t)]
+        outputs[:] = found or outputs
 
     def recorder(name: str) -> Callable[..., None]:
         def record(part: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -194,7 +197,7 @@ def _recording(module: nn.Module, found: Statistics) -> Iterator[list[Tensor]]:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1
 
 
 def _apart(before: list[Tensor], after: list[Tensor]) -> float:

@@ -43,14 +43,15 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
     counted: list[Counter[str]] = []
     enter, leave = StepDispatcher.enter, StepDispatcher.leave
 
-    def counting_enter(self: StepDispatcher, index: int, optimizer: Any) -> None:
+    def counting_enter(self: StepDispatcher, *args: Any) -> Any:
         with Operations() as mode:
-            enter(self, index, optimizer)
+            found = enter(self, *args)
         counted.append(mode.counts)
+        return found
 
-    def counting_leave(self: StepDispatcher, index: int, optimizer: Any) -> None:
+    def counting_leave(self: StepDispatcher, *args: Any) -> None:
         with Operations() as mode:
-            leave(self, index, optimizer)
+            leave(self, *args)
         counted[-1] += mode.counts
 
     monkeypatch.setattr(StepDispatcher, "enter", counting_enter)

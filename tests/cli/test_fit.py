@@ -42,6 +42,12 @@ SPLIT = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning warns where no test of this process has set a seed before."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+
+
 def named(found: list[dict[str, Any]]) -> list[tuple[str, float, list[str]]]:
     """What decides about decay."""
     return [(group["name"], group["weight_decay"], group["param_names"]) for group in found]
