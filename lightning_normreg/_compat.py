@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from pytorch_lightning import Callback as CallbackBase
 
-__all__ = ["CallbackBase", "is_named", "optional_import", "pl"]
+__all__ = ["CallbackBase", "is_named", "know_rank", "optional_import", "pl"]
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+
+def know_rank() -> None:
+    """Say which process this is where Lightning, which does so, is not imported: else every warning would raise."""
+    if not hasattr(rank_zero_only, "rank"):
+        rank_zero_only.rank = next((int(os.environ[key]) for key in _RANKS if key in os.environ), 0)  # type: ignore[attr-defined]
 
 
 def is_named(thing: object, *names: str) -> bool:

@@ -78,3 +78,24 @@ def test_a_star_import_brings_the_documented_names() -> None:
     names: dict[str, object] = {}
     exec("from lightning_normreg import *", names)
     assert names.keys() | {"steps"} >= PUBLIC
+
+
+def test_a_plain_loop_may_warn_where_lightning_is_not_installed(tmp_path: Path) -> None:
+    """A unit without a direction is reported, and decay groups say what they are."""
+    code = """
+import sys, warnings
+sys.modules["pytorch_lightning"] = sys.modules["lightning"] = None
+import torch
+from lightning_normreg import decay_groups
+from lightning_normreg.steps import Projector, watch
+net = torch.nn.Linear(3, 2, bias=False)
+torch.nn.init.zeros_(net.weight[0])
+decay_groups(net, 0.1)
+projector = Projector(watch(net), 1.0)
+projector.project(projector.targets)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    projector.report()
+print(caught[0].message)
+"""
+    assert "has 1 zero unit of 2: it has no direction" in run(code, tmp_path)

@@ -1,5 +1,6 @@
 """A parameter, what it is, its units, wherever its pieces lie."""
 
+from lightning_normreg._compat import know_rank
 from lightning_normreg._weights._flat_shards import find_flat_pieces as find_flat_pieces
 from lightning_normreg._weights._flat_shards import is_flat as is_flat
 from lightning_normreg._weights._flat_shards import whole_shape as whole_shape
@@ -41,3 +42,5 @@ from lightning_normreg._weights._verdict import ScaleInvariance as ScaleInvarian
 from lightning_normreg._weights._verdict import strong as strong
 from lightning_normreg._weights._verdict import summarize as summarize
 from lightning_normreg._weights._watched import Watched as Watched
+
+know_rank()  # what all rooms that warn are built on

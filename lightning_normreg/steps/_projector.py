@@ -220,10 +220,10 @@ class Projector(StepSubscriber):
 
 def _why_off(name: str, units: int, zero: int, wild: int, astray: int) -> str:
     if zero or wild:
-        what = " and ".join(
-            [f"{zero} zero units"] * bool(zero) + [f"{wild} units with infinite or NaN entries"] * bool(wild)
-        )
-        return f"{name!r} has {what} of {units}: they have no direction and are left as they are."
+        kinds = {counted(zero, "zero unit"): zero, f"{counted(wild, 'unit')} with infinite or NaN entries": wild}
+        what = " and ".join(words for words, number in kinds.items() if number)
+        they = "it has no direction and is left as it is" if zero + wild == 1 else "they have no direction and are left"
+        return f"{name!r} has {what} of {units}: {they}."
     if astray:
         return (
             f"{name!r} does not stay at its radius: before the last step {astray} of {units} units were off it by more "

@@ -62,7 +62,7 @@ def test_initial_radius_is_the_norm_at_the_start() -> None:
     with torch.no_grad():
         net.head.weight[2] = 0.0
     start = {name: norms(name, p.detach()) for name, p in net.named_parameters() if name in WEIGHTS}
-    with pytest.warns(UserWarning, match="'head.weight' has 1 zero units of 3"):
+    with pytest.warns(UserWarning, match="'head.weight' has 1 zero unit of 3"):
         trainer(
             NormProjection("initial", unit="neuron", include=list(WEIGHTS), on_not_invariant="allow"), max_epochs=3
         ).fit(net, loader())
@@ -145,9 +145,9 @@ def test_units_that_cannot_be_projected_are_left_and_reported_once() -> None:
     with torch.no_grad():
         net.head.weight[1] = 0.0
     net.head.weight.register_hook(lambda g: g * torch.tensor([[1.0], [0.0], [1.0]]))
-    with pytest.warns(UserWarning, match=r"'head.weight' has 1 zero units of 3") as caught:
+    with pytest.warns(UserWarning, match=r"'head.weight' has 1 zero unit of 3") as caught:
         trainer(NormProjection(unit="neuron", include=["head.weight"], on_not_invariant="allow")).fit(net, loader())
-    assert len([w for w in caught if "zero units" in str(w.message)]) == 1
+    assert len([w for w in caught if "zero unit" in str(w.message)]) == 1
     assert norms("head.weight", net.head.weight.detach()) == pytest.approx([1.0, 0.0, 1.0], abs=1e-6)
 
 
