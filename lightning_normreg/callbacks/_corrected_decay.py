@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._param_groups import highest_rates
-from lightning_normreg._weights import Verdict, Watched, listed, strong
+from lightning_normreg._weights import Verdict, Watched, counted, listed, strong
 from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.callbacks._selecting import WeightCallback
 from lightning_normreg.steps._decay_corrector import DecayCorrector
@@ -113,7 +113,7 @@ class CorrectedDecay(WeightCallback):
                 peaks = self._expect(self._corrector, trainer, pl_module, index)
                 others = [t.name for t in targets if t.name in names and not t.invariant]
                 rank_zero_info(
-                    f"CorrectedDecay: the decay of {len(names)} weight{'s'[: len(names) > 1]} is proportional to "
+                    f"CorrectedDecay: the decay of {counted(len(names), 'weight')} is proportional to "
                     f"lr/lr_max, with lr_max {peaks}."
                     + (f" Not scale-invariant by themselves: {listed(others, 5)}." if others else "")
                 )

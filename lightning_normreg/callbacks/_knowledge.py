@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.nn.parameter import Parameter
 
 AGAIN = (2, 8, 32, 128)
-"""Batches, counted from 1, at which what is unknown is asked again; so it is at the beginning of an epoch.
+"""Batches, counted from 1, at which what is unknown is asked again; so it is after 1, 2, 4, 8, … epochs.
 
 At the last two it is also asked again whether an eps rules.
 """
@@ -50,7 +50,8 @@ class Knowledge:
         """Decide whether it is time to ask, and of which batch."""
         self._batch += 1
         still_open = self._unknown(trainer)
-        again = self._batch in (1, *AGAIN) or trainer.current_epoch > self._epoch
+        epoch = trainer.current_epoch
+        again = self._batch in (1, *AGAIN) or (epoch > self._epoch and epoch.bit_count() == 1)
         new = {i for i, _ in enumerate(trainer.optimizers) if self._dispatcher.has_updated(i)} - self._stepped
         self._due = None
         ruled = self._batch in AGAIN[2:] and any(
@@ -61,7 +62,7 @@ class Knowledge:
         elif still_open and new and self._stepped:
             self._due = "last"  # a player that steps seldom has done so in that batch
         self._stepped |= new
-        self._open, self._epoch = still_open, trainer.current_epoch
+        self._open, self._epoch = still_open, epoch
 
     def ask(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *, observe: bool
@@ -94,10 +95,12 @@ class Knowledge:
     def _learn(self, found: Verdict, whence: str) -> None:
         known = self.verdict or {}
         new = {name: v for name, v in found.items() if name not in known or _says_more(v, known[name])}
-        if new or self.verdict is None:
-            self.verdict = {**known, **new} if known else found
+        if not new and self.verdict is not None:
+            return
+        self.verdict = {**known, **new}
+        if new:
             also = f" New: {listed(list(new), 5)}." if known else ""
-            rank_zero_info(f"{whence}: {summarize(self.verdict)}{also}") if self.verdict else None
+            rank_zero_info(f"{whence}: {summarize(self.verdict)}{also}")
 
     def _observe(self, trainer: Trainer) -> None:
         if self.observer is None:
