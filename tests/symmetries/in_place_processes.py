@@ -11,6 +11,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_normreg import find_scale_invariance
+from lightning_normreg import find_scale_invariance, parameter_roles
 from lightning_normreg._symmetries import ProbeError
 from lightning_normreg._weights import local
 from tests.symmetries._case import CASES, Case
 from tests.symmetries._cases import CASES as ALL
 from tests.symmetries._labels import label
+from tests.symmetries._transformers_cases import PRETRAINED, own_loss
+from tests.symmetries.test_transformers import expand
 
 SOME = [
     "linear_layernorm", "linear_rmsnorm", "cosine_loss", "qk_norm_attention_with_bias", "sandwich_norm",
@@ -41,6 +44,12 @@ SOME = [
 WITH_CONVOLUTIONS = [*SOME, "transposed_convolution_in_groups", "batchnorm_cnn_with_bias", "normalized_columns"]
 ONE_GROUP = ["two_embeddings_layernorm", "l2_inside_the_loss"]
 """Weights of children are read where these do not run, so that FSDP must not spread them by themselves."""
+
+
+def pretrained(name: str) -> Case:
+    """A model of ``transformers``."""
+    model, batch, labels = PRETRAINED[name]()
+    return Case(model.train(), batch, own_loss, expand(labels, list(parameter_roles(model))))
 
 
 def fsdp2(module: nn.Module, *shape: int, one_group: bool = False, **options: Any) -> nn.Module:
@@ -74,6 +83,7 @@ STRATEGIES: dict[int, dict[str, tuple[list[str], Callable[[nn.Module], nn.Module
     2: {
         "fsdp2": ([name for name in ALL if name not in ONE_GROUP], lambda m: fsdp2(m, 2)),
         "fsdp2 whole": (ONE_GROUP, lambda m: fsdp2(m, 2, one_group=True)),
+        "fsdp2, transformers": (list(PRETRAINED), lambda m: fsdp2(m, 2, one_group=True)),
         "fsdp2, same samples": (SOME, lambda m: fsdp2(m, 2)),
         "fsdp1": (WITH_CONVOLUTIONS, fsdp1),
         "tp, same samples": (SOME, tensor_parallel),
@@ -96,10 +106,11 @@ KEEPING = {
 
 def built(name: str, rank: int) -> Case:
     """The same model everywhere, and samples of its own for each process."""
+    make = partial(pretrained, name) if name in PRETRAINED else CASES[name]
     torch.manual_seed(0)
-    case = CASES[name]()
+    case = make()
     torch.manual_seed(1 + rank)
-    return case._replace(batch=CASES[name]().batch)
+    return case._replace(batch=make().batch)
 
 
 def bits(module: nn.Module) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ def found(world: int) -> list[dict[str, Any]]:
     [
         (2, "fsdp2", 40),
         (2, "fsdp2 whole", 2),
+        (2, "fsdp2, transformers", 12),
         (2, "fsdp1", 9),
         (4, "hsdp", 6),
         (2, "fsdp2, same samples", 6),

@@ -34,6 +34,18 @@ def test_verdicts_on_real_models(name, dtype):
     assert differences(verdicts, expand(labels, list(verdicts))) == {}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_verdicts_in_place(name):
+    """The same labels from the module itself, whose weights keep their bits."""
+    torch.manual_seed(0)
+    model, batch, labels = PRETRAINED[name]()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    verdicts = find_scale_invariance(model.train(), batch, forward=own_loss, in_place=True)
+    assert differences(verdicts, expand(labels, list(verdicts))) == {}
+    assert all(torch.equal(before[key], t) for key, t in model.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "llama", "t5"])
 def test_classic_transformers_have_no_invariant_weight(name):
     """Post-LN and pre-LN transformers have none, and the summary says so."""
