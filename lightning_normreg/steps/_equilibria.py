@@ -34,7 +34,6 @@ class Course:
     """One weight's way to equilibrium, in plain numbers."""
 
     norm: float  # what the norm equation gives for the schedule run so far
-    constant: dict[str, Any]  # momentum of its group at the start; the formulas do not know a scheduled one
     relaxed: float = 0.0  # relaxation times since the start
     ratios: list[float] = field(default_factory=list)  # measured over predicted rotation at the last logged steps
     since: int | None = None  # logged step from which on it has been consistent with equilibrium, None while it is not
@@ -74,7 +73,7 @@ class Equilibria(StepSubscriber):
         self._is_held = is_held
         self._steps: dict[str, list[_Written]] = {}
         self._failed: dict[str, str] = {}
-        self._constants: dict[str, dict[str, Any]] = {}
+        self._constants: dict[str, dict[str, Any]] = {}  # momentum at the start; the formulas know no scheduled one
         self.courses: dict[str, Course] = {}
         self.watch(watched)
 
@@ -126,7 +125,7 @@ class Equilibria(StepSubscriber):
         constant = {key: group[key] for key in _CONSTANT if key in group}
         if constant != self._constants.setdefault(name, constant):
             raise ValueError("Its momentum is scheduled, and the formulas take it to be constant.")
-        course = self.courses.setdefault(name, Course(norm, constant))
+        course = self.courses.setdefault(name, Course(norm))
         if course.steps:
             course.norm, relaxed = formulas.advance(course.norm, done)
             course.relaxed += relaxed
@@ -154,7 +153,7 @@ class Equilibria(StepSubscriber):
         """All courses so far."""
         courses = {name: asdict(course) for name, course in self.courses.items()}
         steps = {name: _read(steps) for name, steps in self._steps.items()}
-        return {"equilibria": {"courses": courses, "steps": steps}}
+        return {"equilibria": {"courses": courses, "steps": steps, "constants": dict(self._constants)}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Follow them on."""
@@ -165,7 +164,7 @@ class Equilibria(StepSubscriber):
                 n: {key: v for key, v in course.items() if key in known} for n, course in kept["courses"].items()
             }
             self.courses = {name: Course(**course) for name, course in courses.items()}
-            self._constants = {name: course.constant for name, course in self.courses.items()}
+            self._constants = dict(kept.get("constants", {}))
             self._steps = {name: list(steps) for name, steps in kept["steps"].items()}
 
 

@@ -192,14 +192,14 @@ def test_momentum_gain_and_exponent_on_request() -> None:
 )
 def test_words_are_about_the_last_logged_ratios(ratios: list[float], settled: bool) -> None:
     """At least eight of the last ten inside the tolerance, none outside of twice the tolerance."""
-    course = Course(1.0, {}, relaxed=3.5)
+    course = Course(1.0, relaxed=3.5)
     for step, ratio in enumerate(ratios):
         course.compare(ratio, 0.15, step)
     assert course.words().startswith("consistent with equilibrium since step") is settled
     last = ratios[-10:]
     if not settled and len(ratios) >= 8:
         assert f"rotation {min(last):.2f} to {max(last):.2f} times what is predicted" in course.words()
-    early = Course(1.0, {}, relaxed=2.4, steps=700)
+    early = Course(1.0, relaxed=2.4, steps=700)
     for step, ratio in enumerate(ratios):
         early.compare(ratio, 0.15, step)
     assert early.words().startswith("too short to settle: 2.4 of the 3 relaxation times")
