@@ -137,7 +137,7 @@ class StepCallback(CallbackBase):
 
     def state_dict(self) -> dict[str, Any]:
         """The verdict, so that a resumed run does not ask again, and the subscribers' states: plain types, tensors."""
-        state = dict(self._restored) if self._acted_on is None else {}
+        state = {} if self._subscribers else dict(self._restored)  # a callback that waits keeps what it was given
         for subscriber in self._subscribers:
             state |= subscriber.state_dict()
         return state | {"invariance": verdict_to_dict(self._verdict or {})}

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._param_groups import highest_rates
-from lightning_normreg._weights import Verdict, Watched, counted, listed, strong
+from lightning_normreg._weights import Verdict, counted, listed, strong
 from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.callbacks._selecting import WeightCallback
 from lightning_normreg.steps._decay_corrector import DecayCorrector
 from lightning_normreg.steps._step_hooks import torch_optimizer
-from lightning_normreg.steps._targets import OnNotInvariant, choose_targets
+from lightning_normreg.steps._targets import OnNotInvariant
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -86,6 +86,7 @@ class CorrectedDecay(WeightCallback):
     def _reset(self) -> None:
         super()._reset()
         self._corrector: DecayCorrector | None = None
+        self._corrected: list[str] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the selection before anything is trained."""
@@ -94,12 +95,17 @@ class CorrectedDecay(WeightCallback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         try:
-            targets = self._choose(trainer, strong(verdict))
+            allows = self.on_not_invariant == "allow"  # without names it takes what is watched by default
+            named = allows or self.include is not None
+            targets = self._choose(trainer, strong(verdict), self.on_not_invariant, named=named)
         except ValueError as error:
             if not run_of(trainer).dispatcher.has_seen_updates:
                 raise
             targets = []  # a run that has come this far is not ended
             rank_zero_warn(f"CorrectedDecay leaves decay as it is. {error}")
+        if [target.name for target in targets] == self._corrected:
+            return  # what is known now is of other weights
+        self._corrected = [target.name for target in targets]
         if self._corrector is not None:
             self._corrector.aim(targets)
         elif targets:
@@ -117,18 +123,6 @@ class CorrectedDecay(WeightCallback):
                     f"lr/lr_max, with lr_max {peaks}."
                     + (f" Not scale-invariant by themselves: {listed(others, 5)}." if others else "")
                 )
-
-    def _choose(self, trainer: Trainer, verdict: Verdict) -> list[Watched]:
-        allows = self.on_not_invariant == "allow"
-        known = self._known(trainer, verdict)
-        if self._waiting and not allows and not any(w.invariant for w in known):
-            return []
-        watched = self._selected(trainer, verdict) if allows else known
-        otherwise: OnNotInvariant = self.on_not_invariant
-        if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
-            otherwise = "skip"
-        named = allows or self.include is not None
-        return choose_targets(watched, verdict, named=named, otherwise=otherwise, callback="CorrectedDecay")
 
     def _expect(self, corrector: DecayCorrector, trainer: Trainer, pl_module: LightningModule, index: int) -> str:
         """Tell what the schedule will reach; the same in words."""

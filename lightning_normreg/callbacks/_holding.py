@@ -20,7 +20,7 @@ from lightning_normreg.callbacks._run import batches_that_stepped, callbacks_of,
 from lightning_normreg.callbacks._selecting import WeightCallback
 from lightning_normreg.steps._following import change_and_follow, keeps_running_statistics
 from lightning_normreg.steps._projector import Projector, Radius, check_radius_argument
-from lightning_normreg.steps._targets import OnNotInvariant, choose_targets, note_eps_shares
+from lightning_normreg.steps._targets import OnNotInvariant, note_eps_shares
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -67,7 +67,7 @@ class NormHolder(WeightCallback):
     def _reset(self) -> None:
         super()._reset()
         self._projector: Projector | None = None
-        self._projected = 0
+        self._projected: list[str] = []
         self._averaging: list[Any] = []
         self._averaged: list[AveragedWeights] = []
 
@@ -82,7 +82,8 @@ class NormHolder(WeightCallback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         held = [] if self._projector is None else self._still_held(trainer, self._projector.targets, verdict)
         try:
-            targets = self._choose(trainer, strong(verdict), self.on_not_invariant)
+            targets = self._choose(trainer, strong(verdict), self.on_not_invariant, named=self.include is not None)
+            note_eps_shares(targets, verdict)
         except ValueError as error:
             if not run_of(trainer).dispatcher.has_seen_updates:
                 raise
@@ -118,18 +119,6 @@ class NormHolder(WeightCallback):
                 run_of(trainer).claims.pop(parameter, None)
         return [target for target in targets if target not in lost]
 
-    def _choose(self, trainer: Trainer, verdict: Verdict, otherwise: OnNotInvariant) -> list[Watched]:
-        known = self._known(trainer, verdict)
-        watched = self._selected(trainer, verdict) if otherwise == "allow" else known
-        named, callback = self.include is not None, type(self).__name__
-        if self._waiting and not (any(w.invariant for w in known) or (named and watched)):
-            return []
-        if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
-            otherwise = "skip"
-        targets = choose_targets(watched, verdict, named=named, otherwise=otherwise, callback=callback)
-        note_eps_shares(targets, verdict)
-        return targets
-
     def _claim(self, trainer: Trainer, targets: list[Watched]) -> None:
         claims = run_of(trainer).claims
         mine = f"{type(self).__name__}(include={self.include})"
@@ -150,8 +139,9 @@ class NormHolder(WeightCallback):
         if projector is None:
             return  # it is not known yet what to hold
         optimized = projector.optimized(optimizers_of(trainer))
-        if len(optimized) != self._projected:
-            self._projected = len(optimized)
+        names = [target.name for target in optimized]
+        if names != self._projected:
+            self._projected = names
             reshard(trainer.model or pl_module)
             moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
             projector.announce(moved, optimizers_of(trainer))

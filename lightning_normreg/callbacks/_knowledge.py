@@ -79,7 +79,8 @@ class Knowledge:
         if self._due is not None:
             asked = self._last if self._due == "last" else (batch, batch_idx)
             self._due = None
-            found = probe(trainer, pl_module, *asked, give_up=self._batch >= AGAIN[-1])
+            give_up = self._batch >= AGAIN[-1]
+            found = probe(trainer, pl_module, *asked, give_up=give_up, again=bool(self.verdict))
             if found is not None:
                 self._learn(found, "Scale invariance")
             self._open = self._unknown(trainer)

@@ -35,11 +35,12 @@ LARGEST = 500_000_000
 
 
 def probe(
-    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *, give_up: bool = True
+    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *, give_up: bool, again: bool
 ) -> Verdict | None:
     """Ask the module's own ``training_step`` on a few samples; every rank takes what rank 0 finds, empty if nothing.
 
-    None where another batch may tell: this one has no loss, and it is not yet time to ``give_up``.
+    None where another batch may tell: this one has no loss, and it is not yet time to ``give_up``. Where something was
+    found out before (``again``), nothing is lost by a probe that fails.
     """
     started = time.perf_counter()
     verdict: Verdict | None = {}
@@ -51,6 +52,8 @@ def probe(
     except Exception as error:  # whatever the user's code raises on a copy, or memory: training must go on
         if isinstance(error, NoLossError) and not give_up:
             verdict = None
+        elif again:
+            rank_zero_info(f"What is unknown of scale invariance could not be asked again: {error}")
         else:
             rank_zero_warn(
                 f"Which weights are scale-invariant could not be found out by a probe: {error} Monitors watch "
@@ -91,7 +94,7 @@ def few_samples(batch: Any) -> Any:
     if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
         return batch
     lengths = {t.shape[0] if t.ndim else 0 for t in tensors}
-    if len(lengths) != 1 or lengths == {0}:
+    if len(lengths) != 1 or max(lengths) <= SAMPLES:
         return batch
     return tree_map(lambda leaf: leaf[:SAMPLES] if isinstance(leaf, Tensor) else leaf, batch)
 

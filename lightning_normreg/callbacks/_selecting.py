@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, check_selection, listed, watch
 from lightning_normreg.callbacks._base import StepCallback
 from lightning_normreg.callbacks._run import run_of
+from lightning_normreg.steps._targets import OnNotInvariant, choose_targets
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -55,3 +56,19 @@ class WeightCallback(StepCallback):
                 f"scale-invariant. {verdict[new[0]].reason}"
             )
         return [w for w in watched if w.name not in waiting]
+
+    def _choose(self, trainer: Trainer, verdict: Verdict, otherwise: OnNotInvariant, *, named: bool) -> list[Watched]:
+        """What to act on of the selected weights, which the user has ``named`` or not; nothing while all have to wait.
+
+        Once optimizers have stepped, a named weight that is found not to be scale-invariant is skipped: a run that has
+        come this far is not ended.
+        """
+        if named and otherwise == "allow":  # then nothing has to wait
+            watched = self._selected(trainer, verdict)
+        else:
+            watched = self._known(trainer, verdict)
+            if self._waiting and not (any(w.invariant for w in watched) or (named and watched)):
+                return []
+        if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
+            otherwise = "skip"
+        return choose_targets(watched, verdict, named=named, otherwise=otherwise, callback=type(self).__name__)

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_normreg._symmetries import OwnStep, PrivateCall, ProbeError, check_callable
 
-Statistics = dict[str, tuple[Tensor, Tensor]]
-"""Name of a normalization → mean and variance per channel, as one batch has them."""
+Pair = tuple[Tensor, Tensor]
+"""Mean and variance per channel, as one batch has them."""
 
 
 class Moved(NamedTuple):
@@ -25,11 +25,9 @@ class Moved(NamedTuple):
     evaluation: float
 
 
-class _Look(NamedTuple):
-    exact: Statistics  # of what BatchNorms normalize
-    averaged: Statistics  # what the running averages of other normalizations are moved towards
-    training: list[Tensor]
-    evaluation: list[Tensor]
+class _Statistics(NamedTuple):
+    exact: dict[str, Pair]  # name of a BatchNorm → of what it normalizes
+    averaged: dict[tuple[str, str], Pair]  # names of two buffers → what a step moves them towards
 
 
 def change_and_follow(
@@ -64,109 +62,136 @@ def change_and_follow(
         ValueError: If the module is not in training mode, or has no ``training_step``.
     """
     check_callable(module, batches[0], step)
-    call, before = _callable_with(module, batches, step)
+    call, statistics = _callable_with(module, batches, step)
+    outputs = _outputs(call, module)
     change()
-    after = _look(call, module)
-    norms = {name: m for name, m in module.named_modules() if m.training}
-    for exact in (True, False):
-        old, new = (share(look.exact if exact else look.averaged) for look in (before, after))
-        for name in norms.keys() & old.keys() & new.keys():
-            _move(norms[name], old[name], new[name])
-    last = _look(call, module)
-    return share(Moved(_apart(before.training, last.training), _apart(before.evaluation, last.evaluation)))  # type: ignore[no-any-return]
+    before, after = share(statistics), share(_statistics(call, module))
+    norms = {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm) and m.training}
+    for name in norms.keys() & before.exact.keys() & after.exact.keys():
+        _follow_in(norms[name], before.exact[name], after.exact[name])
+    buffers = dict(module.named_buffers())
+    for names in before.averaged.keys() & after.averaged.keys():
+        mean, variance = (buffers[name] for name in names)
+        _follow(mean, variance, _scale(before.averaged[names], after.averaged[names]))
+    pairs = zip(outputs, _outputs(call, module), strict=True)
+    return share(Moved(*(_apart(old, new) for old, new in pairs)))  # type: ignore[no-any-return]
 
 
 def keeps_running_statistics(module: nn.Module) -> bool:
     """Whether a part of a module has a running mean and variance."""
-    return any(len(_kept(part)) == 2 for part in module.modules())
+    return any(_named(part, "mean") and _named(part, "var") for part in module.modules())
 
 
-def _callable_with(module: nn.Module, batches: list[Any], step: OwnStep) -> tuple[PrivateCall, _Look]:
+def _named(part: nn.Module, what: str) -> list[str]:
+    return [key for key, _ in part.named_buffers(recurse=False) if what in key]
+
+
+def _callable_with(module: nn.Module, batches: list[Any], step: OwnStep) -> tuple[PrivateCall, _Statistics]:
     wide = any(p.dtype == torch.float64 for p in module.parameters())
     for batch in batches:
         call = PrivateCall(module, step, batch, torch.float64 if wide else torch.float32)
         try:
-            return call, _look(call, module)
+            return call, _statistics(call, module)
         except ProbeError:
             if batch is batches[-1]:
                 raise
     raise AssertionError("no batch")
 
 
-def _look(call: PrivateCall, module: nn.Module) -> _Look:
-    """What there is to see at the module's weights, in three or four calls."""
+def _run(call: PrivateCall, module: nn.Module) -> dict[str, Tensor]:
+    """Call it at the module's weights; what that leaves in its buffers."""
     distinct = {name: module.get_parameter(name) for name, _ in call.module.named_parameters()}
     point = {name: p.detach().to(call.dtype).requires_grad_(p.requires_grad) for name, p in distinct.items()}
-    exact: Statistics = {}
-    with _recording(call.module, exact) as training:
-        call.run(point, lambda loss: None, seed=0)
-    left = call.left
-    averages = _averages(call, point, left)
-    modes = {m: m.training for m in call.module.modules()}
-    call.module.eval()
+    call.run(point, lambda loss: None, seed=0)
+    return call.left
+
+
+def _statistics(call: PrivateCall, module: nn.Module) -> _Statistics:
+    exact: dict[str, Pair] = {}
+    hooks = [
+        part.register_forward_pre_hook(_recorder(name, exact))
+        for name, part in call.module.named_modules()
+        if isinstance(part, _BatchNorm)
+    ]
     try:
-        with _recording(call.module, {}) as evaluation:
-            call.run(point, lambda loss: None, seed=0)
+        left = _run(call, module)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _Statistics(exact, _averages(call, module, left))
+
+
+def _outputs(call: PrivateCall, module: nn.Module) -> list[list[Tensor]]:
+    """What the last of the outermost modules puts out, in training and in evaluation mode."""
+    modes = {m: m.training for m in call.module.modules()}
+    found = []
+    try:
+        for is_evaluation in (False, True):
+            if is_evaluation:
+                call.module.eval()
+            with _listening(call.module) as outputs:
+                _run(call, module)
+            found.append(outputs)
     finally:
         for m, mode in modes.items():
             m.training = mode
-    return _Look(exact, _pairs(call.module, averages), training, evaluation)
+    return found
 
 
-def _averages(call: PrivateCall, point: dict[str, Tensor], left: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a step moves each running average towards, by the name of its buffer.
+def _averages(call: PrivateCall, module: nn.Module, left: dict[str, Tensor]) -> dict[tuple[str, str], Pair]:
+    """What a step moves the running mean and variance of other modules than BatchNorm towards.
 
     A buffer b that becomes αb + (1 − α)s tells α when it starts from b + 1, and so s. What is moved in other ways, such
     as the vectors of spectral normalization, has no such α.
     """
     starts = {name: b.detach().to(call.dtype) for name, b in call.module.named_buffers() if b.is_floating_point()}
-    moved = {name: b for name, b in starts.items() if name in left and not torch.equal(left[name], b)}
-    if not moved:
+    pairs = []
+    for name, part in call.module.named_modules():
+        keys = [[f"{name}.{key}".lstrip(".") for key in _named(part, what)] for what in ("mean", "var")]
+        moved = [[key for key in each if key in starts and not torch.equal(left[key], starts[key])] for each in keys]
+        if not isinstance(part, _BatchNorm) and all(len(each) == 1 for each in moved):
+            pairs.append((moved[0][0], moved[1][0]))
+    if not pairs:
         return {}
-    call.buffers = {name: b + 1 for name, b in moved.items()}
+    call.buffers = {name: starts[name] + 1 for pair in pairs for name in pair}
     try:
-        call.run(point, lambda loss: None, seed=0)
+        shifted = _run(call, module)
     finally:
         call.buffers = {}
     found = {}
-    for name, b in moved.items():
-        memory = (call.left[name] - left[name]).double()
-        # All entries have one memory, but for roundoff of the two calls.
-        tolerance = 1e-6 if call.dtype == torch.float64 else 1e-3
-        if float(memory.max() - memory.min()) < tolerance and 0 <= float(memory.mean()) < 1 - 1e-3:
-            found[name] = ((left[name].double() - memory.mean() * b.double()) / (1 - memory.mean())).cpu()
+    for pair in pairs:
+        means, variances = (_moved_towards(starts[name], left[name], shifted[name]) for name in pair)
+        if means is not None and variances is not None:
+            found[pair] = means, variances
     return found
 
 
-def _pairs(module: nn.Module, averages: dict[str, Tensor]) -> Statistics:
-    """Mean and variance of modules that keep both, but for BatchNorm, whose own are exact."""
-    found: Statistics = {}
-    for name, part in module.named_modules():
-        keys = {key: f"{name}.{key}".lstrip(".") for key, _ in part.named_buffers(recurse=False)}
-        means = [key for key in keys if "mean" in key and keys[key] in averages]
-        variances = [key for key in keys if "var" in key and keys[key] in averages]
-        if not isinstance(part, _BatchNorm) and len(means) == len(variances) == 1:
-            found[name] = averages[keys[means[0]]], averages[keys[variances[0]]]
-    return found
+def _moved_towards(start: Tensor, left: Tensor, shifted: Tensor) -> Tensor | None:
+    memory = (shifted - left).double()
+    # All entries have one memory, but for roundoff of the two calls.
+    tolerance = 1e-6 if start.dtype == torch.float64 else 1e-3
+    if float(memory.max() - memory.min()) >= tolerance or not 0 <= float(memory.mean()) < 1 - 1e-3:
+        return None
+    return ((left.double() - memory.mean() * start.double()) / (1 - memory.mean())).cpu()
 
 
-def _kept(norm: nn.Module) -> list[Tensor]:
-    """Its running mean and variance, as far as it has them."""
-    own = dict(norm.named_buffers(recurse=False))
-    found = [[b for key, b in own.items() if what in key] for what in ("mean", "var")]
-    return [b for buffers in found for b in buffers[:1]]
+def _recorder(name: str, found: dict[str, Pair]) -> Callable[..., None]:
+    def record(part: nn.Module, args: tuple[Tensor, ...]) -> None:  # a function, because it survives deepcopy as it is
+        values = args[0].detach().transpose(0, 1).flatten(1).cpu().double()  # not every device has float64
+        found.setdefault(name, (values.mean(dim=1), values.var(dim=1, correction=0)))
+
+    return record
 
 
 @contextmanager
-def _recording(module: nn.Module, found: Statistics) -> Iterator[list[Tensor]]:
-    """Meanwhile the last output of an outermost module is kept, and the statistics of what BatchNorms get are found.
+def _listening(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Meanwhile the last output of an outermost module is kept.
 
     A step may call its layers one by one; what is in front of a normalization changes with the weights, and may.
     """
     outputs: list[Tensor] = []
     depth = [0]
 
-    # Functions, because they survive deepcopy as they are.
     def enter(part: nn.Module, args: Any) -> None:
         depth[0] += 1
 
@@ -175,20 +200,9 @@ def _recording(module: nn.Module, found: Statistics) -> Iterator[list[Tensor]]:
         found = [t.detach().clone() for t in tree_leaves(output) if not depth[0] and _is_real(t)]
         outputs[:] = found or outputs
 
-    def recorder(name: str) -> Callable[..., None]:
-        def record(part: nn.Module, args: tuple[Tensor, ...]) -> None:
-            values = args[0].detach().transpose(0, 1).flatten(1).cpu().double()  # not every device has float64
-            found.setdefault(name, (values.mean(dim=1), values.var(dim=1, correction=0)))
-
-        return record
-
-    hooks = []
-    for name, part in module.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            continue  # takes no hooks
-        hooks += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
-        if isinstance(part, _BatchNorm):
-            hooks.append(part.register_forward_pre_hook(recorder(name)))
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]  # which take no hooks
+    hooks: list[Any] = [part.register_forward_pre_hook(enter) for part in parts]
+    hooks += [part.register_forward_hook(leave) for part in parts]
     try:
         yield outputs
     finally:
@@ -211,21 +225,31 @@ def _apart(before: list[Tensor], after: list[Tensor]) -> float:
     )
 
 
-@torch.no_grad()
-def _move(norm: nn.Module, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> None:
+def _scale(before: Pair, after: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """Where there is something to follow, by which square a variance is multiplied, and what is added to a mean."""
     (mean, variance), (new_mean, new_variance) = before, after
     # A channel without variance has no scale to follow; one behind unchanged weights keeps its bits.
     usable = (variance > 0) & (new_variance > 0) & ((mean != new_mean) | (variance != new_variance))
     squared = torch.where(usable, new_variance / torch.where(variance > 0, variance, 1.0), 1.0)
-    shift = torch.where(usable, new_mean - squared.sqrt() * mean, 0.0)
-    kept = _kept(norm)
-    if len(kept) == 2:
-        _affine_(kept[0], squared.sqrt(), shift)
-        _affine_(kept[1], squared, torch.zeros_like(shift))
-    if isinstance(norm, _BatchNorm) and norm.affine:
+    return usable, squared, torch.where(usable, new_mean - squared.sqrt() * mean, 0.0)
+
+
+def _follow(mean: Tensor, variance: Tensor, scale: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, squared, shift = scale
+    _affine_(mean, squared.sqrt(), shift)
+    _affine_(variance, squared, torch.zeros_like(shift))
+
+
+def _follow_in(norm: _BatchNorm, before: Pair, after: Pair) -> None:
+    usable, squared, shift = scale = _scale(before, after)
+    if norm.running_mean is not None and norm.running_var is not None:
+        _follow(norm.running_mean, norm.running_var, scale)
+    if norm.affine:
+        (_, variance), (_, new_variance) = before, after
         eps_share = ((new_variance + norm.eps) / ((variance + norm.eps) * squared)).sqrt()
         _affine_(norm.weight, torch.where(usable, eps_share, 1.0), torch.zeros_like(shift))
 
 
+@torch.no_grad()
 def _affine_(tensor: Tensor, factor: Tensor, shift: Tensor) -> None:
     tensor.copy_(tensor.cpu().double() * factor + shift)

@@ -218,3 +218,66 @@ def test_the_observer_waits_for_the_slowest_optimizer() -> None:
     history = monitor.history().set_index("step")
     assert history["weights/effective_lr/critic.0.weight"].dropna().index.min() < 40
     assert history["weights/effective_lr/generator.0.weight"].dropna().index.min() >= 660
+
+
+class Fragile:
+    """Can be copied as long as nobody has said otherwise."""
+
+    allowed = True
+
+    def __deepcopy__(self, memo: Any) -> Fragile:
+        if not Fragile.allowed:
+            raise RuntimeError("not any more")
+        return Fragile()
+
+
+class CopiedOnce(Tuned):
+    """Cannot be copied after its first epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fragile = Fragile()
+        Fragile.allowed = True
+
+    def on_train_epoch_start(self) -> None:
+        """From the second epoch on."""
+        Fragile.allowed = self.current_epoch == 0
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist:UserWarning")
+def test_asking_again_in_vain_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """What was known stays, nothing is said of observers, and the thawed weight is still unknown."""
+    monitor = EffectiveLRMonitor()
+    with caplog.at_level("INFO"):
+        trainer(thaw(), monitor, max_epochs=4).fit(CopiedOnce(), DataLoader(samples(), 16))  # warnings are errors
+    assert "could not be asked again" in caplog.text
+    assert len(monitor.history()["weights/effective_lr/head.0.weight"].dropna()) == 16
+    assert not any("backbone" in tag for tag in monitor.history())
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist:UserWarning")
+def test_a_callback_that_waits_keeps_what_it_was_given(tmp_path: Any) -> None:
+    """Radii of a weight that is frozen again are in the next checkpoint as they were in the last."""
+    path, radii = tmp_path / "first.ckpt", torch.arange(1.0, 9.0)
+    for epochs in (1, 2):
+        held = NormProjection("initial", include=["backbone.0.weight"])
+        run = trainer(thaw(), held, max_epochs=epochs)
+        run.fit(Tuned(), DataLoader(samples(), 16), ckpt_path=path if epochs == 2 else None)
+        if epochs == 1:
+            run.save_checkpoint(path)
+            saved = torch.load(path, weights_only=True)
+            saved["callbacks"][held.state_key]["initial"] = {"backbone.0.weight": radii}
+            torch.save(saved, path)
+    assert held._projector is None  # thawed after the second epoch only
+    assert torch.equal(held.state_dict()["initial"]["backbone.0.weight"], radii)
+
+
+def test_what_is_allowed_does_not_wait(caplog: pytest.LogCaptureFixture) -> None:
+    """A weight that no batch has reached is held at once where the user allows weights that are not scale-invariant."""
+    net = Gan()
+    with caplog.at_level("INFO"):
+        trainer(NormProjection(include=["generator.0.weight"], on_not_invariant="allow")).fit(
+            net, DataLoader(samples(16), 4)
+        )
+    assert "waits with" not in caplog.text
+    assert row_norms(net.generator[0].weight) == pytest.approx(torch.ones(8), rel=1e-6)

@@ -19,8 +19,10 @@ from tests.harness import trainer
 class OwnNorm(nn.Module):
     """A BatchNorm of one's own, which assigns its running statistics anew."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, **constants: float) -> None:
         super().__init__()
+        for name, value in constants.items():
+            self.register_buffer(name, torch.full((features,), value))
         self.register_buffer("avg_mean", torch.zeros(features))
         self.register_buffer("avg_var", torch.ones(features))
         self.momentum = 0.2
@@ -50,6 +52,17 @@ class InPlaceNorm(OwnNorm):
         return (x - mean) / (var + 1e-5).sqrt()
 
 
+class WithConstants(OwnNorm):
+    """The same behind a standardization of inputs by numbers that never change, which are buffers as well."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features, input_mean=0.5, input_var=4.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As above."""
+        return super().forward((x - self.input_mean) / self.input_var.sqrt())
+
+
 class Instance(nn.Module):
     """InstanceNorm with running statistics, over the last half of the features as positions."""
 
@@ -70,6 +83,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "without-statistics": lambda n: nn.BatchNorm1d(n, track_running_stats=False),
     "own": OwnNorm,
     "in-place": InPlaceNorm,
+    "constants": WithConstants,
     "instance": Instance,
     "layer": nn.LayerNorm,
     "group": lambda n: nn.GroupNorm(2, n),
@@ -130,7 +144,7 @@ class Look(Callback):
 
 @pytest.mark.parametrize("name", NORMS)
 def test_what_is_said_is_what_is_measured(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """For ten kinds of normalization: the function is kept, and the numbers are those of a float64 recomputation."""
+    """For many kinds of normalization: the function is kept, and the numbers are those of a float64 recomputation."""
     model, before, after = Model(NORMS[name]), Look(), Look()
     norm_before = model.first.weight.detach().norm()
     with caplog.at_level("INFO"):
