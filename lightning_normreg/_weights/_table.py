@@ -90,7 +90,9 @@ class Table:
         self._places, self._owners = places.to(self.device), owners.to(self.device)
         self._adds = torch.where(adds, places, count).to(self.device)
         self.layer = layer.to(self.device)
-        self.present = torch.zeros(count + 1, dtype=torch.bool).index_fill_(0, places, True)[:-1].to(self.device)
+        # A weight that is one unit has a row here even where its shard is empty.
+        here = torch.cat([torch.full_like(p.units, p.now()[1].numel()) for _, p in found]).bool()
+        self.present = torch.zeros(count + 1, dtype=torch.bool).index_fill_(0, places[here], True)[:-1].to(self.device)
         bounds = [Limits.of(w.parameter.dtype.to_real(), w.longest()) for w in self.watched]
         self.limits = Limits(*(self.column([float(b) for b in bound]) for bound in zip(*bounds, strict=True)))
         groups = [groups_of(w) for w in self.watched]

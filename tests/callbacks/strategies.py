@@ -198,10 +198,12 @@ def main() -> None:
         callbacks=callbacks,
     )
     trainer.fit(model, loader, loader)
+    collectives = counts["all_reduce"]
+    held = {name: norms for c in callbacks if hasattr(c, "held") for name, norms in c.held().items()}
     weights = whole_weights(trainer, model)
     history = callbacks[1].history().to_dict("records") + callbacks[0].history().to_dict("records")
     with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump({"history": history, "weights": weights, "collectives": counts["all_reduce"]}, file)
+        json.dump({"history": history, "weights": weights, "held": held, "collectives": collectives}, file)
 
 
 def whole_weights(trainer: Trainer, model: LightningModule) -> dict[str, Any]:

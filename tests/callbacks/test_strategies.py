@@ -98,6 +98,22 @@ def test_the_numbers_are_those_of_a_single_device(strategy: str, config: Config)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy, config",
+    [r for r in RUNS if r[1].project == "project"],
+    ids=lambda v: v if isinstance(v, str) else "-".join(v),
+)
+def test_norms_and_radii_are_those_of_a_single_device(strategy: str, config: Config) -> None:
+    """What a table shows of held weights, from every process: norms before the last projection, and radii."""
+    (reference,), found = run("single", config), run(strategy, config)
+    assert len(reference["held"]) >= 2
+    for process in found:
+        assert process["held"].keys() == reference["held"].keys()
+        for name, numbers in reference["held"].items():
+            assert process["held"][name] == pytest.approx(numbers, rel=TOLERANCE[config.bits]), name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "tp", "fsdp+tp", "hsdp"])
 def test_collectives_do_not_grow_with_the_number_of_layers(strategy: str) -> None:
     """One all-reduce for each dimension of the mesh that a tensor is spread over, whatever is measured of all layers.
