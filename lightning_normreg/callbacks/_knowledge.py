@@ -45,6 +45,8 @@ class Knowledge:
         self._stepped: set[int] = set()
         self._observed = 0
         self._last: tuple[Any, int] = (None, 0)
+        self._read: Verdict | None = None
+        self._candidates: set[str] = set()
 
     def begin_batch(self, trainer: Trainer) -> None:
         """Decide whether it is time to ask, and of which batch."""
@@ -113,11 +115,14 @@ class Knowledge:
 
     def _unknown(self, trainer: Trainer) -> set[str]:
         """Names of parameters that are trained, and of which nothing is known that a probe could find out."""
-        unknown = {n for n, v in (self.verdict or {}).items() if v.is_unknown and v.evidence != "observer"}
-        if not unknown:
-            return unknown
+        if self._read is not self.verdict:  # not in every batch
+            self._read = self.verdict
+            unknown = {n: v for n, v in (self.verdict or {}).items() if v.is_unknown}
+            self._candidates = {name for name, v in unknown.items() if v.evidence != "observer"}
+        if not self._candidates:
+            return set()
         trained = {p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        return {name for name, p, _ in self.named if name in unknown and p.requires_grad and p in trained}
+        return {name for name, p, _ in self.named if name in self._candidates and p.requires_grad and p in trained}
 
 
 def _says_more(new: ScaleInvariance, old: ScaleInvariance) -> bool:

@@ -18,14 +18,17 @@ class NormProjection(NormHolder):
     step. It is a rescale, not a parametrization: no gradient goes through it, and it leaves the optimizer's state as
     it is.
 
-    The first projection keeps the function: a bias that belongs to the unit is scaled along, BatchNorm's running
-    statistics follow, its gain makes good what its eps no longer takes, and the state of an optimizer that is under way
-    follows too. It does not keep the recipe: by what factor the effective learning rates change is said.
+    At the first projection a bias that belongs to the unit is scaled along, running means and variances follow
+    (BatchNorm's, InstanceNorm's, and those of classes of one's own), BatchNorm's gain makes good what its eps no longer
+    takes, and the state of an optimizer that is under way follows too. By how much the outputs of the batch change all
+    the same, in training and in evaluation mode, is measured and said. The recipe does change: by what factor the
+    effective learning rates do is said.
 
     What it logs: nothing; units that cannot be projected (zero, infinite, NaN) are reported once.
 
     What it costs: per step two reads and one write of the projected weights, by two operations for each tensor; on
-    other devices with float64 the sums are made in it, which may cost four passes more. No transfer.
+    other devices with float64 the sums are made in it, which may cost four passes more. No transfer. Once, before the
+    first step, six to eight forward passes of that batch on a private copy.
 
     Args:
         radius: ``"auto"``: 1 for a neuron or column, √k for a layer of k neurons, √fan_in for a neuron under weight
@@ -48,8 +51,8 @@ class NormProjection(NormHolder):
             unprojected. Put NormProjection after that callback.
 
     Raises:
-        ValueError: For an argument out of its range, nothing to project, a weight that is not scale-invariant or only
-            barely (an eps share above 10 %, unless ``radius="initial"``), one that no optimizer updates (unless a
+        ValueError: For an argument out of its range, nothing to project, a weight that is not scale-invariant,
+            or is not because of eps (an eps share above 10 %), one that no optimizer updates (unless a
             finetuning callback is there to thaw it), one that another NormProjection or a RotationControl holds, or
             ``project_averaged`` without an averaging callback before this one; before the first step.
 

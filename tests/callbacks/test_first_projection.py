@@ -12,7 +12,7 @@ from pytorch_lightning import Callback, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_normreg import NormProjection
+from lightning_normreg import NormProjection, find_scale_invariance
 from tests.harness import trainer
 
 
@@ -204,3 +204,23 @@ def test_what_the_user_allows_is_said_without_a_warning(caplog: pytest.LogCaptur
             Model(nn.BatchNorm1d), DataLoader(TensorDataset(batch()), 16)
         )
     assert "The first projection changes what the network computes, as allowed: outputs change by" in caplog.text
+
+
+@pytest.mark.parametrize("name, passes", [("batch", 6), ("layer", 6), ("own", 8)])
+def test_what_it_costs(name: str, passes: int) -> None:
+    """Forward passes of the batch on private copies, beside the one of training; the verdict is given."""
+
+    class Counting(Model):
+        calls = 0
+
+        def training_step(self, x: Any, batch_idx: int) -> Tensor:
+            Counting.calls += 1
+            return super().training_step(x, batch_idx)
+
+    model = Counting(NORMS[name])
+    verdict = find_scale_invariance(model, [batch()])
+    Counting.calls = 0
+    trainer(NormProjection(invariance=verdict), limit_train_batches=1).fit(
+        model, DataLoader(TensorDataset(batch()), 16)
+    )
+    assert Counting.calls == passes + 1

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_normreg import ScaleInvariance
 from lightning_normreg._symmetries._thresholds import NARROW_OBSERVER, WIDE_OBSERVER, ObserverThresholds
 from lightning_normreg._weights._roles import named_roles
-from lightning_normreg.steps import StepDispatcher
+from lightning_normreg.steps import StepDispatcher, StepSubscriber
 from lightning_normreg.steps._observer import GradientObserver, InvarianceWatchdog
 from tests.symmetries._case import Case, head
 from tests.symmetries._cases import CASES
@@ -27,14 +27,20 @@ BESIDE_A_BIAS = {"weight_norm", "weight_standardization", "spectral_norm", "embe
 COARSER = {("normalized_third_dimension", "maps"), ("weight_standardization", "0.weight")}
 
 
+def told_of(optimizer: torch.optim.Optimizer, watch: StepSubscriber) -> StepDispatcher:
+    """A dispatcher that tells of an optimizer's steps."""
+    dispatcher = StepDispatcher()
+    dispatcher.subscribe(watch)
+    dispatcher.attach([optimizer])
+    return dispatcher
+
+
 def observed(case: Case, make: Any, limits: ObserverThresholds, *, narrow: bool) -> dict[str, Any]:
     """Verdict after a few AdamW steps on changing batches."""
     trained = [p for p in case.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-3)
     observer = GradientObserver(named_roles(case.module), limits)
-    dispatcher = StepDispatcher()
-    dispatcher.subscribe(observer)
-    dispatcher.attach([optimizer])
+    dispatcher = told_of(optimizer, observer)
     while not observer.done:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
@@ -78,9 +84,7 @@ def test_too_few_gradients_say_nothing() -> None:
     net = bn_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.0)
     observer = GradientObserver(named_roles(net), WIDE_OBSERVER)
-    dispatcher = StepDispatcher()
-    dispatcher.subscribe(observer)
-    dispatcher.attach([optimizer])
+    dispatcher = told_of(optimizer, observer)
     for step in range(33):
         for name, p in net.named_parameters():
             p.grad = torch.full_like(p, float("inf") if step > 1 else 1.0) if name == "0.weight" else None
@@ -97,9 +101,7 @@ def test_an_optimizer_stepped_by_hand_is_seen_from_its_second_step_on() -> None:
     net = bn_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     observer = GradientObserver(named_roles(net), WIDE_OBSERVER)
-    dispatcher = StepDispatcher()
-    dispatcher.subscribe(observer)
-    dispatcher.attach([optimizer])
+    told_of(optimizer, observer)
     for _ in range(33):
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(torch.randn(8, 3, 6, 6)), torch.arange(8) % 3).backward()
@@ -117,9 +119,7 @@ def test_watchdog(change: str, is_lost: bool) -> None:
     verdict = {"0.weight": label_of_rows(), "0.bias": label_of_rows(kind="inert")}
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     watchdog = InvarianceWatchdog(named_roles(net), verdict, WIDE_OBSERVER)
-    dispatcher = StepDispatcher()
-    dispatcher.subscribe(watchdog)
-    dispatcher.attach([optimizer])
+    dispatcher = told_of(optimizer, watchdog)
     lost = []
     for step in range(410):
         if step == 100 and change == "frozen":
@@ -150,9 +150,7 @@ def test_gradients_of_a_step_that_never_came_do_not_count() -> None:
     net = bn_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.0)
     observer = GradientObserver(named_roles(net), WIDE_OBSERVER)
-    dispatcher = StepDispatcher()
-    dispatcher.subscribe(observer)
-    dispatcher.attach([optimizer])
+    dispatcher = told_of(optimizer, observer)
     for step in range(33):
         for is_skipped in (True, False):
             for p in net.parameters():
