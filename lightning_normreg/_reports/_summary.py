@@ -37,7 +37,7 @@ class SummaryRow:
     evidence: str  # where that is from, "" where it is unknown
     eps_share: float | None  # median eps share ρ of the normalizations behind it, None if it was not measured
     norm: float  # root mean square of the units' norms before any projection
-    radius: float | None  # at which a projection holds them (root mean square), None for no projection
+    radius: float | None  # at which a projection holds them (root mean square), None for none; NaN if that is not fixed
     group: str  # name or number of its parameter group, "" if no optimizer updates it
     weight_decay: float  # of that group
     lr: float  # of that group
@@ -49,7 +49,7 @@ class SummaryRow:
         shape = "×".join(map(str, self.shape))
         units = f"{self.units} ({self.evidence})" if self.evidence and self.units not in _WITHOUT_UNITS else self.units
         share = "" if self.eps_share is None else f"{self.eps_share:.1%}"
-        radius = "" if self.radius is None else f"{self.radius:.4g}"
+        radius = "" if self.radius is None else "not yet" if math.isnan(self.radius) else f"{self.radius:.4g}"
         decay = f"{self.weight_decay:g}" if self.optimizer else ""
         norm, optimizer = f"{self.norm:.4g}", self.optimizer or "frozen"
         return [self.parameter, shape, self.role, units, share, norm, radius, self.group, decay, optimizer]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,13 +11,12 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import is_named
-from lightning_normreg._symmetries import OwnStep, ProbeError
+from lightning_normreg._symmetries import OwnStep
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed, reshard, strong
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
-from lightning_normreg.callbacks._probing import can_be_copied, few_samples
+from lightning_normreg.callbacks._first_projection import Twins, keep_the_function, twins_of
 from lightning_normreg.callbacks._run import batches_that_stepped, callbacks_of, log_interval, optimizers_of, run_of
 from lightning_normreg.callbacks._selecting import WeightCallback
-from lightning_normreg.steps._following import change_and_follow, keeps_running_statistics
 from lightning_normreg.steps._projector import Projector, Radius, check_radius_argument
 from lightning_normreg.steps._targets import OnNotInvariant, note_eps_shares
 
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
 
 
 OnLost = Literal["stop", "keep", "raise"]
-KEPT = 1e-2
-"""Change of outputs, of their size, up to which the function counts as kept."""
 
 
 class NormHolder(WeightCallback):
@@ -47,6 +43,7 @@ class NormHolder(WeightCallback):
         invariance: str | Mapping[str, Any] | None = None,
         on_not_invariant: OnNotInvariant = "raise",
         on_lost: OnLost = "stop",
+        twins: Twins = "follow",
         project_averaged: bool = False,
     ) -> None:
         super().__init__(unit, include, exclude, invariance)
@@ -56,7 +53,10 @@ class NormHolder(WeightCallback):
         self.radius = radius
         if on_lost not in get_args(OnLost):
             raise ValueError(f"`on_lost` must be 'stop', 'keep' or 'raise', got {on_lost!r}.")
+        if twins not in get_args(Twins):
+            raise ValueError(f"`twins` must be 'follow' or 'keep', got {twins!r}.")
         self.on_not_invariant = on_not_invariant
+        self.twins = twins
         self.on_lost = on_lost
         self.project_averaged = project_averaged
 
@@ -67,7 +67,7 @@ class NormHolder(WeightCallback):
     def _reset(self) -> None:
         super()._reset()
         self._projector: Projector | None = None
-        self._projected: list[str] = []
+        self._projected: set[str] = set()
         self._averaging: list[Any] = []
         self._averaged: list[AveragedWeights] = []
 
@@ -75,8 +75,12 @@ class NormHolder(WeightCallback):
         """Check the selection before anything is trained."""
         super().on_fit_start(trainer, pl_module)
         named = self._selected(trainer)
-        if self.include is not None:
-            _refuse_idle(trainer, named)
+        if self.include is not None and (idle := _refuse_idle(trainer, self.include, named)):
+            self._idle = idle
+            rank_zero_info(
+                f"{type(self).__name__}(include={self.include}) takes what is trained, and leaves {listed(idle, 5)}: "
+                "frozen or in no optimizer."
+            )
         self._averaging = find_averaging(trainer, self, self.project_averaged)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
@@ -139,16 +143,17 @@ class NormHolder(WeightCallback):
         if projector is None:
             return  # it is not known yet what to hold
         optimized = projector.optimized(optimizers_of(trainer))
-        names = [target.name for target in optimized]
-        if names != self._projected:
-            self._projected = names
+        names = {target.name for target in optimized}
+        is_new, self._projected = bool(names - self._projected), names
+        if is_new:
             reshard(trainer.model or pl_module)
             moved = projector.off(optimized)  # those at their radius are not touched, so that a run resumes bit for bit
             projector.announce(moved, optimizers_of(trainer))
             if moved:
-                start = partial(projector.start, moved, optimizers_of(trainer))
+                twins = twins_of(trainer, moved, self.twins)
+                start = partial(projector.start, moved, optimizers_of(trainer), twins)
                 allowed = not all(target.invariant for target in moved)
-                _keep_the_function(trainer, pl_module, batch, OwnStep(batch_idx), start, allowed=allowed)
+                keep_the_function(trainer, pl_module, batch, OwnStep(batch_idx), start, twins=twins, allowed=allowed)
             projector.report()
         interval = log_interval(trainer)
         projector.looking = interval > 0 and (batches_that_stepped(trainer) + 1) % interval == 0
@@ -207,45 +212,6 @@ def held_norms(trainer: Trainer) -> dict[str, tuple[float, float]]:
     return {name: norms for holder in holders for name, norms in holder.held().items()}
 
 
-def _keep_the_function(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    batch: Any,
-    step: OwnStep,
-    project: Callable[[], None],
-    *,
-    allowed: bool,
-) -> None:
-    try:
-        if not can_be_copied(pl_module) and not keeps_running_statistics(pl_module):
-            raise ProbeError("The model is sharded, or too large to be copied.")
-        moved = change_and_follow(pl_module, [batch, few_samples(batch)], project, trainer.strategy.broadcast, step)
-    except (ProbeError, ValueError) as error:
-        project()  # again, where the error came after it: what is at its radius does not move
-        if keeps_running_statistics(pl_module):
-            rank_zero_warn(
-                f"Running statistics could not follow the first projection: {error} Until they have caught up by "
-                "themselves, evaluation is off."
-            )
-        else:
-            rank_zero_info(f"What the first projection changes of the outputs was not measured. {error}")
-        return
-    said = f"by {moved.training:.2g} of their size in training and {moved.evaluation:.2g} in evaluation mode"
-    if any(map(math.isnan, moved)):
-        rank_zero_info(
-            "Outputs before and after the first projection could not be compared: they are not the same ones."
-        )
-    elif max(moved) <= KEPT:
-        rank_zero_info(f"The first projection keeps the function: outputs of this batch change {said}.")
-    elif allowed:
-        rank_zero_info(f"The first projection changes what the network computes, as allowed: outputs change {said}.")
-    else:
-        rank_zero_warn(
-            f"The first projection changes what the network computes: outputs of this batch change {said}. An eps, or "
-            "running statistics of a kind that is not known, are behind it. radius='initial' changes nothing."
-        )
-
-
 def _say_rounding(targets: list[Watched]) -> None:
     narrow = {t.parameter.dtype: t.name for t in targets if torch.finfo(t.parameter.dtype).bits < 32}
     for dtype, name in narrow.items():
@@ -256,13 +222,21 @@ def _say_rounding(targets: list[Watched]) -> None:
         )
 
 
-def _refuse_idle(trainer: Trainer, targets: list[Watched]) -> None:
-    """Refuse weights that nothing updates, unless a finetuning callback may thaw them."""
-    thaws = any(is_named(callback, "BaseFinetuning") for callback in callbacks_of(trainer))
+def _refuse_idle(trainer: Trainer, include: Sequence[str], targets: list[Watched]) -> list[str]:
+    """Names of weights that nothing updates, which globs may match, unless a finetuning callback may thaw them.
+
+    Raises:
+        ValueError: If one is named in full, or there are no others.
+    """
+    if any(is_named(callback, "BaseFinetuning") for callback in callbacks_of(trainer)):
+        return []
     optimized = {t.name for t in Projector(targets, "auto").optimized(optimizers_of(trainer))}
-    idle = [t.name for t in targets if t.name not in optimized or not t.parameter.requires_grad]
-    if idle and not thaws:
+    idle = [t for t in targets if t.name not in optimized]
+    named = [t.name for t in idle if {t.name, *t.role.aliases} & {*include}]
+    if named or len(idle) == len(targets):
+        names = listed([repr(name) for name in named or [t.name for t in idle]], 5)
         raise ValueError(
-            f"`include` must name weights that are trained, but {', '.join(map(repr, idle))} is frozen or in no "
-            "optimizer. Train it, leave it out by `exclude`, or thaw it by a callback derived from BaseFinetuning."
+            f"`include` must name weights that are trained, but {names} is frozen or in no optimizer. Train it, leave "
+            "it out by `exclude`, or thaw it by a callback derived from BaseFinetuning."
         )
+    return [t.name for t in idle]

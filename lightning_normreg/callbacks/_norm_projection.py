@@ -32,12 +32,12 @@ class NormProjection(NormHolder):
 
     Args:
         radius: ``"auto"``: 1 for a neuron or column, √k for a layer of k neurons, √fan_in for a neuron under weight
-            standardization; ``"initial"``: the norm that each unit had at the start (kept in checkpoints; a unit that
-            was zero stays free); a number: that norm for every unit.
+            standardization; ``"initial"``: the norm that each unit had at the start (kept in checkpoints; of a unit
+            that was zero, the one that its first update gives it); a number: that norm for every unit.
         unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"column"``: what one
             input feeds into all neurons; ``"layer"``: the whole tensor.
         include: Globs over clean parameter names; by default all weights and embeddings that are scale-invariant. A
-            glob that matches nothing is an error.
+            glob takes what is trained, and one that matches nothing is an error.
         exclude: Globs of parameters to leave out.
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks. Gradients of
@@ -46,14 +46,17 @@ class NormProjection(NormHolder):
             ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the projection changes what the network computes.
         on_lost: What to do when gradients of training show that a weight is no longer scale-invariant: ``"stop"``
             holding it, and say so; ``"keep"`` on, which changes the function; ``"raise"`` a RuntimeError.
+        twins: What the first projection does with copies of its weights that no optimizer updates (of the same shape,
+            each unit at a cosine above 0.99: an averaged teacher, a target network): ``"follow"``: multiply them by
+            the same factors, so that the average goes on at the same rate and computes the same; ``"keep"`` them.
         project_averaged: Project the weights that a WeightAveraging, EMAWeightAveraging or StochasticWeightAveraging
             callback averages, for validation, checkpoints and the end of the run. The average itself goes on
             unprojected. Put NormProjection after that callback.
 
     Raises:
         ValueError: For an argument out of its range, nothing to project, a weight that is not scale-invariant,
-            or is not because of eps (an eps share above 10 %), one that no optimizer updates (unless a
-            finetuning callback is there to thaw it), one that another NormProjection or a RotationControl holds, or
+            or is not because of eps (an eps share above 10 %), one named in full that no optimizer updates (unless
+            a finetuning callback is there to thaw it), one that another NormProjection or a RotationControl holds, or
             ``project_averaged`` without an averaging callback before this one; before the first step.
 
     Examples:

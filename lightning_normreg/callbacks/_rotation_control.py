@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg._weights import UnitArgument, Verdict, Watched
+from lightning_normreg.callbacks._first_projection import Twins
 from lightning_normreg.callbacks._holding import NormHolder, OnLost
 from lightning_normreg.callbacks._run import optimizers_of
 from lightning_normreg.functional._rotation import Per
@@ -53,7 +54,8 @@ class RotationControl(NormHolder):
 
     What it costs: one copy of the controlled weights, allocated at the start and shared with EffectiveLRMonitor. For
     each tensor eight operations on a CPU, eleven elsewhere, thirteen without float64; on a CPU about 4 to 5½ times the
-    time of NormProjection (``python -m tests.benchmarks.table_cost``). No transfer; of sharded weights one all-reduce per step.
+    time of NormProjection (``python -m tests.benchmarks.table_cost``). No transfer; of sharded weights one
+    all-reduce per step.
 
     Args:
         angle: ``"lr"``: the live learning rate of the weight's parameter group, in radians; a number: that angle;
@@ -67,9 +69,9 @@ class RotationControl(NormHolder):
             squares over about 100 steps, of updates over their learning rate), so that quiet steps stay quiet.
         radius: Norm of each unit, which makes a difference only to absolute constants such as Adam's eps: ``"auto"``: 1
             for a neuron or column, √k for a layer of k neurons, √fan_in for a neuron under weight standardization;
-            ``"initial"``: what it was at the start; a number.
+            ``"initial"``: what it was at the start, or of a zero unit what its first update makes it; a number.
         include: Globs over clean parameter names; by default all weights and embeddings that are scale-invariant. A
-            glob that matches nothing is an error.
+            glob takes what is trained, and one that matches nothing is an error.
         exclude: Globs of parameters to leave out.
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
@@ -77,6 +79,8 @@ class RotationControl(NormHolder):
             ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the control changes what the network computes.
         on_lost: What to do when gradients of training show that a weight is no longer scale-invariant: ``"stop"``
             holding it, and say so; ``"keep"`` on, which changes the function; ``"raise"`` a RuntimeError.
+        twins: What the first projection does with copies of its weights that no optimizer updates: ``"follow"`` or
+            ``"keep"``, see :class:`NormProjection`.
         project_averaged: Project the weights that a WeightAveraging, EMAWeightAveraging or StochasticWeightAveraging
             callback before this one averages, for validation, checkpoints and the end of the run.
 
@@ -108,6 +112,7 @@ class RotationControl(NormHolder):
         invariance: str | Mapping[str, Any] | None = None,
         on_not_invariant: OnNotInvariant = "raise",
         on_lost: OnLost = "stop",
+        twins: Twins = "follow",
         project_averaged: bool = False,
     ) -> None:
         super().__init__(
@@ -118,6 +123,7 @@ class RotationControl(NormHolder):
             invariance=invariance,
             on_not_invariant=on_not_invariant,
             on_lost=on_lost,
+            twins=twins,
             project_averaged=project_averaged,
         )
         Angles(angle)

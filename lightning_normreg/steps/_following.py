@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ def change_and_follow(
     change: Callable[[], None],
     share: Callable[[Any], Any],
     step: OwnStep,
+    *,
+    twins: Sequence[str] = (),
 ) -> Moved:
     r"""Change the weights of a module, let running statistics follow, and measure what its outputs change by.
 
@@ -53,6 +55,7 @@ def change_and_follow(
         change: Changes the module's weights in place.
         share: From what this process measured to what all processes use.
         step: How the module is called.
+        twins: Names of parts whose BatchNorms follow in evaluation mode too, as those of a teacher do.
 
     Returns:
         The largest change of what the last of the outermost modules puts out, in training and in evaluation mode.
@@ -62,11 +65,15 @@ def change_and_follow(
         ValueError: If the module is not in training mode, or has no ``training_step``.
     """
     check_callable(module, batches[0], step)
-    call, statistics = _callable_with(module, batches, step)
+    call, statistics = _callable_with(module, batches, step, twins)
     outputs = _outputs(call, module)
     change()
-    before, after = share(statistics), share(_statistics(call, module))
-    norms = {name: m for name, m in module.named_modules() if isinstance(m, _BatchNorm) and m.training}
+    before, after = share(statistics), share(_statistics(call, module, twins))
+    norms = {
+        name: m
+        for name, m in module.named_modules()
+        if isinstance(m, _BatchNorm) and (m.training or _is_part(name, twins))
+    }
     for name in norms.keys() & before.exact.keys() & after.exact.keys():
         _follow_in(norms[name], before.exact[name], after.exact[name])
     buffers = dict(module.named_buffers())
@@ -79,19 +86,29 @@ def change_and_follow(
 
 def keeps_running_statistics(module: nn.Module) -> bool:
     """Whether a part of a module has a running mean and variance."""
-    return any(_named(part, "mean") and _named(part, "var") for part in module.modules())
+    return any(map(_keeps, module.modules()))
+
+
+def _keeps(part: nn.Module) -> bool:
+    return bool(_named(part, "mean") and _named(part, "var"))
+
+
+def _is_part(name: str, parts: Sequence[str]) -> bool:
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
 
 
 def _named(part: nn.Module, what: str) -> list[str]:
     return [key for key, _ in part.named_buffers(recurse=False) if what in key]
 
 
-def _callable_with(module: nn.Module, batches: list[Any], step: OwnStep) -> tuple[PrivateCall, _Statistics]:
+def _callable_with(
+    module: nn.Module, batches: list[Any], step: OwnStep, twins: Sequence[str]
+) -> tuple[PrivateCall, _Statistics]:
     wide = any(p.dtype == torch.float64 for p in module.parameters())
     for batch in batches:
         call = PrivateCall(module, step, batch, torch.float64 if wide else torch.float32)
         try:
-            return call, _statistics(call, module)
+            return call, _statistics(call, module, twins)
         except ProbeError:
             if batch is batches[-1]:
                 raise
@@ -106,19 +123,26 @@ def _run(call: PrivateCall, module: nn.Module) -> dict[str, Tensor]:
     return call.left
 
 
-def _statistics(call: PrivateCall, module: nn.Module) -> _Statistics:
+def _statistics(call: PrivateCall, module: nn.Module, twins: Sequence[str]) -> _Statistics:
     exact: dict[str, Pair] = {}
-    hooks = [
-        part.register_forward_pre_hook(_recorder(name, exact))
-        for name, part in call.module.named_modules()
-        if isinstance(part, _BatchNorm)
-    ]
+    parts = dict(call.module.named_modules())
+    norms = {name: part for name, part in parts.items() if isinstance(part, _BatchNorm)}
+    hooks = [part.register_forward_pre_hook(_recorder(name, exact)) for name, part in norms.items()]
+    # By statistics that have not followed yet, what comes behind them would be off.
+    modes = {part: part.training for name, part in parts.items() if _keeps(part) and _is_part(name, twins)}
+    hooks += [part.register_forward_pre_hook(_train) for part in modes]
     try:
         left = _run(call, module)
+        return _Statistics(exact, _averages(call, module, left))
     finally:
         for hook in hooks:
             hook.remove()
-    return _Statistics(exact, _averages(call, module, left))
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _train(part: nn.Module, args: Any) -> None:
+    part.training = True
 
 
 def _outputs(call: PrivateCall, module: nn.Module) -> list[list[Tensor]]:

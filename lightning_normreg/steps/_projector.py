@@ -14,7 +14,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import group_of, update_rule
-from lightning_normreg._weights import Table, Watched, counted, norms_of, share
+from lightning_normreg._weights import Table, Watched, counted, listed, norms_of, share
 from lightning_normreg.functional._projection import check_radius
 from lightning_normreg.steps._step_hooks import of_mine
 from lightning_normreg.steps._subscriber import Phase, StepSubscriber
@@ -50,8 +50,9 @@ class Projector(StepSubscriber):
         self._norms: dict[Table, Tensor] = {}
         self._starts: dict[Table, Tensor] = {}
         self._before: dict[Table, Tensor] = {}
+        self._free: set[Table] = set()
         self._stepped: set[str] = set()
-        self._told: set[str] = set()
+        self._told: set[tuple[str, str]] = set()
         self.looking = False
         """Whether the next report shall also say which weights were off their radius before the step."""
         self.aim(targets)
@@ -71,15 +72,18 @@ class Projector(StepSubscriber):
         self._radius |= state.get("initial", {})
 
     def optimized(self, optimizers: Iterable[Optimizer]) -> list[Watched]:
-        """Targets that these optimizers update, as their groups stand now."""
-        return [target for target, _, _ in of_mine(optimizers, self._by_parameter)]
+        """Targets that these optimizers update, as their groups stand now; what is frozen may be in a group as well."""
+        return [target for target, _, _ in of_mine(optimizers, self._by_parameter) if target.parameter.requires_grad]
 
     @torch.no_grad()
     def project(self, targets: Sequence[Watched]) -> None:
         """Put targets at their radius."""
         if targets:
             table = self.record.table(targets)
-            self._norms[table] = table.project(self._radii(table))
+            radii = self._radii(table)
+            if table in self._free:
+                radii = self._take_up(table, table.norms().units)
+            self._norms[table] = table.project(radii)
 
     @torch.no_grad()
     def place(self, copies: Sequence[Watched]) -> None:
@@ -89,8 +93,13 @@ class Projector(StepSubscriber):
             table.project(self._radii(table))
 
     @torch.no_grad()
-    def start(self, targets: Sequence[Watched], optimizers: Iterable[Optimizer]) -> None:
-        """Put targets at their radius for the first time, and let the state of optimizers under way follow.
+    def start(
+        self,
+        targets: Sequence[Watched],
+        optimizers: Iterable[Optimizer],
+        twins: Sequence[tuple[Watched, Watched]] = (),
+    ) -> None:
+        """Put targets at their radius for the first time; copies and the state of optimizers under way follow.
 
         The state was measured at the old norms: gradients of a scale-invariant weight that is multiplied by c are
         multiplied by 1/c. After every later step the last gradient was measured at the radius, and so will be the next.
@@ -103,6 +112,8 @@ class Projector(StepSubscriber):
         self._norms[table] = before
         factor = torch.where(before > 0, table.norms().units / before, 1.0)
         factors = dict(zip(targets, table.split(torch.where(factor.isfinite(), factor, 1.0)), strict=True))
+        for target, twin in twins:
+            Table([twin]).scale(factors[target])
         for optimizer in optimizers:
             for target in self.optimized([optimizer]):
                 if target in factors and all(optimizer.state.get(p) for p in target.tensors()):
@@ -114,7 +125,8 @@ class Projector(StepSubscriber):
         if not targets:
             return []
         table = self.record.table(targets)
-        apart = (table.norms().units / self._radii(table) - 1).abs()
+        radii = self._radii(table)
+        apart = (table.norms().units / radii - 1).abs().masked_fill(radii.isinf(), 0.0)
         flags = table.totals(apart > table.column([self._band(t) for t in targets])).tolist()
         return [target for target, flag in zip(targets, flags, strict=True) if flag]
 
@@ -147,10 +159,15 @@ class Projector(StepSubscriber):
                 )
 
     def norms_and_radii(self) -> dict[str, tuple[float, float]]:
-        """Root mean squares over units, of the norms before the last projection and of the radii. Reads the device."""
+        """Root mean squares over units, of the norms before the last projection and of the radii. Reads the device.
+
+        The radius is that of the units which have one by now, NaN where none has.
+        """
         table = self.record.table(self.targets)
         radii = self._radii(table)
-        found = zip(*(table.root_mean_squares(c).tolist() for c in (table.norms().units, radii)), strict=True)
+        held = radii.isfinite()
+        means = (table.totals(radii.masked_fill(~held, 0.0).square()) / table.totals(held)).sqrt()
+        found = zip(table.root_mean_squares(table.norms().units).tolist(), means.tolist(), strict=True)
         pairs = dict(zip([t.name for t in self.targets], found, strict=True))
         for other, norms in self._norms.items():
             # A process has those of its units, and of all that have been shared.
@@ -187,12 +204,14 @@ class Projector(StepSubscriber):
             astray = table.totals(self._astray(table, norms)).long().tolist()
             for w, number in zip(table.watched, astray, strict=True):
                 counts[w.name][2] = number
-        for target in self.targets:
-            if target.name in counts and target.name not in self._told:
-                said = _why_off(target.name, target.units(), *counts[target.name])
-                if said:
-                    self._told.add(target.name)
-                    rank_zero_warn(said)
+        self._free = {table for table in self._free if bool(self._columns[table].isinf().any())}
+        held = [target for target in self.targets if target.name in counts]
+        for place, (kind, remedy) in enumerate(_WHY_OFF.items()):
+            new = [t for t in held if counts[t.name][place] and (t.name, kind) not in self._told]
+            self._told.update((t.name, kind) for t in new)
+            if new:
+                what = [f"{t.name!r} has {counted(counts[t.name][place], kind)} of {t.units()}" for t in new]
+                rank_zero_warn(f"{listed(what, 5)}{remedy}")
 
     def _astray(self, table: Table, norms: Tensor) -> Tensor:
         """Which units were not at their radius before the last step that was looked at."""
@@ -210,28 +229,45 @@ class Projector(StepSubscriber):
                 new = [w for w in table.watched if w.name not in self._radius]
                 norms = norms_of(new) if self._argument == "initial" else [w.natural_norms() for w in new]
                 for w, norm in zip(new, norms, strict=True):
-                    # A unit that is zero at the start has no radius to hold: infinity leaves it free.
+                    # A unit that is zero at the start has no radius yet: infinity leaves it free.
                     held = (norm > 0) & norm.isfinite()
                     self._radius[w.name] = torch.where(held, norm, float("inf"))
                 radii = torch.cat([self._radius[w.name].to(table.device, table.dtype) for w in table.watched])
-            self._columns = {**self._columns, table: radii}
+                if bool(radii.isinf().any()):
+                    self._note_free(table, radii)
+            self._columns[table] = radii
         return self._columns[table]
 
+    def _note_free(self, table: Table, radii: Tensor) -> None:
+        self._free.add(table)
+        found = zip(table.watched, table.totals(radii.isinf()).tolist(), strict=True)
+        new = [w.name for w, number in found if number and (w.name, "free") not in self._told]
+        self._told.update((name, "free") for name in new)
+        if new:
+            rank_zero_info(
+                f"Zero at the start, or in part: {listed(new, 5)}. Such units have no norm to hold: they are held at "
+                "the one that their first update gives them. A number as `radius` is used at once; `exclude` leaves "
+                "them free."
+            )
 
-def _why_off(name: str, units: int, zero: int, wild: int, astray: int) -> str:
-    if zero or wild:
-        kinds = {counted(zero, "zero unit"): zero, f"{counted(wild, 'unit')} with infinite or NaN entries": wild}
-        what = " and ".join(words for words, number in kinds.items() if number)
-        they = "it has no direction and is left as it is" if zero + wild == 1 else "they have no direction and are left"
-        return f"{name!r} has {what} of {units}: {they}."
-    if astray:
-        return (
-            f"{name!r} does not stay at its radius: before the last step {astray} of {units} units were off it by more "
-            "than rounding. Something else writes these weights after the optimizer's step (clipping, averaging, a "
-            "copy that is loaded), or their type cannot hold the radius. Do that before the step, or leave them out by "
-            "`exclude`."
-        )
-    return ""
+    def _take_up(self, table: Table, norms: Tensor) -> Tensor:
+        """Radii, when units that had none have come to have a norm."""
+        radii = self._columns[table]
+        radii = torch.where(radii.isinf() & (norms > 0) & norms.isfinite(), norms, radii)
+        self._columns[table] = radii
+        self._radius.update(zip((w.name for w in table.watched), table.split(radii), strict=True))
+        return radii
+
+
+_WHY_OFF = {
+    "zero unit": ": it has no direction and is left as it is, until an update gives it one for the radius.",
+    "non-finite unit": ": with infinite or NaN entries it has no direction and is left as it is.",
+    "displaced unit": (
+        ": it does not stay at its radius, but was off it by more than rounding before the last step. Something else "
+        "writes these weights after the optimizer's step (clipping, averaging, a copy that is loaded), or their type "
+        "cannot hold the radius. Do that before the step, or leave them out by `exclude`."
+    ),
+}
 
 
 def _let_state_follow(optimizer: Optimizer, target: Watched, factors: Tensor) -> None:

@@ -103,7 +103,7 @@ class Rotator(Projector):
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Turn what the optimizer has updated."""
         # All that it has, so that the table stays the same; those without a gradient, as unused experts, do not count.
-        stepping = of_mine([optimizer], self._by_parameter)
+        stepping = [entry for entry in of_mine([optimizer], self._by_parameter) if entry[0].parameter.requires_grad]
         ready = {target for target, _, _ in of_mine([optimizer], self._by_parameter, ready=True)}
         if not ready:
             return
@@ -111,6 +111,8 @@ class Rotator(Projector):
         table = self.record.table([target for target, _, _ in stepping])
         lengths = table.lengths(self.record.copies.__getitem__)
         radius = self._radii(table)
+        if table in self._free:
+            radius = self._take_up(table, lengths.after())
         moved = table.column([target in ready for target, _, _ in stepping]) > 0
         counted = lengths.finite() & table.limits.hold(radius) & moved
         eps = table.column([torch.finfo(w.parameter.dtype).eps for w in table.watched])
@@ -173,8 +175,8 @@ class Rotator(Projector):
             often = max(3 * named[name].units(), 0.05 * numbers["updates"])
             enough = {"updates": math.inf, "capped": 1, "steered": often, "still": often}
             for what, number in numbers.items():
-                if number >= enough[what] and f"{what} {name}" not in self._told:
-                    self._told.add(f"{what} {name}")
+                if number >= enough[what] and (name, what) not in self._told:
+                    self._told.add((name, what))
                     rank_zero_warn(_why_not_turned(what, name, number, named[name].parameter.dtype))
 
     def counts(self) -> dict[str, dict[str, int]]:

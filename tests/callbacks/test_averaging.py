@@ -162,7 +162,7 @@ def test_weights_that_somebody_else_writes() -> None:
                 pl_module.conv1.weight.clamp_(-0.2, 0.2)
 
     with pytest.warns(
-        UserWarning, match=r"'conv1\.weight' does not stay at its radius: before the last step"
+        UserWarning, match=r"'conv1\.weight' has 6 displaced units of 6: it does not stay at its radius"
     ) as caught:
         fit(NormProjection(), Clip())
     assert len([w for w in caught if "does not stay" in str(w.message)]) == 1
