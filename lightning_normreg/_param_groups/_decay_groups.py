@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_normreg._param_groups._regroup import load_by_name
-from lightning_normreg._weights import ROLES, clean_name, find_flat_pieces, match, named_roles, whole_shape
+from lightning_normreg._weights import ROLES, clean_name, find_flat_pieces, is_vector, match, named_roles, whole_shape
 
 
 def decay_groups(
@@ -28,8 +28,8 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of a module into one optimizer group per role and decay.
 
-    Roles come from :func:`parameter_roles`. What was decided, what is frozen and left out, and every decayed bare
-    parameter is said once, through Lightning's logger.
+    Roles come from :func:`parameter_roles`. What was decided, what is frozen and left out, and which bare parameters
+    are decayed and which are not is said once, through Lightning's logger.
 
     Args:
         module: The module to train.
@@ -39,7 +39,8 @@ def decay_groups(
         bias: Decay of all other biases.
         embedding: Decay of embedding tables.
         other: Decay of bare parameters (class token, position embedding, logit scale, LayerScale). ``"auto"``: 0 with
-            at most one dimension, else ``weight_decay``. A model's ``no_weight_decay()`` goes first.
+            at most one dimension longer than 1, else ``weight_decay``; which are not decayed is said, as a vector may
+            be a matrix that its layer unfolds. A model's ``no_weight_decay()`` goes first.
         overrides: Decay by glob over clean names, before every other rule. A glob that matches nothing, and two globs
             that give one parameter different decays, are errors.
 
@@ -83,21 +84,22 @@ def decay_groups(
     forced = _forced(module, {name: role.aliases for name, _, role in found}, wanted)
 
     groups: dict[tuple[str, float], dict[str, Any]] = {}
-    bare = []
+    bare: list[str] = []
+    free: list[str] = []
     for name, parameter, role in sorted(trainable, key=lambda entry: ROLES.index(entry[2].role)):
         base = by_role.get(role.role)
         usual = weight_decay if base is None or base == "auto" else base
-        decay = 0.0 if base == "auto" and len(whole_shape(parameter)) <= 1 else usual
-        decay = float(forced.get(name, decay))
+        is_free = base == "auto" and is_vector(parameter) and name not in forced
+        decay = float(forced.get(name, 0.0 if is_free else usual))
         label = role.role if decay == usual else f"{role.role}_wd_{repr(decay).removesuffix('.0')}"
         group = groups.setdefault(
             (label, decay), {"params": [], "name": label, "weight_decay": decay, "param_names": []}
         )
         group["params"].append(parameter)
         group["param_names"].append(name)
-        if role.role == "other" and decay:
-            bare.append(f"{name} ({'×'.join(map(str, whole_shape(parameter))) or 'scalar'})")
-    _say(list(groups.values()), bare, [name for name, p, _ in found if not p.requires_grad])
+        if role.role == "other" and (decay or is_free):
+            (bare if decay else free).append(f"{name} ({'×'.join(map(str, whole_shape(parameter))) or 'scalar'})")
+    _say(list(groups.values()), bare, free, [name for name, p, _ in found if not p.requires_grad])
     return list(groups.values())
 
 
@@ -175,13 +177,18 @@ def _no_weight_decay(module: nn.Module, names: Mapping[str, tuple[str, ...]]) ->
                     yield name
 
 
-def _say(groups: list[dict[str, Any]], bare: list[str], frozen: list[str]) -> None:
+def _say(groups: list[dict[str, Any]], bare: list[str], free: list[str], frozen: list[str]) -> None:
     sizes = ", ".join(f"{g['name']} {g['weight_decay']:g} ({len(g['params'])} parameters)" for g in groups)
     rank_zero_info(f"Decay groups: {sizes}.")
     if bare:
         rank_zero_info(
             f"Decayed although neither weight nor embedding: {', '.join(bare)}. "
             "Free one by overrides={'<name>': 0.0}, all by other=0.0."
+        )
+    if free:
+        rank_zero_info(
+            f"Not decayed, as bare vectors: {', '.join(free)}. Where a layer unfolds one into a matrix, give it a decay "
+            "by overrides={'<name>': …}."
         )
     if frozen:
         rank_zero_info(f"Frozen, so in no decay group: {', '.join(frozen)}.")

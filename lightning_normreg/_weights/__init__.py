@@ -15,6 +15,7 @@ from lightning_normreg._weights._pieces import gradient_of as gradient_of
 from lightning_normreg._weights._roles import ROLES as ROLES
 from lightning_normreg._weights._roles import ParameterRole as ParameterRole
 from lightning_normreg._weights._roles import is_matrix as is_matrix
+from lightning_normreg._weights._roles import is_vector as is_vector
 from lightning_normreg._weights._roles import named_roles as named_roles
 from lightning_normreg._weights._roles import parameter_roles as parameter_roles
 from lightning_normreg._weights._roles import role_by_shape as role_by_shape

@@ -34,7 +34,9 @@ def watch(
     unit: UnitArgument = "auto",
     verdict: Verdict | None = None,
 ) -> list[Watched]:
-    """Select parameters: those that ``include`` names, by default those of two dimensions or more, less ``exclude``.
+    """Select parameters: those that ``include`` names, by default weights, embeddings and bare ones, less ``exclude``.
+
+    Of bare parameters those are meant that have two dimensions of more than 1, or scale-invariant units.
 
     Args:
         named: All parameters, as :func:`named_roles` gives them.
@@ -50,7 +52,11 @@ def watch(
     """
     found = {name: (parameter, role) for name, parameter, role in named}
     names = {name: role.aliases for name, (_, role) in found.items()}
-    default = [name for name, (p, role) in found.items() if is_matrix(role, p)]
+    units = {name for name, known in (verdict or {}).items() if known.is_invariant}
+    bare = [name for name, (_, role) in found.items() if role.role == "other"]
+    # A vector that a layer folds into a matrix is known by its units; where that is all there is, it is looked at.
+    default = [name for name, (p, role) in found.items() if is_matrix(role, p) or (name in bare and name in units)]
+    default = default or bare
     chosen = select(names, include, exclude, default)
     if not chosen:
         raise ValueError(

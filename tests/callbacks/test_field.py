@@ -177,3 +177,38 @@ def test_a_warm_up_from_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert row["weights/rotation/net.0.weight"] > 0
     with pytest.raises(ValueError, match=r"`angle='equilibrium'` is that of weight decay at 'net\.0\.weight'"):
         trainer(RotationControl("equilibrium")).fit(Warming(), batches())
+
+
+class Flat(nn.Module):
+    """Keeps its matrix as a vector, as equivariant layers do."""
+
+    def __init__(self, entries: int, outputs: int) -> None:
+        super().__init__()
+        self.shape = (outputs, entries)
+        self.weight = nn.Parameter(torch.randn(outputs * entries) / entries**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As a linear layer."""
+        return x @ self.weight.view(self.shape).T
+
+
+class Unfolded(Model):
+    """All weights are flat; the first two are scale-invariant, each as a whole at least."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for place, (entries, outputs) in {0: (6, 8), 3: (8, 8), 6: (8, 3)}.items():
+            self.net[place] = Flat(entries, outputs)
+
+
+def test_flat_weights_are_watched_and_held_by_their_units() -> None:
+    """What the layer multiplies by decides, not the number of dimensions."""
+    monitor, projection = EffectiveLRMonitor(), NormProjection()
+    net = Unfolded()
+    trainer(monitor, projection, max_epochs=2).fit(net, batches())
+    tags = set(monitor.history().columns)
+    assert {f"weights/effective_lr/net.{place}.weight" for place in (0, 3)} <= tags
+    assert "weights/effective_lr/net.6.weight" not in tags
+    assert list(projection.held()) == ["net.0.weight", "net.3.weight"]
+    for place in (0, 3):
+        assert float(net.get_parameter(f"net.{place}.weight").detach().double().norm()) == pytest.approx(1, abs=1e-6)

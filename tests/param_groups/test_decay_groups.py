@@ -217,6 +217,20 @@ def test_what_is_said(said: Callable[[], list[str]]) -> None:
     ]
 
 
+def test_dimensions_of_one_do_not_count(said: Callable[[], list[str]]) -> None:
+    """Class token, gains of channels and temperatures are vectors in whatever shape, and are named, not only counted."""
+    model = nn.Module()
+    shapes = {"token": (1, 1, 8), "gain": (8, 1, 1, 1), "scale": (2, 1, 1), "position": (1, 5, 8), "flat": (24,)}
+    for name, shape in shapes.items():
+        model.register_parameter(name, nn.Parameter(torch.ones(shape)))
+    assert decays(decay_groups(model, 0.1)) == {**dict.fromkeys(shapes, 0.0), "position": 0.1}
+    assert (
+        "Not decayed, as bare vectors: token (1×1×8), gain (8×1×1×1), scale (2×1×1), flat (24). Where a layer unfolds "
+        "one into a matrix, give it a decay by overrides={'<name>': …}."
+    ) in said()
+    assert decays(decay_groups(model, 0.1, overrides={"flat": 0.1}))["flat"] == 0.1
+
+
 def test_nothing_to_say(said: Callable[[], list[str]]) -> None:
     """Without bare and frozen parameters only the groups are said."""
     decay_groups(nn.Linear(2, 2), 0.1)
