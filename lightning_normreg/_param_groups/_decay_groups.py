@@ -187,8 +187,8 @@ def _say(groups: list[dict[str, Any]], bare: list[str], free: list[str], frozen:
         )
     if free:
         rank_zero_info(
-            f"Not decayed, as bare vectors: {', '.join(free)}. Where a layer unfolds one into a matrix, give it a decay "
-            "by overrides={'<name>': …}."
+            f"Not decayed, as bare vectors: {', '.join(free)}. Where a layer unfolds one into a matrix, give it a "
+            "decay by overrides={'<name>': …}."
         )
     if frozen:
         rank_zero_info(f"Frozen, so in no decay group: {', '.join(frozen)}.")

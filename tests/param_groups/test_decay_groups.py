@@ -218,7 +218,7 @@ def test_what_is_said(said: Callable[[], list[str]]) -> None:
 
 
 def test_dimensions_of_one_do_not_count(said: Callable[[], list[str]]) -> None:
-    """Class token, gains of channels and temperatures are vectors in whatever shape, and are named, not only counted."""
+    """Class token, gains of channels and temperatures are vectors in any shape, and are named, not only counted."""
     model = nn.Module()
     shapes = {"token": (1, 1, 8), "gain": (8, 1, 1, 1), "scale": (2, 1, 1), "position": (1, 5, 8), "flat": (24,)}
     for name, shape in shapes.items():
