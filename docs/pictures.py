@@ -6,6 +6,7 @@ Also prints the numbers that the pages say about them.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import warnings
@@ -20,6 +21,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pytorch_lightning import Callback, Trainer, seed_everything
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
@@ -31,7 +33,9 @@ from lightning_normreg import (
     NormProjection,
     WeightNormMonitor,
     find_scale_invariance,
+    plot_curves,
 )
+from lightning_normreg.cli._demo import LABEL_NOISE, TRAINER
 from lightning_normreg.demos import DemoConvNet, DigitsDataModule
 from lightning_normreg.functional import equilibrium_norm, project_, suggest_projection
 
@@ -48,6 +52,7 @@ TITLES = {
 PREDICTED = {"unit_norm_rms": "equilibrium_norm", "rotation": "equilibrium_rotation"}
 """Drawn dashed under the curve that it predicts."""
 
+Numbers = dict[str, list[float]]
 Optimize = Callable[[DemoConvNet], Any]
 Prepare = Callable[[DemoConvNet], DemoConvNet]
 
@@ -70,6 +75,33 @@ def run(
     )  # fmt: skip
     trainer.fit(model, DigitsDataModule(label_noise=NOISE))
     return monitors[0].history().merge(monitors[1].history(), on=["step", "epoch"], how="outer")
+
+
+def demo_run() -> tuple[pd.DataFrame, list[str]]:
+    """The curves of ``lightning-normreg demo``, and what it says of equilibrium."""
+    seed_everything(0)
+    monitors = [WeightNormMonitor(), EffectiveLRMonitor()]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(**TRAINER, **quiet, callbacks=monitors).fit(DemoConvNet(), DigitsDataModule(label_noise=LABEL_NOISE))  # type: ignore[arg-type]
+    history = monitors[0].history().merge(monitors[1].history(), on=["step", "epoch"], how="outer")
+    return history, monitors[1].equilibrium_status()
+
+
+def demo_numbers(history: pd.DataFrame) -> Numbers:
+    """Of each layer the norm at the end over that at the start, and the mean rotation in the last quarter."""
+    found = {}
+    for layer in LAYERS:
+        norm, rotation = (history[f"weights/{what}/{layer}"].dropna() for what in ("unit_norm_rms", "rotation"))
+        found[layer] = [float(norm.iloc[-1] / norm.iloc[0]), float(rotation.iloc[len(rotation) * 3 // 4 :].mean())]
+    return found
+
+
+def demo() -> Figure:
+    """What the demo draws; the numbers are kept in the picture, so that a test can compare it with a run."""
+    history, _ = demo_run()
+    figure = plot_curves(history)
+    figure.set_label(json.dumps(demo_numbers(history)))
+    return figure
 
 
 def sgd(model: DemoConvNet, lr: float = 0.05, decay: float = 0.01, **settings: Any) -> torch.optim.Optimizer:
@@ -345,6 +377,7 @@ def small_decay() -> Figure:
 
 
 PICTURES: dict[str, Callable[[], Figure]] = {
+    "demo": demo,
     "equivalent": equivalent,
     "scale_invariance": scale_invariance,
     "rotation": rotation,
@@ -372,9 +405,10 @@ def main() -> None:
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_normreg"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in args.names or PICTURES:
-        drawn = BytesIO()
-        PICTURES[name]().savefig(drawn, dpi=100)
-        Image.open(drawn).convert("RGB").quantize(64).save(args.out / f"{name}.png", optimize=True)
+        drawn, figure, info = BytesIO(), PICTURES[name](), PngInfo()
+        figure.savefig(drawn, dpi=100)
+        info.add_text("Description", str(figure.get_label()))
+        Image.open(drawn).convert("RGB").quantize(64).save(args.out / f"{name}.png", optimize=True, pnginfo=info)
 
 
 if __name__ == "__main__":

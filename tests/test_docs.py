@@ -176,12 +176,12 @@ def slug(heading: str) -> str:
 
 
 def test_every_picture_has_a_source() -> None:
-    """They are those of docs/pictures.py, the demo's, two of the experiment, and a shot by tests/pictures.
+    """They are those of docs/pictures.py, two of the experiment, and a shot by tests/pictures.
 
     All are shown, and small.
     """
     names = {path.name for path in (DOCS / "images").iterdir()}
-    others = {"demo.png", "tensorboard.png", "experiment_error.png", "experiment_time.png"}
+    others = {"tensorboard.png", "experiment_error.png", "experiment_time.png"}
     assert names == others | {f"{name}.png" for name in pictures().PICTURES}
     text = "\n".join(page.read_text() for page in PAGES)
     assert {name for name in names if f"images/{name}" not in text} == set()

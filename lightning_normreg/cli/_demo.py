@@ -25,17 +25,19 @@ SHOWN = {
     "effective learning rate": _metrics.EFFECTIVE_LR,
     "rotation per step": _metrics.ROTATION,
 }
+LABEL_NOISE = 0.2
+"""Share of labels that are redrawn: else the digits are learned by heart, gradients vanish, and decay alone goes on."""
 TRAINER = {"max_epochs": 20, "log_every_n_steps": 5, "accelerator": "cpu", "enable_model_summary": False}
 
 
 def demo(args: list[str]) -> None:
-    """Train the demo network on the digits and show what happened to its layers."""
+    """Train the demo network on digits, some of them mislabelled, and show what happened to its layers."""
     for module in ("sklearn", "matplotlib", "pandas"):
         optional_import(module, "demo")
     cli = NormRegCLI(
         DemoConvNet,
         DigitsDataModule,
-        args=args,
+        args=[f"--data.label_noise={LABEL_NOISE}", *args],
         run=False,
         seed_everything_default=0,
         trainer_defaults=TRAINER,
