@@ -1,4 +1,4 @@
-"""Are the words about equilibrium right? ``python -m tests.benchmarks.equilibrium_words``, some 15 minutes.
+"""Are the words about equilibrium right? ``python -m tests.benchmarks.equilibrium_words [threads …]``, some 10 minutes.
 
 Ten recipes with three seeds, each on one thread and on two. A layer is in the band when at least eight of its last ten
 logged ``equilibrium_ratio`` are, as read from the history and not from the words: from 1/(1 + t) to 1 + t, with the
@@ -113,7 +113,7 @@ def main() -> int:
     table = Table("recipe", "threads", *columns, title=f"layers of {len(SEEDS)} seeds, {STEPS} steps")
     total: Counter[str] = Counter()
     for name in RECIPES:
-        for threads in (1, 2):
+        for threads in map(int, sys.argv[1:] or ("1", "2")):
             found: Counter[str] = sum((judged(name, seed, threads) for seed in SEEDS), Counter())
             total += found
             table.add_row(name, str(threads), *(str(found[c]) for c in ("right", "early", "too short", "missed")))

@@ -1,0 +1,176 @@
+"""The space of scaling symmetries as linear algebra: from Euler products to integer exponents that can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+SymmetryKind = Literal["unit", "set", "pair", "rest"]
+_LARGEST = 6
+"""Largest exponent that is looked for; 2 is met (a gain in front of both q and k), and 3 in products of three."""
+_NULL = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Singular values, of the largest, up to which they count as zero: roundoff leaves 1e-15 and 1e-7; others have 1e-3."""
+
+
+class NullSpace(NamedTuple):
+    """Exponents that leave the loss alone."""
+
+    basis: Tensor  # orthonormal columns, shape (tensors, dimension)
+    smallest: float  # smallest singular value that does not count as zero, of the largest
+    largest: float  # largest one that does
+
+
+def null_space(products: Tensor, sizes: Tensor, dtype: torch.dtype) -> NullSpace:
+    r"""Exponents c with :math:`\sum_i c_i E_{ki} = 0` at every point k.
+
+    A loss with L(a^c w) = L(w) for all a > 0 has it, by the derivative along the orbit, and the other way round.
+
+    Args:
+        products: Euler products :math:`E_{ki}=\langle w_i, \partial L/\partial w_i\rangle`, shape (points, tensors).
+        sizes: Typical size of each column if nothing cancelled, shape (tensors,).
+        dtype: In which the loss was computed.
+
+    Examples:
+        >>> space = null_space(torch.tensor([[1.0, -2.0], [3.0, -6.0], [2.0, -4.0]]).double(), torch.ones(2).double(),
+        ...     torch.float64)
+        >>> (space.basis / space.basis[1]).round(decimals=6)
+        tensor([[2.],
+                [1.]], dtype=torch.float64)
+    """
+    rows = products / sizes
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=True)
+    values = torch.nn.functional.pad(values, (0, rows.shape[1] - len(values))) / values[:1].clamp_min(1e-300)
+    rank = int((values > _NULL[dtype]).sum())
+    null = (vectors[rank:] / sizes).T
+    basis, _ = torch.linalg.qr(null / null.norm(dim=0).clamp_min(1e-300))
+    smallest = float(values[rank - 1]) if rank else 1.0
+    return NullSpace(basis, smallest, float(values[rank]) if rank < len(values) else 0.0)
+
+
+def readable_basis(basis: Tensor) -> list[tuple[SymmetryKind, Tensor]]:
+    """Integer exponents that span the same space: units, then sets, then pairs, then the rest.
+
+    A unit is one tensor. A set has no negative exponent; of two tensors that may stand for each other (v and o) it has
+    the later one. Vectors of few tensors are taken first, so that {embedding, v, down} is left out where v/o is a pair
+    and {embedding, o, down} a set. Where linear programming finds too few, rows in echelon form are added.
+
+    Args:
+        basis: Any basis, as columns, of tensors in the order in which they are used.
+
+    Raises:
+        ArithmeticError: If the space has no basis of small integers.
+    """
+    tensors, dimension = basis.shape
+    alone = [i for i in range(tensors) if float(basis[i].square().sum()) > 1 - 1e-9]
+    found: list[tuple[SymmetryKind, Tensor]] = [("unit", _one(tensors, i)) for i in alone]
+    rest = basis.clone()
+    rest[alone] = 0.0
+    left, values, _ = torch.linalg.svd(rest, full_matrices=False)
+    space = left[:, values > 1e-9]
+    exact = [*_twos(space), *_sparsest(space, mixed=False, largest=1), *_sparsest(space, mixed=True, largest=1)]
+    more = (_sparsest(space, mixed=mixed, largest=_LARGEST) for mixed in (False, True))
+    for candidates in (exact, *more, _echelon(space)):
+        for vector in sorted(candidates, key=_length):
+            if len(found) < dimension and _is_new(vector, [v for _, v in found]):
+                found.append((_kind(vector), vector))
+        if len(found) == dimension:
+            break
+    else:
+        raise ArithmeticError(f"of {dimension} symmetries only {len(found)} have small integer exponents")
+    return sorted(found, key=lambda pair: get_args(SymmetryKind).index(pair[0]))
+
+
+def _length(vector: Tensor) -> tuple[int, ...]:
+    """What makes exponents hard to read, first of all: large ones, many, of both signs, of tensors that lie apart."""
+    places = vector.nonzero().flatten()
+    size, sign = int(vector.abs().sum()), int((vector < 0).any())
+    return int(vector.abs().max()), len(places), sign, size, int(places[-1] - places[0])
+
+
+def _kind(vector: Tensor) -> SymmetryKind:
+    if not bool((vector < 0).any()):
+        return "set"
+    return "pair" if set(vector[vector != 0].tolist()) <= {-1, 1} else "rest"
+
+
+def _one(tensors: int, place: int) -> Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(place), tensors)
+
+
+def _is_new(vector: Tensor, others: Sequence[Tensor]) -> bool:
+    matrix = torch.stack([*others, vector]).double()
+    return int(torch.linalg.matrix_rank(matrix)) == len(matrix)
+
+
+def _twos(space: Tensor) -> Iterator[Tensor]:
+    """All exponents of two tensors."""
+    off = torch.eye(len(space), dtype=space.dtype) - space @ space.T
+    own = off.diagonal()
+    for i, j in (own > 1e-9).logical_and(own.unsqueeze(1) > 1e-9).triu(1).nonzero().tolist():
+        ratio = -float(off[i, j] / off[j, j])
+        # The squared distance of e_i + ratio·e_j from the space.
+        if float(off[i, i] + ratio * off[i, j]) < 1e-12:
+            yield from _integer(_one(len(space), i) + ratio * _one(len(space), j))
+
+
+def _sparsest(space: Tensor, *, mixed: bool, largest: int) -> Iterator[Tensor]:
+    """For each tensor the exponents of least sum in which it has exponent 1: all at least 0, or of any sign.
+
+    Of equals later tensors are taken into sets, as the output of attention instead of its values, and nearer ones into
+    mixed vectors, as the tensors that read a gain.
+    """
+    from scipy.optimize import linprog  # noqa: PLC0415  it takes half a second to import
+
+    n, d = space.shape
+    order = torch.arange(n)
+    for i in range(n) if d else ():
+        if float(space[i].abs().max()) < 1e-9:
+            continue
+        far = (order - i).abs() if mixed else n - order
+        cost = (1 + 1e-3 * far / n).tolist()
+        # c = space · y = plus − minus
+        blocks = [space, -torch.eye(n).double(), *([torch.eye(n).double()] if mixed else [])]
+        equal = torch.cat(blocks, dim=1)
+        own = torch.nn.functional.pad(space[i], (0, equal.shape[1] - d)).unsqueeze(0)
+        solved = linprog(
+            [0.0] * d + cost * (2 if mixed else 1),
+            A_eq=torch.cat([equal, own]).numpy(),
+            b_eq=[0.0] * n + [1.0],
+            bounds=[(None, None)] * d + [(0, largest)] * (equal.shape[1] - d),
+            method="highs",
+        )
+        if solved.status == 0:
+            yield from _integer(space @ torch.from_numpy(solved.x[:d]))
+
+
+def _echelon(space: Tensor) -> Iterator[Tensor]:
+    rows, place = space.T.clone(), 0
+    for column in range(rows.shape[1]):
+        if place == len(rows):
+            break
+        pivot = place + int(rows[place:, column].abs().argmax())
+        if abs(float(rows[pivot, column])) < 1e-6:
+            continue
+        rows[[place, pivot]] = rows[[pivot, place]]
+        rows[place] /= rows[place, column].clone()
+        others = torch.arange(len(rows)) != place
+        rows[others] -= rows[others, column : column + 1] * rows[place]
+        place += 1
+    for row in rows:
+        yield from _integer(row)
+
+
+def _integer(vector: Tensor) -> Iterator[Tensor]:
+    """The smallest multiple that has integers only, the first positive; nothing if it has a large one."""
+    largest = float(vector.abs().max())
+    for multiple in range(1, _LARGEST + 1):
+        scaled = vector * multiple
+        rounded = scaled.round()
+        if float((scaled - rounded).abs().max()) < 1e-5 and largest * multiple < _LARGEST + 0.5:
+            whole: Tensor = rounded.long()
+            yield whole * int(whole[whole != 0][0].sign())
+            return
