@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_normreg.functional._balance import Balance
 from lightning_normreg.functional._families import FamilyName
-from lightning_normreg.functional._settings import POSITIVE, balance_of, check, known_number
+from lightning_normreg.functional._settings import NOT_NEGATIVE, POSITIVE, balance_of, check, known_number
 
 SETTLED = 40.0
 """E-foldings after which nothing is left of the start in float64."""
@@ -50,6 +50,8 @@ def predicted_norm(family: FamilyName, lrs: Sequence[float], *, initial_norm: fl
         Derived here from the norm equation of :func:`equilibrium_half_life`.
     """
     check("initial_norm", initial_norm, POSITIVE)
+    for lr in lrs:
+        check("lrs", lr, NOT_NEGATIVE)
     norms: list[float] = []
     norm = float(initial_norm)
     for lr, repeated in groupby(float(lr) for lr in lrs):
@@ -91,6 +93,7 @@ def predicted_rotation(family: FamilyName, norm: float, **settings: Any) -> floa
         Derived here.
     """
     check("norm", norm, POSITIVE)
+    norm = float(norm)
     balance = balance_of(family, settings)
     step = math.sqrt(known_number(family, balance.update_sq)) / norm**balance.exponent
     radial = step * balance.memory

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_normreg.functional._device import BLOCK, accumulator, way_of
 from lightning_normreg.functional._lengths import Lengths, measure_rows
 from lightning_normreg.functional._norms import Operation
-from lightning_normreg.functional._projection import Limits, check_radius, factors
+from lightning_normreg.functional._projection import Limits, check_radius, factors, writes
 from lightning_normreg.functional._units import Unit, over_units, split_units, unit_rows
 
 Per = Literal["layer", "unit"]
@@ -39,7 +39,7 @@ class Mixture(NamedTuple):
         return Mixture(*(torch.cat([v, v.new_full((1,), x)])[places] for v, x in left))
 
 
-@torch.no_grad()
+@writes
 def rotate_(
     weight: Tensor,
     before: Tensor,
@@ -82,7 +82,8 @@ def rotate_(
 
     Raises:
         ValueError: If ``angle`` is a number outside of [0, π), ``per`` is unknown, ``radius`` is a number that is not
-            positive and finite, or the shapes differ.
+            positive and finite, the shapes differ, or a gradient is to flow through ``weight``: like an optimizer's
+            step this is not seen by autograd.
 
     Examples:
         >>> before = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
@@ -169,7 +170,7 @@ def mix_(view: Tensor, start: Tensor, kept: tuple[int, ...], mix: Mixture) -> No
     before, update, alone = (over_units(values, view, kept) for values in mix)
     for end, begin, b, u, left in blocks(view, start, before, update, alone):
         wide, start_wide = end.to(u.dtype), begin.to(u.dtype)
-        end.copy_(torch.where(left, wide, start_wide.lerp(wide, u).addcmul_(start_wide, b)))
+        end.copy_(torch.where(left, wide, start_wide.lerp(wide, u).addcmul(start_wide, b)))
 
 
 def mix_operations(view: Tensor, start: Tensor, kept: tuple[int, ...], mix: Mixture) -> list[Operation]:
