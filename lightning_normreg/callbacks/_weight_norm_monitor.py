@@ -36,9 +36,9 @@ class WeightNormMonitor(Monitor):
     What it logs: the curves above, to every logger of the Trainer, to ``trainer.callback_metrics`` and to
     :meth:`history`.
 
-    What it costs: one read of the watched weights and one transfer on logged steps, nothing on others; what
-    EffectiveLRMonitor reads in the same step is not read again. Histograms cost a second transfer, of one number for
-    each unit, and about a millisecond of the host for each weight.
+    What it costs: on logged steps one operation for each tensor, which reads it (on a GPU in float64), and one
+    transfer, nothing on others; what EffectiveLRMonitor reads in the same step is not read again. Histograms cost a
+    second transfer, of one number for each unit, and about a millisecond of the host for each weight.
 
     Args:
         every_n_steps: Batches between logged ones; by default the Trainer's ``log_every_n_steps``.

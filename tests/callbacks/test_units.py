@@ -83,7 +83,7 @@ def test_blocks_and_joined_biases_equal_the_oracle() -> None:
 
 @pytest.mark.parametrize("optimizer, exponent", [(torch.optim.SGD, 2), (torch.optim.AdamW, 1)])
 def test_effective_lr_can_be_checked_by_the_logged_norm(optimizer: Any, exponent: int) -> None:
-    """Linear, ReLU, BatchNorm: each row and its bias are a unit, in the norm that is logged as in the effective rate."""
+    """Linear, ReLU, BatchNorm: each row and its bias are a unit, in the logged norm as in the effective rate."""
 
     class Biased(Recorded):
         def __init__(self) -> None:
