@@ -88,7 +88,8 @@ class ProbeMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
         if len(tensors) == 1 and tensors[0].is_leaf and result.shape == tensors[0].shape and result.ndim > 1:
             moved = func(*(arg + 1 if arg is tensors[0] else arg for arg in args), **kwargs)
-            self.masked[id(tensors[0])] = result == moved
+            before = self.masked.get(id(tensors[0]), torch.zeros_like(result, dtype=torch.bool))
+            self.masked[id(tensors[0])] = before | (result == moved)
 
     def _typed(self, func: Any, args: Any, result: Any) -> Any:
         """The result in the probe's type, where it has the default one for want of another."""
