@@ -17,9 +17,15 @@ class Curve:
     summary: str = ""  # name of the summary over layers, or "" where there is none
 
 
-WEIGHT_NORM = Curve("weight_norm", "‖w‖", "w", "√Σ_u ‖w_u‖², of the whole tensor")
+WEIGHT_NORM = Curve(
+    "weight_norm", "‖w‖", "w", "√Σ w², of the tensor of that name alone, without a bias that belongs to its units"
+)
 UNIT_NORM_RMS = Curve(
-    "unit_norm_rms", "n", "w", "√(mean_u ‖w_u‖²), ‖w‖ / √U where the units cover the tensor", summary="unit_norm_rms"
+    "unit_norm_rms",
+    "n",
+    "w",
+    "√(mean_u ‖w_u‖²); ‖w‖ / √U where the units cover the tensor and no bias belongs to them",
+    summary="unit_norm_rms",
 )
 UNIT_NORM_MIN = Curve("unit_norm_min", "min ‖w_u‖", "w", "min_u ‖w_u‖")
 UNIT_NORM_MAX = Curve("unit_norm_max", "max ‖w_u‖", "w", "max_u ‖w_u‖")
@@ -35,7 +41,7 @@ ROTATION_FACTOR = Curve(
     "rotation / √(mean_u (‖Δ_u⊥‖/‖w_u‖)²) with the optimizer's own Δ: by what RotationControl has multiplied it",
 )
 RELATIVE_UPDATE = Curve("relative_update", "‖Δ‖/‖w‖", "1", "√(mean_u (‖Δ_u‖ / ‖w_u‖)²)")
-GRADIENT_NORM = Curve("gradient_norm", "‖g‖", "loss / w", "‖g‖ of the whole tensor, before clipping")
+GRADIENT_NORM = Curve("gradient_norm", "‖g‖", "loss / w", "‖g‖ of the tensor of that name alone, before clipping")
 GRADIENT_ALIGNMENT = Curve("gradient_alignment", "|cos(w, g)|", "1", "√(mean_u (⟨w_u, g_u⟩ / (‖w_u‖ ‖g_u‖))²)")
 
 SCALE_EXPONENT = Curve(

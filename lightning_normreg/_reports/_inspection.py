@@ -83,7 +83,7 @@ def inspect_parameters(
             "parameter": w.name,
             "shape": tuple(w.shape),
             "units": units_in_words(verdict.get(w.name)),
-            "norm": float(weight_norm(w.parameter)),
+            "norm": float(weight_norm(w.parameter.detach())),
             "unit_norm_rms": float(root_mean_square(norms)),
             "unit_norm_min": ordered[0],
             "unit_norm_median": median(ordered),

@@ -16,6 +16,7 @@ from lightning_normreg._weights import (
     ParameterRole,
     ScaleInvariance,
     Verdict,
+    about_masks,
     listed,
     norms_of,
     summarize,
@@ -165,6 +166,7 @@ def sentences(rows: list[SummaryRow], verdict: Verdict, steps_per_epoch: float, 
             f"At lr {lr:g} and decay {decay:g} it acts over 1/(lr·decay) = {steps:.3g} steps"
             + (f", {steps / steps_per_epoch:.3g} epochs." if math.isfinite(steps_per_epoch) else ".")
         )
+    found += [about_masks(verdict)] if about_masks(verdict) else []
     if clipping:
         found.append(f"Gradients are clipped at {clipping:g}: where that is active, a step no longer grows with them.")
     return found

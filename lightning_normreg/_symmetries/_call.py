@@ -58,6 +58,7 @@ class Call(ABC):
     Attributes:
         shards: How parameters are spread over processes, of those that are.
         in_place: Whether the real module is called, and not a copy.
+        masked: Name → entries that a mask took out in the last call; not known of what is called in place.
     """
 
     in_place = False
@@ -66,6 +67,7 @@ class Call(ABC):
     def __init__(self, module: nn.Module, loss: Loss | None, batch: Any, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.shards: Mapping[str, Shard] = {}
+        self.masked: dict[str, Tensor] = {}
         self._real = module
         self._loss = loss or OwnStep()
         own = isinstance(self._loss, OwnStep)
@@ -209,11 +211,12 @@ class PrivateCall(Call):
                 manual.finish()
                 return then(manual)
 
-        with quiet(devices, generator), ProbeMode(self.dtype, shrink, constants, generator):
+        with quiet(devices, generator), ProbeMode(self.dtype, shrink, constants, generator) as mode:
             attach(twin, self._trainer(), points, self._real, manual)
             batch = copied(self._batch, self.dtype, {})
             result: T = functional_call(_Call(twin, losses), tensors, (batch,))
         self.left = {name: tensors[f"inner.{name}"] for name in buffers}
+        self.masked = {name: mode.masked[id(t)] for name, t in point.items() if id(t) in mode.masked}
         return result
 
     def _copy(self, module: nn.Module, dtype: torch.dtype | None, seed: int) -> nn.Module:

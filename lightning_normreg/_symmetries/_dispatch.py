@@ -19,6 +19,15 @@ LARGEST_EPS = 1e-3
 """Constants up to here that are added to something count as the eps of a normalization (EfficientNet's is 1e-3)."""
 
 _ADDS = {aten.add.Tensor, aten.add.Scalar, aten.add_.Tensor, aten.add_.Scalar}
+_MASKS = {
+    aten.mul.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.tril.default,
+    aten.triu.default,
+}
 _WIDER = {
     torch.float64: {
         torch.float16: torch.float64,
@@ -44,11 +53,15 @@ class ProbeMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shrink: Factor on every eps, 1 to keep them.
         constants: 0-dimensional buffers, which are how some models keep their eps.
         generator: Of the CPU.
+
+    Attributes:
+        masked: Identity of a weight → the entries that a mask has taken out of it.
     """
 
     def __init__(
         self, dtype: torch.dtype, shrink: float, constants: Sequence[Tensor], generator: torch.Generator
     ) -> None:
+        self.masked: dict[int, Tensor] = {}
         super().__init__()  # type: ignore[no-untyped-call]
         self._dtype, self._generator = dtype, generator
         self._wider = _WIDER[dtype]
@@ -67,7 +80,16 @@ class ProbeMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = drawn(func, args, kwargs, self._generator)
         else:
             result = func(*args, **kwargs)
+        if func in _MASKS:
+            self._note_mask(func, args, kwargs, result)
         return self._typed(func, args, result)
+
+    def _note_mask(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
+        tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
+        if len(tensors) == 1 and tensors[0].is_leaf and result.shape == tensors[0].shape and result.ndim > 1:
+            moved = func(*(arg + 1 if arg is tensors[0] else arg for arg in args), **kwargs)
+            before = self.masked.get(id(tensors[0]), torch.zeros_like(result, dtype=torch.bool))
+            self.masked[id(tensors[0])] = before | (result == moved)
 
     def _typed(self, func: Any, args: Any, result: Any) -> Any:
         """The result in the probe's type, where it has the default one for want of another."""

@@ -41,6 +41,7 @@ class Draw(NamedTuple):
     losses: list[float]
     sums: dict[str, EulerSums]
     reaching: dict[str, set[int]]  # numbers of the losses whose gradient counts
+    masked: dict[str, Tensor]  # entries that a mask keeps from the loss, of those that have one
 
 
 def euler_sums(
@@ -94,7 +95,9 @@ def euler_draw(
 
     values, gradients, reaching = call.run(point, backward, seed=seed, shrink=shrink)
     sums = euler_sums(call, weights, gradients, axes)
-    return Draw(values, sums, dict(zip(axes, reaching, strict=True)))
+    silent = {n: g == 0 for n, g in zip(axes, gradients, strict=True) if n in call.masked and g is not None}
+    masked = {name: call.masked[name] & zero for name, zero in silent.items()}
+    return Draw(values, sums, dict(zip(axes, reaching, strict=True)), masked)
 
 
 def pooled_statistic(sums: Tensor, squares: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_normreg._symmetries._call import Loss, PrivateCall, check_callable
@@ -179,6 +179,7 @@ def _ask(setup: Setup, progress: bool) -> dict[str, ScaleInvariance]:
             setup.axes = {name: open_axes(sums, setup.limits.z) for name, sums in drawn[-1].sums.items()}
             bar.update()
         reaching = {name: set().union(*(draw.reaching[name] for draw in drawn)) for name in setup.roles}
+        masked = _masked(setup, [draw.masked for draw in drawn])
         verdicts = _confirmed(setup, _euler_verdicts(setup, [draw.sums for draw in drawn]), reaching)
         bar.update()
         verdicts = with_eps_shares(setup.call, verdicts, setup.roles, shrink=setup.limits.shrink, narrow=setup.narrow)
@@ -189,9 +190,16 @@ def _ask(setup: Setup, progress: bool) -> dict[str, ScaleInvariance]:
         verdict = verdicts.get(raw, FROZEN)
         bias = setup.names[verdict.needs_bias][0] if verdict.needs_bias else None
         of = None if verdict.dim is None else setup.shapes[raw][verdict.dim] * verdict.groups
-        verdict = replace(verdict, evidence=evidence, needs_bias=bias, of=of)
+        verdict = replace(verdict, evidence=evidence, needs_bias=bias, of=of, masked=masked.get(raw, 0.0))
         result[clean] = explain(verdict) if verdict.has_units else verdict
     return result
+
+
+def _masked(setup: Setup, drawn: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Share of the entries of each parameter that the same mask hides at every point; 0 where they are 0 anyway."""
+    fixed = {n: mask for n, mask in drawn[0].items() if all(n in m and mask.equal(m[n]) for m in drawn)}
+    own = setup.call.own_point() if fixed else {}
+    return {name: float(mask.double().mean()) for name, mask in fixed.items() if bool(own[name].detach()[mask].any())}
 
 
 def _draw(setup: Setup, index: int) -> Draw:

@@ -82,7 +82,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _entry(name: str, entry: Any, names: Collection[str], where: str) -> ScaleInvariance:
     found = set(entry) if isinstance(entry, Mapping) else set()
-    if not _FIELDS - {"holds", "of"} <= found <= _FIELDS:  # these are newer than the first files
+    if not _FIELDS - {"holds", "of", "masked"} <= found <= _FIELDS:  # these are newer than the first files
         raise _wrong(
             f"The verdict on {name!r} in {where} must have the fields of ScaleInvariance, but "
             f"{sorted(_FIELDS - found)} are missing and {sorted(found - _FIELDS)} are unknown."
@@ -125,6 +125,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "z": ("a number of at least 0, or null", lambda v: _is_number(v, math.inf)),
     "rho_median": ("a share from 0 to 1, or null", lambda v: _is_number(v, 1.0)),
     "rho_worst": ("a share from 0 to 1, or null", lambda v: _is_number(v, 1.0)),
+    "masked": ("a share from 0 to 1", lambda v: v is not None and _is_number(v, 1.0)),
     "standardized": ("true or false", lambda v: isinstance(v, bool)),
     "holds": ("true or false", lambda v: isinstance(v, bool)),
     "reason": ("text", lambda v: isinstance(v, str)),

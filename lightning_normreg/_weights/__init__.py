@@ -40,6 +40,7 @@ from lightning_normreg._weights._verdict import SHOWS_EPS as SHOWS_EPS
 from lightning_normreg._weights._verdict import Evidence as Evidence
 from lightning_normreg._weights._verdict import Kind as Kind
 from lightning_normreg._weights._verdict import ScaleInvariance as ScaleInvariance
+from lightning_normreg._weights._verdict import about_masks as about_masks
 from lightning_normreg._weights._verdict import strong as strong
 from lightning_normreg._weights._verdict import summarize as summarize
 from lightning_normreg._weights._watched import Watched as Watched

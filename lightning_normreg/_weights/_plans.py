@@ -78,9 +78,10 @@ class Plans:
         plan = self._plans.get(what)
         if plan is None or plan.addresses != addresses:
             like, shape = tensors[0][0], (lines, sum(counts))
-            numbers = {t: like.new_zeros(shape, dtype=t) for t in dict.fromkeys(types)}
-            places = {t: torch.split(of_type, list(counts), 1) for t, of_type in numbers.items()}
-            operations = [op for n, t in enumerate(types) for op in make(n, places[t][n])]
+            with torch.inference_mode(mode=False):  # what is made in it cannot be written to outside of it
+                numbers = {t: like.new_zeros(shape, dtype=t) for t in dict.fromkeys(types)}
+                places = {t: torch.split(of_type, list(counts), 1) for t, of_type in numbers.items()}
+                operations = [op for n, t in enumerate(types) for op in make(n, places[t][n])]
             plan = _Plan(addresses, numbers, operations)
             if what != "gradients":
                 self._plans[what] = plan

@@ -60,6 +60,7 @@ class Table:
             process holds all of.
     """
 
+    @torch.inference_mode(mode=False)
     def __init__(self, watched: Sequence[Watched]) -> None:
         self.watched = list(watched)
         self.sizes = [w.units() for w in self.watched]

@@ -41,6 +41,8 @@ class ScaleInvariance:
         reason: Why, in one sentence.
         holds: Whether it was still so when gradients of training were last looked at.
         of: Number of slices along ``dim`` of the tensor that was asked; None in verdicts that do not say.
+        masked: Share of its entries that a fixed mask keeps from the loss, and that count in its norm all the same; 0
+            where that is not known, as in place.
     """
 
     kind: Kind
@@ -57,6 +59,7 @@ class ScaleInvariance:
     reason: str = ""
     holds: bool = True
     of: int | None = None
+    masked: float = 0.0
 
     @property
     def has_units(self) -> bool:
@@ -134,6 +137,23 @@ def _fitted(name: str, verdict: ScaleInvariance, slices: Sequence[int]) -> Scale
 def strong(verdicts: Mapping[str, ScaleInvariance]) -> dict[str, ScaleInvariance]:
     """Verdicts that training may be changed by: those of a probe, not of the observer of gradients."""
     return {name: verdict for name, verdict in verdicts.items() if verdict.evidence != "observer"}
+
+
+def about_masks(verdicts: Mapping[str, ScaleInvariance]) -> str:
+    """What to know about parameters whose norms count more than the loss sees; "" where there are none.
+
+    >>> about_masks({"weight": ScaleInvariance("neuron", dim=0, masked=0.75)})
+    "75% of the entries of 'weight' never reach the loss (a mask), but count in its norm, and in what is made of it. \
+Multiply the parameter by its mask once: entries that are 0 stay 0."
+    """
+    shares = [f"{v.masked:.0%} of the entries of {name!r}" for name, v in verdicts.items() if v.masked]
+    if not shares:
+        return ""
+    more = f" and {len(shares) - 5} more" if len(shares) > 5 else ""
+    return (
+        f"{', '.join(shares[:5])}{more} never reach the loss (a mask), but count in its norm, and in what is made of "
+        "it. Multiply the parameter by its mask once: entries that are 0 stay 0."
+    )
 
 
 def summarize(verdicts: Mapping[str, ScaleInvariance]) -> str:

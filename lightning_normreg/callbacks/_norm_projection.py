@@ -26,8 +26,8 @@ class NormProjection(NormHolder):
 
     What it logs: nothing; units that cannot be projected (zero, infinite, NaN) are reported once.
 
-    What it costs: per step two reads and one write of the projected weights, by two operations for each tensor; on
-    other devices with float64 the sums are made in it, which may cost four passes more. No transfer. Once, before the
+    What it costs: per step two operations for each tensor: on a CPU, and without float64, two reads and one write of
+    the weights; on a GPU the sums are made in float64, which may cost four passes more. No transfer. Once, before the
     first step, six to eight forward passes of that batch on a private copy.
 
     Args:

@@ -30,7 +30,7 @@ class NormSummary(StepCallback):
 
     What it logs: the table as text, to loggers that take text (TensorBoard); :meth:`rows` has it for machines.
 
-    What it costs: one read of the parameters, and the probe where no other callback has asked for it.
+    What it costs: a norm of each parameter, and the probe where no other callback has asked for it.
 
     Args:
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the

@@ -53,9 +53,9 @@ class RotationControl(NormHolder):
     that are zero or not finite, that were capped at π/2, or whose update is so small that rounding shows in it.
 
     What it costs: one copy of the controlled weights, allocated at the start and shared with EffectiveLRMonitor. For
-    each tensor eight operations on a CPU, eleven elsewhere, thirteen without float64; on a CPU about 4 to 5½ times the
-    time of NormProjection (``python -m tests.benchmarks.table_cost``). No transfer; of sharded weights one
-    all-reduce per step.
+    each tensor eight operations on a CPU, ten on a GPU, twelve without float64; on a CPU about 4 to 5½ times the
+    time of NormProjection (``python -m tests.benchmarks.table_cost``). No transfer; of sharded weights one all-reduce
+    per step.
 
     Args:
         angle: ``"lr"``: the live learning rate of the weight's parameter group, in radians; a number: that angle;

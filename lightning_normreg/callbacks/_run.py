@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from lightning_normreg._param_groups import load_by_name
-from lightning_normreg._weights import ParameterRole, Verdict, find_flat_pieces, named_roles
+from lightning_normreg._weights import ParameterRole, Verdict, about_masks, find_flat_pieces, named_roles
 from lightning_normreg.callbacks._knowledge import Knowledge
 from lightning_normreg.callbacks._probing import observer_limits, say_lost
 from lightning_normreg.steps._observer import InvarianceWatchdog
@@ -30,6 +32,7 @@ class Run:
         self.layout_written = False
         self.has_batches = False
         self.lost: set[str] = set()
+        self._masked: set[str] = set()
         self.leader: object = None
         self._watchdog: InvarianceWatchdog | None = None
         self._guarded: Verdict = {}
@@ -77,6 +80,13 @@ class Run:
             say_lost(lost)
             self.lost |= lost.keys()
             self.knowledge.lose(self.lost)
+
+    def warn_of_masks(self, verdict: Verdict) -> None:
+        """Say once that norms count what a mask hides."""
+        new = {name: v for name, v in verdict.items() if v.masked and name not in self._masked}
+        if new:
+            self._masked |= new.keys()
+            rank_zero_warn(about_masks(new))
 
     def guard(self, trainer: Trainer, verdict: Verdict) -> None:
         """Keep an eye on the units that are scale-invariant, once for all callbacks."""

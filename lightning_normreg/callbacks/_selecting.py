@@ -49,6 +49,7 @@ class WeightCallback(StepCallback):
     def _known(self, trainer: Trainer, verdict: Verdict) -> list[Watched]:
         """What is selected and not unknown; of the rest it is said that it has to wait."""
         watched = self._selected(trainer, verdict)
+        run_of(trainer).warn_of_masks({w.name: verdict[w.name] for w in watched if w.name in verdict})
         waiting = [w.name for w in watched if w.name in verdict and verdict[w.name].is_unknown]
         new = [name for name in waiting if name not in self._waiting]
         self._waiting = waiting

@@ -22,9 +22,10 @@ class WeightNormMonitor(Monitor):
 
     Behind ``prefix``, that is ``weights/``:
 
-    * ``weight_norm/<parameter>``: :math:`\lVert w\rVert` of the whole tensor;
-    * ``unit_norm_rms/<parameter>``: :math:`n=\lVert w\rVert/\sqrt{U}` over its U units, ``unit_norm_min/…`` and
-      ``unit_norm_max/…``;
+    * ``weight_norm/<parameter>``: :math:`\lVert w\rVert` of that tensor alone;
+    * ``unit_norm_rms/<parameter>``: root mean square n of the norms of its units, ``unit_norm_min/…`` and
+      ``unit_norm_max/…``. A bias that belongs to a unit counts in its norm, as in all curves of
+      :class:`EffectiveLRMonitor`: ``effective_lr`` is :math:`\eta/n^p` with this n;
     * ``layers/unit_norm_rms_<min|median|max>``: over layers;
     * with ``histograms=True`` the histogram ``unit_norms/<parameter>`` of the norms of its units, to loggers that take
       histograms (TensorBoard).
@@ -35,9 +36,9 @@ class WeightNormMonitor(Monitor):
     What it logs: the curves above, to every logger of the Trainer, to ``trainer.callback_metrics`` and to
     :meth:`history`.
 
-    What it costs: one read of the watched weights and one transfer on logged steps, nothing on others; what
-    EffectiveLRMonitor reads in the same step is not read again. Histograms cost a second transfer, of one number for
-    each unit, and about a millisecond of the host for each weight.
+    What it costs: on logged steps one operation for each tensor, which reads it (on a GPU in float64), and one
+    transfer, nothing on others; what EffectiveLRMonitor reads in the same step is not read again. Histograms cost a
+    second transfer, of one number for each unit, and about a millisecond of the host for each weight.
 
     Args:
         every_n_steps: Batches between logged ones; by default the Trainer's ``log_every_n_steps``.

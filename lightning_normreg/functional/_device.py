@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 Way = Literal["host", "wide", "narrow"]
 """``"host"``: values can be read at once, so that what is rare may take a detour; ``"wide"``: a read would wait for the
@@ -22,10 +23,11 @@ _kept = local()
 
 def way_of(tensor: Tensor) -> Way:
     """The way to compute with a tensor."""
-    pretended: Way | None = getattr(_kept, "pretended", None)
+    pretended: Way | None = None if torch.compiler.is_compiling() else getattr(_kept, "pretended", None)
     if pretended is not None:
         return pretended
-    return {"cpu": "host", "mps": "narrow"}.get(tensor.device.type, "wide")  # type: ignore[return-value]
+    ways: dict[str, Way] = {"cpu": "wide" if is_followed(tensor) else "host", "mps": "narrow"}
+    return ways.get(tensor.device.type, "wide")
 
 
 @contextmanager
@@ -39,10 +41,24 @@ def as_on(way: Way) -> Iterator[None]:
         _kept.pretended = before
 
 
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether autograd or ``torch.func`` follows what is done with tensors."""
+    return (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) or any(map(is_wrapped, tensors))
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether ``torch.func`` looks at it; of code that is compiled there is nothing to be asked."""
+    return not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(tensor)
+
+
+def is_followed(*tensors: Tensor) -> bool:
+    """Whether they do or a compiler does: none of them sees what is written into buffers, nor can values be read."""
+    return torch.compiler.is_compiling() or is_transformed(*tensors)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the type that entries are summed in: float32 for anything narrower, else the type itself."""
-    real = dtype.to_real()
-    return torch.float64 if real == torch.float64 else torch.float32
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def number_type(tensor: Tensor) -> torch.dtype:
@@ -60,5 +76,6 @@ def scratch(name: str, like: Tensor, entries: int, dtype: torch.dtype) -> Tensor
     buffers: dict[object, Tensor] = _kept.__dict__.setdefault("buffers", {})
     key = (name, like.device, dtype)
     if key not in buffers or buffers[key].numel() < entries:
-        buffers[key] = torch.empty(entries, dtype=dtype, device=like.device)
+        with torch.inference_mode(mode=False):  # what is made in it cannot be written to outside of it
+            buffers[key] = torch.empty(entries, dtype=dtype, device=like.device)
     return buffers[key][:entries]

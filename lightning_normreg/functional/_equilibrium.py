@@ -215,8 +215,7 @@ def suggest_projection(family: FamilyName, *, radius: float | None = None, **set
     lr = float(settings["lr"])
     if radius is None:
         return Projection(norm, lr)
-    if not 0 < radius < math.inf:
-        raise ValueError(f"`radius` must be positive, got {radius}. Leave it out for the equilibrium norm.")
+    check("radius", radius, POSITIVE)
     return Projection(radius, lr * (radius / norm) ** balance.exponent)
 
 

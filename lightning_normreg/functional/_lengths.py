@@ -9,13 +9,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_normreg.functional._device import BLOCK, accumulator, number_type, scratch, sum_type, way_of
+from lightning_normreg.functional._device import (
+    BLOCK,
+    accumulator,
+    is_followed,
+    number_type,
+    scratch,
+    sum_type,
+    way_of,
+)
 from lightning_normreg.functional._norms import (
     Operation,
     cells_of,
     chunk_norms,
     chunk_of,
     cuts_of,
+    rescaled_norms,
     row_norms,
     squares_fit,
 )
@@ -37,7 +46,8 @@ class Lengths:
 
     def update(self) -> Tensor:
         """Length of the update."""
-        return torch.hypot(self.radial, self.tangent)
+        still = (self.radial == 0) & (self.tangent == 0)  # where hypot has no gradient
+        return torch.where(still, 0.0, torch.hypot(torch.where(still, 1.0, self.radial), self.tangent))
 
     def after(self) -> Tensor:
         """Norm after the update."""
@@ -50,12 +60,14 @@ class Lengths:
 
     def relative(self) -> Tensor:
         """Length of the update over the norm before it; 0 for a zero unit."""
-        return torch.where(self.norm == 0, 0.0, self.update() / self.norm)
+        none = self.norm == 0
+        return torch.where(none, 0.0, self.update() / torch.where(none, 1.0, self.norm))
 
     def cosine(self) -> Tensor:
         """Cosine of the angle between unit and update, without its sign; 0 where one of them is zero."""
         update = self.update()
-        return torch.where((update == 0) | (self.norm == 0), 0.0, (self.radial.abs() / update).clamp(max=1.0))
+        cosine = self.radial.abs() / torch.where(update == 0, 1.0, update)
+        return torch.where((update == 0) | (self.norm == 0), 0.0, cosine.clamp(max=1.0))
 
     def speeds(self, eps: float | Tensor) -> Tensor:
         """Length of the tangential part over the norm; 0 for a unit without direction, and for rounding alone.
@@ -81,6 +93,8 @@ class Lengths:
 
 def measure_rows(start: Tensor, end: Tensor, *, update: bool = True) -> Lengths:
     """Compare rows, each a unit, with what has become of them, or with other vectors at them (``update=False``)."""
+    if is_followed(start, end):
+        return _followed_rows(start, end, update)
 
     def made(operations: Callable[[Tensor], list[Operation]]) -> Tensor:
         cells = start.new_zeros(3, len(start), cells_of(start), dtype=sum_type(start))
@@ -95,6 +109,16 @@ def measure_rows(start: Tensor, end: Tensor, *, update: bool = True) -> Lengths:
 
     raw = made(lambda cells: product_operations(start, end, cells, update=update))
     return lengths_of(*row_sums(raw, start.dtype, again, update=update))
+
+
+def _followed_rows(start: Tensor, end: Tensor, update: bool) -> Lengths:
+    """The same by operations that autograd can follow; of a float64 update along the unit fewer digits are left."""
+    a, b = (rows.to(number_type(rows)) for rows in (start, end))
+    norm = rescaled_norms(a)
+    direction = a / torch.where(norm > 0, norm, 1.0).unsqueeze(1)
+    d = b - a if update else b
+    radial, ahead = ((direction * rows).sum(dim=1) for rows in (d, b if update else a + b))
+    return Lengths(norm, radial, rescaled_norms(d - radial.unsqueeze(1) * direction), ahead)
 
 
 def lengths_of(squares: Tensor, products: Tensor, tangents: Tensor, ahead: Tensor) -> Lengths:
@@ -209,11 +233,8 @@ def exact_sums(start: Tensor, end: Tensor, shares: Tensor, *, update: bool = Tru
     if start.dtype == torch.float64:
         return _sums_of_float64(start, end, update)
     c = torch.where(shares.isfinite(), shares, 0.0) + update
-    norms, more, step = (
-        c.new_empty(2, len(c)),
-        torch.empty_like(c),
-        max(1, BLOCK["host"] // 2 // max(1, start.shape[1])),
-    )
+    norms, more = c.new_empty(2, len(c)), torch.empty_like(c)
+    step = max(1, BLOCK["host"] // 2 // max(1, start.shape[1]))
     for last in (False, True):
         for top in range(0, len(c), step):
             at = slice(top, top + step)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_normreg.functional._device import BLOCK, accumulator, number_type, sum_type, way_of
+from lightning_normreg.functional._device import BLOCK, accumulator, is_followed, number_type, sum_type, way_of
 from lightning_normreg.functional._units import Unit, split_units, unit_rows
 
 CHUNKS = {torch.float32: 256, torch.float64: 64}
@@ -65,6 +65,8 @@ def row_norms(rows: Tensor) -> Tensor:
     In float64, so that squares of these norms neither overflow nor underflow; in float32 where the device has no other.
     There, entries beyond 1e±18 count as infinite or zero.
     """
+    if is_followed(rows):
+        return rescaled_norms(rows)
     return mended_norms(_plain_norms(rows), rows.dtype, lambda odd: rescaled_norms(rows[odd]))
 
 
@@ -124,13 +126,14 @@ def chunk_norms(rows: Tensor, out: Tensor, size: int) -> list[Operation]:
 
 
 def rescaled_norms(rows: Tensor) -> Tensor:
-    """L2 norm of each row of any size that float64 can hold."""
-    rows = rows.double()
+    """L2 norm of each row of any size that float64 can hold, as operations that autograd can follow."""
+    rows = rows.to(number_type(rows))
     if rows.shape[1] == 0:
         return rows.new_zeros(len(rows))
-    largest = rows.abs().amax(dim=1)
-    scaled = rows / torch.where(largest > 0, largest, 1.0).unsqueeze(1)
-    return torch.where(largest.isfinite(), largest * _plain_norms(scaled), largest)
+    largest = rows.detach().abs().amax(dim=1)
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    norms: Tensor = torch.linalg.vector_norm(rows / scale.unsqueeze(1), dim=1)
+    return scale * norms
 
 
 def root_mean_square(values: Tensor) -> Tensor:
@@ -143,7 +146,8 @@ def unit_norms(weight: Tensor, unit: Unit = "neuron", *, dim: int = 0, groups: i
     r"""L2 norm of every unit of a weight, :math:`\lVert w_u\rVert`.
 
     Accumulates in float32, or float64 for a float64 weight. Entries of 1e30 and 1e-30 are safe, a zero unit has
-    norm 0, a unit with an infinite or NaN entry has norm inf or NaN.
+    norm 0, a unit with an infinite or NaN entry has norm inf or NaN. Differentiable, with a gradient of 0 at a norm of
+    0, also under ``torch.func`` and ``torch.compile``.
 
     Args:
         weight: Tensor of any shape and floating-point or complex type.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_normreg.functional._device import accumulator
+from lightning_normreg.functional._device import accumulator, is_wrapped
 from lightning_normreg.functional._norms import CHUNKS, row_norms
 from lightning_normreg.functional._units import Unit, over_units, split_units, unit_rows
+
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
 def dead_band(dtype: torch.dtype, entries: int) -> float:
@@ -33,8 +36,8 @@ def dead_band(dtype: torch.dtype, entries: int) -> float:
     kept = accumulator(dtype)
     levels = max(1, math.ceil(math.log(max(entries, 1), CHUNKS[kept])))
     sums = 3 / 2 if kept == torch.float32 else 3 / 4 * levels
-    narrow = 0.0 if dtype.to_real() == kept else torch.finfo(dtype).eps / 2
-    return narrow + 5 * math.sqrt(1 / 3 + sums) * torch.finfo(kept).eps
+    rounded, eps = torch.finfo(dtype).eps, torch.finfo(kept).eps
+    return (rounded / 2 if rounded > eps else 0.0) + 5 * math.sqrt(1 / 3 + sums) * eps
 
 
 class Limits(NamedTuple):
@@ -58,11 +61,31 @@ class Limits(NamedTuple):
         return (radius >= self.shortest) & (radius <= self.longest)
 
 
-@torch.no_grad()
+def writes(function: _Function) -> _Function:
+    """Write without autograd, and refuse a first argument through which it would have given a wrong gradient."""
+
+    @wraps(function)
+    def writing(weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        base = weight._base if weight._base is not None else weight
+        if torch.is_grad_enabled() and base.requires_grad and (is_wrapped(weight) or not base.is_leaf):
+            raise ValueError(
+                f"`weight` must be a parameter, or need no gradient: autograd would not see what {function.__name__} "
+                "writes. Write under torch.no_grad(), or compute with `unit_norms`, which has a gradient."
+            )
+        with torch.no_grad():
+            return function(weight, *args, **kwargs)
+
+    return writing  # type: ignore[return-value]
+
+
+@writes
 def project_(
     weight: Tensor, radius: float | Tensor = 1.0, unit: Unit = "neuron", *, dim: int = 0, groups: int = 1
 ) -> Tensor:
     r"""Put every unit of a weight at a norm, in place: :math:`w_u \leftarrow R\,w_u/\lVert w_u\rVert`.
+
+    Like an optimizer's step it is not seen by autograd, and a parameter stays one. For a penalty or a
+    parametrization compute with :func:`unit_norms`, which has a gradient.
 
     A unit already at the radius (to a few units in the last place, :func:`dead_band`) keeps every bit. A zero unit
     stays zero, a unit with infinite or NaN entries is left as it is, and so is one whose quotient ‖w_u‖/R or whose
@@ -79,7 +102,8 @@ def project_(
         The norms before the projection, shape ``(units,)``.
 
     Raises:
-        ValueError: If ``radius`` is a number that is not positive and finite.
+        ValueError: If ``radius`` is a number that is not positive and finite, or a gradient is to flow through
+            ``weight``.
 
     Examples:
         >>> weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]])

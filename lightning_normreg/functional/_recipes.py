@@ -212,8 +212,8 @@ def matched_lr(lr: float, weight_decay: float, *, norm: float, decayed_norm: flo
         Hoffer et al. 2018, https://arxiv.org/abs/1803.01814, equation 8, to which 1/(1 − ηλ) is added here: with it the
         step is the same and not only close.
     """
-    for name, value in (("norm", norm), ("decayed_norm", decayed_norm)):
-        check(name, value, POSITIVE)
+    for name, value in {"norm": norm, "decayed_norm": decayed_norm, "lr": lr, "weight_decay": weight_decay}.items():
+        check(name, value, POSITIVE if "norm" in name else NOT_NEGATIVE)
     if exponent not in (1, 2):
         raise ValueError(f"`exponent` must be 1 or 2, got {exponent}.")
     if not 0 <= lr * weight_decay < 1:

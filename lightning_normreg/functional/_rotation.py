@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_normreg.functional._device import BLOCK, accumulator, way_of
 from lightning_normreg.functional._lengths import Lengths, measure_rows
 from lightning_normreg.functional._norms import Operation
-from lightning_normreg.functional._projection import Limits, check_radius, factors
+from lightning_normreg.functional._projection import Limits, check_radius, factors, writes
 from lightning_normreg.functional._units import Unit, over_units, split_units, unit_rows
 
 Per = Literal["layer", "unit"]
@@ -23,23 +23,23 @@ LARGEST = math.pi / 2
 
 
 class Mixture(NamedTuple):
-    """What each unit becomes: (1 + ``before``)·w + ``update``·Δ, but for those that are to be left as they are."""
+    """What each unit becomes: ``scale``·(w + ``update``·Δ), but for those that are to be left as they are."""
 
-    before: Tensor
+    scale: Tensor
     update: Tensor
     alone: Tensor
 
     def to(self, dtype: torch.dtype) -> Mixture:
         """The numbers in another type."""
-        return Mixture(self.before.to(dtype), self.update.to(dtype), self.alone)
+        return Mixture(self.scale.to(dtype), self.update.to(dtype), self.alone)
 
     def at(self, places: Tensor) -> Mixture:
         """Those of the units at some places; beyond the last one what stays as it is."""
-        left = [(self.before, 0.0), (self.update, 1.0), (self.alone, True)]
+        left = [(self.scale, 1.0), (self.update, 1.0), (self.alone, True)]
         return Mixture(*(torch.cat([v, v.new_full((1,), x)])[places] for v, x in left))
 
 
-@torch.no_grad()
+@writes
 def rotate_(
     weight: Tensor,
     before: Tensor,
@@ -82,7 +82,8 @@ def rotate_(
 
     Raises:
         ValueError: If ``angle`` is a number outside of [0, π), ``per`` is unknown, ``radius`` is a number that is not
-            positive and finite, or the shapes differ.
+            positive and finite, the shapes differ, or a gradient is to flow through ``weight``: like an optimizer's
+            step this is not seen by autograd.
 
     Examples:
         >>> before = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
@@ -135,21 +136,25 @@ def mixture(lengths: Lengths, angles: Tensor, radius: float | Tensor, limits: Li
     """How to mix weight and update so that each unit turns by its angle and is at the radius.
 
     With r the radial and τ the tangential length, t = Δ − (r/n)w, so
-    R/n·(w cos θ + t n/τ sin θ) = R/n·(cos θ − r/τ sin θ)w + R/τ sin θ Δ.
-    A unit that does not turn keeps every bit if it is at the radius already, as under projection.
+    R/n·(w cos θ + t n/τ sin θ) = s·(w + (n sin θ/τ)/c Δ) with c = cos θ − r/τ sin θ and s = c R/n.
+    Scaling comes last, because of a norm far above the radius nothing but rounding would be left of w if its multiple
+    were subtracted from it. c is kept off 0 by less than shows in the result. A unit that does not turn keeps every bit
+    if it is at the radius already, as under projection.
     """
     norm, radial, tangent = lengths.norm, lengths.radial, lengths.tangent
     target = radius.to(norm) if isinstance(radius, Tensor) else torch.full_like(norm, radius)
     turns, born = angles > 0, norm == 0
     alone = ~(lengths.finite() & limits.hold(target) & (born | (norm >= limits.tiny)))
     length = torch.where(turns, norm, 1.0)
-    across = target * angles.sin() / torch.where(turns, tangent, 1.0)
-    half = (angles / 2).sin()
-    turned = (target - length) / length - 2 * target / length * half * half - across * (radial / length)
+    across = torch.where(turns, tangent, 1.0)
+    ahead = angles.cos() - angles.sin() * (radial / across)
+    least = limits.band / 100
+    ahead = torch.where(ahead.abs() < least, least, ahead)
     # Of a zero unit all of the update counts as tangential, and none has been projected yet.
     factor = factors(torch.where(born, tangent, norm), target, limits)
-    before, update = torch.where(turns, turned, factor - 1), torch.where(turns, across, factor * born)
-    return Mixture(before.masked_fill(alone, 0.0), update.masked_fill(alone, 1.0), alone)
+    scale = torch.where(turns, target / length * ahead, factor)
+    update = torch.where(turns, angles.sin() * (length / across) / ahead, born.to(norm))
+    return Mixture(scale.masked_fill(alone, 1.0), update.masked_fill(alone, 1.0), alone)
 
 
 def mix_(view: Tensor, start: Tensor, kept: tuple[int, ...], mix: Mixture) -> None:
@@ -166,19 +171,19 @@ def mix_(view: Tensor, start: Tensor, kept: tuple[int, ...], mix: Mixture) -> No
         for operation in mix_operations(view, start, kept, mix):
             operation()
         return
-    before, update, alone = (over_units(values, view, kept) for values in mix)
-    for end, begin, b, u, left in blocks(view, start, before, update, alone):
-        wide, start_wide = end.to(u.dtype), begin.to(u.dtype)
-        end.copy_(torch.where(left, wide, start_wide.lerp(wide, u).addcmul_(start_wide, b)))
+    scale, update, alone = (over_units(values, view, kept) for values in mix)
+    for end, begin, s, u, left in blocks(view, start, scale, update, alone):
+        wide = end.to(u.dtype)
+        end.copy_(torch.where(left, wide, begin.to(u.dtype).lerp(wide, u).mul(s)))
 
 
 def mix_operations(view: Tensor, start: Tensor, kept: tuple[int, ...], mix: Mixture) -> list[Operation]:
     """What :func:`mix_` does where no unit is to be left alone, with the numbers that stand in ``mix`` by then."""
-    before, update = (over_units(values, view, kept) for values in mix[:2])
+    scale, update = (over_units(values, view, kept) for values in mix[:2])
     return [
         operation
-        for end, begin, b, u in blocks(view, start, before, update)
-        for operation in (partial(torch.lerp, begin, end, u, out=end), partial(end.addcmul_, begin, b))
+        for end, begin, s, u in blocks(view, start, scale, update)
+        for operation in (partial(torch.lerp, begin, end, u, out=end), partial(end.mul_, s))
     ]
 
 

@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from lightning_normreg.functional._balance import Balance
+from lightning_normreg.functional._device import is_transformed
 from lightning_normreg.functional._families import FAMILIES, Family
 
 _Range = tuple[Callable[[float], bool], str]
@@ -19,10 +22,15 @@ _NUMBERS |= {"weight_decay": NOT_NEGATIVE, "momentum": FRACTION, "dampening": FR
 _LR_ADJUSTMENTS = (None, "original", "match_rms_adamw")
 
 
-def check(name: str, number: float, allowed: _Range, given: Any = None) -> None:
-    """Raise a ``ValueError`` unless a number is in its range; it shows what was given, where that is another thing."""
+def check(name: str, number: float, allowed: _Range) -> None:
+    """Raise a ``ValueError`` unless a number is in its range, and a ``TypeError`` if its gradient would be lost."""
+    if isinstance(number, Tensor) and is_transformed(number):
+        raise TypeError(
+            f"`{name}` must be a number: this formula has no gradient, and works outside of torch.func only. "
+            f"Pass float({name})."
+        )
     if not allowed[0](number):
-        raise ValueError(f"`{name}` must be {allowed[1]}, got {number if given is None else given}.")
+        raise ValueError(f"`{name}` must be {allowed[1]}, got {number}.")
 
 
 def family_of(name: str) -> Family:
@@ -81,14 +89,14 @@ _GROWTH = "See `predicted_norm` for how it moves."
 
 def _checked(name: str, value: Any) -> Any:
     if name in _NUMBERS:
-        check(name, float(value), _NUMBERS[name], value)
+        check(name, value, _NUMBERS[name])
         return float(value)
     if name in _PAIRS:
         if len(value) != 2:
             raise ValueError(f"`{name}` must have 2 numbers, got {value!r}.")
         for number in value:
-            check(name, number, _PAIRS[name], value)
-        return tuple(value)
+            check(name, number, _PAIRS[name])
+        return tuple(map(float, value)) if name == "betas" else tuple(value)
     if name == "adjust_lr_fn" and value not in _LR_ADJUSTMENTS:
         raise ValueError(f"`{name}` must be one of {_LR_ADJUSTMENTS}, got {value!r}.")
     return tuple(value) if name == "ns_coefficients" else value

@@ -31,8 +31,7 @@ def split_units(weight: Tensor, unit: Unit, dim: int, groups: int) -> View:
     check_unit(unit)
     if not (weight.is_floating_point() or weight.is_complex()):
         raise TypeError(f"`weight` must be a floating-point tensor, got {weight.dtype}.")
-    view = weight.detach()
-    lonely = view.ndim < 2  # one entry has a sign, but no direction: a vector is one unit
+    view, lonely = weight, weight.ndim < 2  # one entry has a sign, but no direction: a vector is one unit
     if view.is_complex():
         view = torch.view_as_real(view)
     if unit == "layer" or lonely:

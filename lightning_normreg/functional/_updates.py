@@ -19,7 +19,7 @@ def rotation(before: Tensor, after: Tensor, unit: Unit = "neuron", *, dim: int =
 
     With :math:`\Delta` = after − before, :math:`n=\lVert w_u\rVert` before, :math:`r` the part of
     :math:`\Delta` along the unit and :math:`\Delta_\perp` the part across it. For float32 weights right to 1e-6 at any
-    angle, also when decay makes the update almost radial.
+    angle, also when decay makes the update almost radial. Differentiable, as :func:`unit_norms` is.
 
     Args:
         before: Weight before the step, any shape.

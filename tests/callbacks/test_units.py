@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.callbacks import LearningRateMonitor
 from torch import nn
 
 from lightning_normreg import EffectiveLRMonitor, WeightNormMonitor
@@ -78,3 +79,39 @@ def test_blocks_and_joined_biases_equal_the_oracle() -> None:
                     key,
                     step,
                 )
+
+
+@pytest.mark.parametrize("optimizer, exponent", [(torch.optim.SGD, 2), (torch.optim.AdamW, 1)])
+def test_effective_lr_can_be_checked_by_the_logged_norm(optimizer: Any, exponent: int) -> None:
+    """Linear, ReLU, BatchNorm: each row and its bias are a unit, in the logged norm as in the effective rate."""
+
+    class Biased(Recorded):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3))
+            nn.init.uniform_(self.layers[1].bias, 0.5, 1.0)
+
+        def configure_optimizers(self) -> Any:
+            """The one that is tested, under a schedule."""
+            made = optimizer(self.parameters(), lr=0.01)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(made, 0.9)
+            return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    torch.manual_seed(0)
+    net = Biased()
+    run = trainer(WeightNormMonitor(), EffectiveLRMonitor(), LearningRateMonitor("step"))
+    run.fit(net, loader())
+    logger = run.logger
+    assert isinstance(logger, RecordingLogger)
+    name, lr = "layers.1.weight", dict(logger.curves(f"lr-{optimizer.__name__}"))
+    rates = dict(logger.curves(f"weights/effective_lr/{name}"))
+    norms = dict(logger.curves(f"weights/unit_norm_rms/{name}"))
+    assert len(rates) == len(net.before) == 6
+    for step, before in enumerate(net.before):
+        weight, bias = before[name], before["layers.1.bias"]
+        norm = math.sqrt(((weight**2).sum(axis=1) + bias**2).mean())
+        assert rates[step] == pytest.approx(lr[step] / norms[step] ** exponent, rel=1e-6)
+        assert rates[step] == pytest.approx(lr[step] / norm**exponent, rel=1e-5)
+        alone = math.sqrt((weight**2).sum())
+        assert dict(logger.curves(f"weights/weight_norm/{name}"))[step] == pytest.approx(alone, rel=1e-5)
+        assert alone / math.sqrt(8) < 0.8 * norm  # the bias shows

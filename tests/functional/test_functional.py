@@ -41,7 +41,7 @@ def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
 
 def exact(tensor: Tensor) -> np.ndarray:
     """The same numbers in float64."""
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64).numpy()
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64).numpy()
 
 
 def noise(tensor: Tensor) -> float:
