@@ -86,9 +86,10 @@ class RotationTracker(Tracker):
         rules = [None if one is None else update_rule(one[2], one[1]) for one in mine]
         everything = frozenset(watched.name for watched, _, _ in stepping)
         norm = table.root_mean_squares(lengths.norm)
+        reached = table.reached(look.gradients)
         found = [
-            Measured(_metrics.ROTATION, table, table.root_mean_squares(lengths.rotation()), everything),
-            Measured(_metrics.RELATIVE_UPDATE, table, table.root_mean_squares(lengths.relative()), everything),
+            Measured(_metrics.ROTATION, table, table.root_mean_squares(lengths.rotation(), reached), everything),
+            Measured(_metrics.RELATIVE_UPDATE, table, table.root_mean_squares(lengths.relative(), reached), everything),
             *self._rates(table, mine, rules, norm),
         ]
         factors = [self.record.factors.get(w.parameter) for w in table.watched]
@@ -96,7 +97,7 @@ class RotationTracker(Tracker):
         if self in look.seen:
             seen, gradient, norms = look.seen[self]
             found.append(Measured(_metrics.GRADIENT_NORM, seen, norms, everything))
-            aligned = seen.root_mean_squares(gradient.cosine())
+            aligned = seen.root_mean_squares(gradient.cosine(), seen.reached(gradient.update()))
             found.append(Measured(_metrics.GRADIENT_ALIGNMENT, seen, aligned, everything))
         if self._exponents:
             exponents = [None if one is None else scale_exponent(one[2], one[0].parameter) for one in mine]

@@ -112,6 +112,8 @@ class Rotator(Projector):
         lengths = table.lengths(self.record.copies.__getitem__)
         radius = self._radii(table)
         moved = table.column([target in ready for target, _, _ in stepping]) > 0
+        reached = table.reached()
+        moved = moved if reached is None else moved & reached  # those that a sparse gradient leaves out do not count
         counted = lengths.finite() & table.limits.hold(radius) & moved
         eps = table.column([torch.finfo(w.parameter.dtype).eps for w in table.watched])
         speeds = lengths.speeds(eps)
