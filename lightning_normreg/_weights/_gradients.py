@@ -31,7 +31,8 @@ def gradient_of(parameter: Parameter) -> Tensor:
     (first, *others), values = gradient.indices(), gradient.values()  # of gather(sparse_grad=True)
     reached, at = first.unique(return_inverse=True)
     rows = values.new_zeros(len(reached), *gradient.shape[1:]).index_put((at, *others), values)
-    return torch.sparse_coo_tensor(reached.unsqueeze(0), rows, gradient.shape, check_invariants=False, is_coalesced=True)
+    places = reached.unsqueeze(0)
+    return torch.sparse_coo_tensor(places, rows, gradient.shape, check_invariants=False, is_coalesced=True)
 
 
 def is_sparse(parameter: Parameter) -> bool:
@@ -70,7 +71,7 @@ def _reached(piece: Piece, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | N
     (view, kept), own = piece.now()[0], real(local(piece.parameter).detach())
     size = view.shape[1] if kept == (0,) else 1  # slices in a row of the piece
     length = view.shape[0] * size
-    skipped = view.storage_offset() - own.storage_offset()
+    skipped = int(view.storage_offset() - own.storage_offset())
     first, column = divmod(skipped, own.stride(0)) if skipped else (0, 0)
     slices, entries = gradient.indices()[0], view.numel() // max(1, length)
     mine = (slices >= first) & (slices < first + length)

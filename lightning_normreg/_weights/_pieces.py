@@ -130,7 +130,7 @@ def _flat(watched: Watched, shard: Shard, entries: tuple[int, int], is_own: bool
 
 
 def real(tensor: Tensor) -> Tensor:
-    return torch.view_asreal(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _as_one_row(tensor: Tensor) -> View:

@@ -40,8 +40,8 @@ def watch(
         named: All parameters, as :func:`named_roles` gives them.
         include: Globs, or None.
         exclude: Globs.
-        unit: ``"auto"``: the units that the verdict found, the whole tensor where it found none (rows of an embedding with sparse
-            gradients), and neurons where there is no verdict.
+        unit: ``"auto"``: the units that the verdict found, the whole tensor where it found none (rows of an embedding
+            with sparse gradients), and neurons where there is no verdict.
         verdict: Which units are scale-invariant, if that is known.
 
     Raises:

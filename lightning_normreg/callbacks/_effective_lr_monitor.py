@@ -31,7 +31,8 @@ class EffectiveLRMonitor(Monitor):
       step, and p of the optimizer (2: SGD, 1: Adam, AdamW, RMSprop); equal to lr / unit_norm_rms^p of
       :class:`WeightNormMonitor`. Compare it over time;
       ``effective_lr_not_invariant/<parameter>`` where the weight is not scale-invariant and it means nothing by itself;
-    * ``rotation/<parameter>``: root mean square over units of the rotation, in radians. Compare it between layers;
+    * ``rotation/<parameter>``: root mean square over units of the rotation, in radians. Compare it between layers. Of
+      an embedding with sparse gradients only rows that a gradient has reached count, here and in the next ones;
     * ``relative_update/<parameter>``: likewise of :math:`\lVert\Delta_u\rVert/\lVert w_u\rVert`;
     * for scale-invariant weights under decay ``equilibrium_rotation/<parameter>``, ``equilibrium_norm/…`` and
       ``equilibrium_half_life/…``: where the present learning rate and decay would settle, and in how many steps it is

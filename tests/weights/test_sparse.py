@@ -118,7 +118,7 @@ class Largest(TorchDispatchMode):
         super().__init__()
         self.entries = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001,ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
         inside = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if is_strided(t)}
         made = [t for t in tree_leaves(out) if is_strided(t) and t.untyped_storage().data_ptr() not in inside]
