@@ -58,7 +58,7 @@ class RotationTracker(Tracker):
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Ask for copies of the weights."""
-        if self.due:
+        if self.is_due(index):
             self.record.want(self.optimized(optimizer), updates=True, gradients=True)
 
     def allocate(self, optimizer: Optimizer) -> int:
@@ -67,7 +67,7 @@ class RotationTracker(Tracker):
 
     def gradients_ready(self, index: int, optimizer: Optimizer, scale: float | None) -> None:
         """Measure the gradients as they are before clipping, at the weights that the update starts from."""
-        if self.due and self._gradient and scale is not None and (mine := self.optimized(optimizer)):
+        if self.is_due(index) and self._gradient and scale is not None and (mine := self.optimized(optimizer)):
             table = self.record.table(mine)
             self.record.seen[index, self] = SeenGradients(table, table.gradients(), scale)
 
@@ -162,10 +162,13 @@ class RotationTracker(Tracker):
 
     def state_dict(self) -> dict[str, Any]:
         """Sizes of gradients, which are smoothed over steps."""
-        return {"powers": {name: (power.cpu(), weight) for name, (power, weight) in self._powers.items()}}
+        return super().state_dict() | {
+            "powers": {name: (power.cpu(), weight) for name, (power, weight) in self._powers.items()}
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from them."""
+        super().load_state_dict(state)
         self._powers |= state.get("powers", {})
 
     def explain_rules(self, optimizers: Iterable[Optimizer]) -> None:
