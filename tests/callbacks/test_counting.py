@@ -285,7 +285,7 @@ ROTATION, RATE = "weights/rotation/net.0.weight", "weights/effective_lr/net.0.we
 @pytest.mark.parametrize("every", [1, 2, 7])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_row_for_each_of_several_updates_in_a_batch(shared: bool, every: int, wrapped: bool) -> None:
-    """The first of each optimizer and then every n-th, at the number of updates before it, with its own learning rate."""
+    """The first of each optimizer and every n-th, at the number of updates before it, with its own learning rate."""
     net, monitor = Several(shared=shared, wrapped=wrapped), EffectiveLRMonitor(every_n_updates=every)
     trainer(monitor, WeightNormMonitor(every_n_updates=every)).fit(net, loader())
     assert len(net.updates) == 6 * 5 * (1 + shared)
