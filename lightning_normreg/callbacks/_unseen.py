@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
 PATIENCE = 10
-"""Batches without a step after which weights are looked at, and again after as many more."""
+"""Batches without a step after which weights are looked at, and again after twice as many."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -31,6 +31,7 @@ class UnseenSteps:
         self._dispatcher = dispatcher
         self._checksums: dict[Tensor, Tensor] = {}
         self._start: tuple[int, int] | None = None
+        self._next = PATIENCE
         self.told = False
         self.batches = 0  # that have begun
         self.backwards = 0
@@ -45,7 +46,8 @@ class UnseenSteps:
         self._start = self._start or (trainer.global_step, _started(trainer))
         if self.told or all(map(self._dispatcher.has_updated, range(len(trainer.optimizers)))):
             return
-        if self.batches and self.batches % PATIENCE == 0:
+        if self.batches == self._next:
+            self._next *= 2
             self._say(self.why(trainer))
         if self.batches and not self._checksums:
             self._checksums = self._present(trainer)
