@@ -89,6 +89,11 @@ def summary_tag(curve: Curve, statistic: str, prefix: str = PREFIX) -> str:
     return joined(prefix, SUMMARY_GROUP, f"{curve.summary}_{statistic}")
 
 
+def updates_tag(index: int, prefix: str = PREFIX) -> str:
+    """How many updates of an optimizer there were in a batch, whose last one is logged."""
+    return joined(prefix, "updates", str(index))
+
+
 def joined(prefix: str, *parts: str) -> str:
     """Parts of a tag, behind a prefix that may be empty."""
     return "/".join([prefix, *parts] if prefix else parts)

@@ -100,7 +100,7 @@ class InPlaceLoss(OneLoss):
         """See :class:`Losses`; only once, because sharded weights are gone after that."""
         # The loss takes part in any case: weights are gathered for a module's backward pass when that reaches its end.
         (value if value is self._loss else value + 0 * self._loss).backward()  # type: ignore[no-untyped-call]
-        found = ([gradient_of(p) for p in self._parameters[id(weight)]] for weight in weights)
+        found = ([gradient_of(p).to_dense() for p in self._parameters[id(weight)]] for weight in weights)
         return tuple(sum(others, first) for first, *others in found)
 
 

@@ -35,9 +35,15 @@ class Observed:
     @staticmethod
     def of(weight: Tensor, gradient: Tensor, looked_at: Sequence[Axis], shard: Shard | None = None) -> Observed:
         """Sum over the slices of some axes, in float32 at least; partial sums of a shard, see :meth:`summed`."""
-        entries = euler_entries(weight, gradient, accumulator(weight.dtype))
+        reached = None
+        if gradient.is_sparse:  # by its rows: a dense copy of it may not fit
+            reached, gradient = gradient.indices()[0], gradient.values()
+        entries = euler_entries(weight if reached is None else weight[reached], gradient, accumulator(weight.dtype))
         norm = torch.linalg.vector_norm(gradient.detach(), dtype=entries.dtype)
-        return Observed(Table.along(entries, looked_at, shard), norm)
+        tables = Table.along(entries, looked_at, shard)
+        if reached is not None:
+            tables |= {a: tables[a].spread(reached, len(weight)) for a in looked_at if a.dim == 0}
+        return Observed(tables, norm)
 
     @staticmethod
     def stack(steps: Sequence[Observed]) -> Observed:

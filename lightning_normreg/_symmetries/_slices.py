@@ -44,6 +44,10 @@ class Table(NamedTuple):
         """Add another tensor's sums, slice by slice."""
         return Table(self.sums + other.sums, self.squares + other.squares)
 
+    def spread(self, places: Tensor, slices: int) -> Table:
+        """The same for all slices, where it is of those in some places."""
+        return Table(*(values.new_zeros(slices).index_add_(0, places, values) for values in self))
+
     def per_unit(self, verdict: ScaleInvariance) -> Table:
         """Pool the slices of each unit."""
         units = unit_of_slice(verdict, self.sums.shape[-1])

@@ -7,11 +7,13 @@ import copy
 import enum
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_normreg._symmetries._losses import ManualLosses
 
@@ -135,10 +137,38 @@ class OptimizerStandIn(StandIn):
             for group in real.param_groups
         ]
         self.__dict__.update(param_groups=groups, state=defaultdict(dict), _twin=twin, _losses=losses)
-        self.__dict__.update(optimizer=self, _optimizer=self)
+        self.__dict__.update(optimizer=self, _optimizer=self, _points=None, _copies={})
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if isinstance(value, MethodType) and value.__self__ is self:
+            value = self.__dict__[name] = partial(self._on_copies, value)
+        return value
+
+    def _stand_in(self, value: Any) -> Any:
+        return self if isinstance(value, Optimizer) else super()._stand_in(value)  # the one that it wraps
+
+    def _on_copies(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Let another method than ``step``, as the two of SAM, move copies: all gradients are taken at one point."""
+        if self._points is not None:  # called by another one
+            return method(*args, **kwargs)
+        points = [group["params"] for group in self.param_groups]
+        everything = self.__dict__["_points"] = [p for params in points for p in params]
+        for p in everything:
+            if id(p) not in self._copies:
+                self._copies[id(p)] = p.detach().clone().requires_grad_(p.requires_grad)
+            self._copies[id(p)].grad = p.grad
+        try:
+            for group in self.param_groups:
+                group["params"] = [self._copies[id(p)] for p in group["params"]]
+            return method(*args, **kwargs)
+        finally:
+            self.__dict__["_points"] = None
+            for group, params in zip(self.param_groups, points, strict=True):
+                group["params"] = params
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return self._points or [p for group in self.param_groups for p in group["params"]]
 
     def step(self, closure: Callable[[], Any] | None = None, **_kwargs: Any) -> Any:
         """Run the closure, and let the gradients count."""

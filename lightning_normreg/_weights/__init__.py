@@ -6,12 +6,12 @@ from lightning_normreg._weights._flat_shards import is_flat as is_flat
 from lightning_normreg._weights._flat_shards import whole_shape as whole_shape
 from lightning_normreg._weights._fsdp import in_type_of_weights as in_type_of_weights
 from lightning_normreg._weights._fsdp import reshard as reshard
+from lightning_normreg._weights._gradients import gradient_of as gradient_of
 from lightning_normreg._weights._names import check_globs as check_globs
 from lightning_normreg._weights._names import clean_name as clean_name
 from lightning_normreg._weights._names import counted as counted
 from lightning_normreg._weights._names import listed as listed
 from lightning_normreg._weights._names import match as match
-from lightning_normreg._weights._pieces import gradient_of as gradient_of
 from lightning_normreg._weights._roles import ROLES as ROLES
 from lightning_normreg._weights._roles import ParameterRole as ParameterRole
 from lightning_normreg._weights._roles import is_matrix as is_matrix

@@ -18,14 +18,6 @@ See = Callable[[Tensor], View]
 """From what a process holds of a tensor to a view of it, and the dimensions of that view that number its rows."""
 
 
-def gradient_of(parameter: Parameter) -> Tensor:
-    """What this process holds of the gradient of a parameter, zero where there is none."""
-    gradient = parameter.grad
-    if gradient is None:
-        return torch.zeros_like(local(parameter))
-    return local(gradient.to_dense() if gradient.is_sparse else gradient)
-
-
 @dataclass
 class Piece:
     """Some rows of what this process holds of a tensor."""
@@ -137,17 +129,17 @@ def _flat(watched: Watched, shard: Shard, entries: tuple[int, int], is_own: bool
             yield _entries(low - start, high - start, rows), units[low // length : low // length + rows]
 
 
-def _real(tensor: Tensor) -> Tensor:
+def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _as_one_row(tensor: Tensor) -> View:
-    return _real(tensor), ()
+    return real(tensor), ()
 
 
 def _along(kept: tuple[int, ...]) -> See:
-    return lambda tensor: (_real(tensor), kept)
+    return lambda tensor: (real(tensor), kept)
 
 
 def _entries(start: int, stop: int, rows: int) -> See:
-    return lambda tensor: (_real(tensor)[start:stop].reshape(rows, -1), (0,))
+    return lambda tensor: (real(tensor)[start:stop].reshape(rows, -1), (0,))

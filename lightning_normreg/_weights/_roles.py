@@ -39,6 +39,7 @@ class ParameterRole:
         aliases: Its other names, where it is tied.
         dim: The dimension that numbers its neurons: 1 for transposed convolutions, else 0.
         groups: Groups that its neurons are spread over, for transposed convolutions.
+        sparse: Whether its gradients are sparse, as those of ``nn.Embedding(sparse=True)``.
     """
 
     role: Role
@@ -47,6 +48,7 @@ class ParameterRole:
     aliases: tuple[str, ...] = ()
     dim: int = 0
     groups: int = 1
+    sparse: bool = False
 
 
 def parameter_roles(module: nn.Module) -> dict[str, ParameterRole]:
@@ -125,7 +127,7 @@ def _role(owner: nn.Module, name: str, parameter: Parameter) -> ParameterRole:
     role, rule = _decide(owner, name, parameter)
     if isinstance(owner, _ConvTransposeNd) and role == "weight":
         return ParameterRole(role, rule, _type_name(owner), dim=1, groups=int(owner.groups))
-    return ParameterRole(role, rule, _type_name(owner))
+    return ParameterRole(role, rule, _type_name(owner), sparse=role == "embedding" and bool(owner.sparse))
 
 
 def _decide(owner: nn.Module, name: str, parameter: Parameter) -> tuple[Role, str]:

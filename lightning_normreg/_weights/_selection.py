@@ -42,8 +42,8 @@ def watch(
         named: All parameters, as :func:`named_roles` gives them.
         include: Globs, or None.
         exclude: Globs.
-        unit: ``"auto"``: the units that the verdict found, the whole tensor where it found none, and neurons where
-            there is no verdict.
+        unit: ``"auto"``: the units that the verdict found, the whole tensor where it found none (rows of an embedding
+            with sparse gradients), and neurons where there is no verdict.
         verdict: Which units are scale-invariant, if that is known.
 
     Raises:
@@ -96,6 +96,8 @@ def _units(
         return (_asked_for(role, unit),), None, None
     if unit != "auto":
         return (_asked_for(role, unit),), None, _supports(known, role, unit)
+    if not known.has_units and role.sparse:  # most rows do not move in a step
+        return (_asked_for(role, unit),), None, known.is_invariant
     if not known.has_units or known.kind == "layer":
         return (Part("layer", role.dim, role.groups),), known.needs_bias, known.is_invariant
     dim, groups = known.dim or 0, known.groups

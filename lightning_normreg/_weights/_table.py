@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from lightning_normreg._weights._pieces import Piece, gradient_of, groups_of, lies_whole, pieces_of
+from lightning_normreg._weights._gradients import Beside, beside, gradient_of, is_sparse, with_rest
+from lightning_normreg._weights._pieces import Piece, groups_of, lies_whole, pieces_of
 from lightning_normreg._weights._plans import Plans
 from lightning_normreg._weights._watched import Watched
 from lightning_normreg.functional._device import accumulator, number_type, way_of
@@ -126,24 +127,37 @@ class Table:
 
         Without ``wholes`` only of units.
         """
-        rows = self._now() if read is None else [p.like(read(p.parameter)) for p in self._pieces]
-        what = "norms" if read is None else "gradients"
-        (squares,) = self._plans.sums(what, 1, lambda number, out: norm_operations(rows[number], out[0]), rows)
-        rescaled = partial(self._plans.detour, tensors=[rows], way=rescaled_norms)
-        norms = mended_norms(squares.sqrt(), self._narrowest, rescaled)
-        return self._added(norms.square().unsqueeze(0), wholes)
+        if read is None:
+            return self._added(self._squares("norms", self._plans, self._now()), wholes)
+        _, gradients, plans, at = self._beside(read)
+        return self._added(self._squares("gradients", plans, gradients), wholes, at)
+
+    def _squares(self, what: str, plans: Plans, rows: Sequence[Tensor]) -> Tensor:
+        (squares,) = plans.sums(what, 1, lambda number, out: norm_operations(rows[number], out[0]), rows)
+        rescaled = partial(plans.detour, tensors=[rows], way=rescaled_norms)
+        return mended_norms(squares.sqrt(), self._narrowest, rescaled).square().unsqueeze(0)
 
     def compare(self, before: Read) -> Tensor:
         """Sums over the entries before and their updates since, as far as this process has them."""
         starts = [piece.look("before", before(piece.parameter))[1] for piece in self._pieces]
-        return self._compared("update", starts, self._now())
+        return self._compared("update", Beside(starts, self._now(), self._plans, None))
 
     def gradients(self, read: Read = gradient_of) -> Tensor:
         """Sums over entries and gradients, as far as this process has them: gradients as seen from the units."""
-        return self._compared("gradients", self._now(), [p.like(read(p.parameter)) for p in self._pieces])
+        return self._compared("gradients", self._beside(read))
 
-    def _compared(self, what: str, starts: Sequence[Tensor], ends: Sequence[Tensor]) -> Tensor:
-        update = what == "update"
+    def _beside(self, read: Read) -> Beside:
+        return beside(self._pieces, self._plans, {piece.parameter: read(piece.parameter) for piece in self._pieces})
+
+    def reached(self, gradients: Tensor | None = None) -> Tensor | None:
+        """Which units count, None for all: of a weight with a sparse gradient those where its norm is not zero."""
+        if not any(sparse := [any(map(is_sparse, w.tensors())) for w in self.watched]):
+            return None
+        gradients = self.squares(gradient_of, wholes=False)[0] if gradients is None else gradients
+        return (gradients != 0) | (self.column(sparse) == 0)
+
+    def _compared(self, what: str, rows_of: Beside) -> Tensor:
+        update, (starts, ends, plans, at) = what == "update", rows_of
 
         def products(number: int, out: Tensor) -> list[Operation]:
             return product_operations(starts[number], ends[number], out, update=update)
@@ -154,20 +168,22 @@ class Table:
         def again(odd: Tensor | None, shares: Tensor) -> Tensor:
             if odd is None:
                 self._shares.copy_(shares)
-                return self._plans.sums("across", 1, across, starts, ends)[0]
-            return self._plans.detour(odd, [starts, ends], partial(exact_sums, update=update), shares)
+                return plans.sums("across", 1, across, starts, ends)[0]
+            return plans.detour(odd, [starts, ends], partial(exact_sums, update=update), shares)
 
-        raw = self._plans.sums(what, 3, products, starts, ends)
+        raw = plans.sums(what, 3, products, starts, ends)
         rows = with_radial(row_sums(raw, self._narrowest, again, update=update))
-        sums = self._added(rows)
-        return sums if self._is_plain else self._joined(rows, sums)
+        if at is not None:  # where no gradient is, a unit goes on all the same
+            rows, at = with_rest(rows, at, self._squares("norms", self._plans, self._now())[0])
+        sums = self._added(rows, at=at)
+        return sums if self._is_plain and at is None else self._joined(rows, sums, at)
 
-    def _joined(self, rows: Tensor, sums: Tensor) -> Tensor:
+    def _joined(self, rows: Tensor, sums: Tensor, at: Tensor | None) -> Tensor:
         """Add what is across between rows of a unit, by their shares: as a difference of sums it would lose digits."""
-        count = sum(self.sizes)
+        count, adds = sum(self.sizes), self._adds if at is None else self._adds[at]
         mine, all_of_it = (x[1] / torch.where(x[0] > 0, x[0], 1.0) for x in (rows, sums[:, :count]))
-        between = rows[0] * (mine - torch.cat([all_of_it, all_of_it.new_zeros(1)])[self._adds]).square()
-        sums[2, :count] += between.new_zeros(count + 1).index_add_(0, self._adds, between)[:-1]
+        between = rows[0] * (mine - torch.cat([all_of_it, all_of_it.new_zeros(1)])[adds]).square()
+        sums[2, :count] += between.new_zeros(count + 1).index_add_(0, adds, between)[:-1]
         sums[:, :count] = with_radial(sums[:4, :count])
         return sums
 
@@ -184,13 +200,15 @@ class Table:
         """What units have done, from the shared sums."""
         return lengths_of(*totals(sums[:, : sum(self.sizes)]))
 
-    def _added(self, rows: Tensor, wholes: bool = True) -> Tensor:
-        """Sums over the rows of each unit, and over those of each tensor."""
+    def _added(self, rows: Tensor, wholes: bool = True, at: Tensor | None = None) -> Tensor:
+        """Sums over the rows of each unit, and over those of each tensor; of those with numbers ``at``, or of all."""
         count, tensors = sum(self.sizes), len(self.sizes)
-        units = rows if self._is_plain else rows.new_zeros(len(rows), count + 1).index_add_(1, self._adds, rows)[:, :-1]
+        adds, owners = (self._adds, self._owners) if at is None else (self._adds[at], self._owners[at])
+        plain = self._is_plain and at is None
+        units = rows if plain else rows.new_zeros(len(rows), count + 1).index_add_(1, adds, rows)[:, :-1]
         if not wholes:
             return units
-        all_rows = rows.new_zeros(len(rows), tensors + 1).index_add_(1, self._owners, rows)[:, :-1]
+        all_rows = rows.new_zeros(len(rows), tensors + 1).index_add_(1, owners, rows)[:, :-1]
         return torch.cat([units, all_rows], dim=1)
 
     def project(self, radius: float | Tensor) -> Tensor:
@@ -233,8 +251,10 @@ class Table:
         for (view, kept), start, at in zip(views, starts, self._rows, strict=True):
             mix_(view, start, kept, Mixture(*(values[at] for values in own)).to(accumulator(view.dtype)))
 
-    def root_mean_squares(self, column: Tensor) -> Tensor:
-        """Root mean square over the units of each weight, 0 where it has none."""
+    def root_mean_squares(self, column: Tensor, over: Tensor | None = None) -> Tensor:
+        """Root mean square over the units of each weight, or those that are marked, 0 where it has none."""
+        if over is not None:
+            return (self.totals(torch.where(over, column, 0.0).square()) / self.totals(over).clamp_min(1)).sqrt()
         counts = torch.tensor([max(1, size) for size in self.sizes], dtype=self.dtype).to(self.device)
         return (self.totals(column.square()) / counts).sqrt()
 

@@ -98,6 +98,7 @@ class StepCallback(CallbackBase):
             self._acted_on = self._verdict = known
             run.guard(trainer, known)
             self._begin(trainer, pl_module, known)
+            run.unseen.forget()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -118,18 +119,15 @@ class StepCallback(CallbackBase):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so where nothing was done, because no optimizer has stepped or the run was too short to begin."""
         run = run_of(trainer)
-        if run.has_batches and not run.dispatcher.has_seen_updates:
-            rank_zero_warn(
-                f"No optimizer of the Trainer has updated a weight, so {type(self).__name__} had nothing to do. Return "
-                "the optimizers that step from `configure_optimizers`."
-            )
+        if run.unseen.batches and not run.dispatcher.has_seen_updates:
+            run.unseen.end(trainer)
         elif self._acted_on is None and (observer := run.knowledge.observer) is not None:
             rank_zero_warn(
                 f"{type(self).__name__} logged nothing: the model could not be probed, and its {observer.steps} "
                 f"optimizer steps are fewer than the {observer.STEPS[-1] + 1} that the observer of gradients needs. "
                 "Train longer, or pass `invariance`."
             )
-        elif self._acted_on is None and run.has_batches:
+        elif self._acted_on is None and run.unseen.batches:
             rank_zero_warn(
                 f"{type(self).__name__} did nothing: none of the batches that were tried had a loss, so it is not "
                 "known which weights are scale-invariant. Train longer, or pass `invariance`."

@@ -31,7 +31,8 @@ class EffectiveLRMonitor(Monitor):
       step, and p of the optimizer (2: SGD, 1: Adam, AdamW, RMSprop); equal to lr / unit_norm_rms^p of
       :class:`WeightNormMonitor`. Compare it over time;
       ``effective_lr_not_invariant/<parameter>`` where the weight is not scale-invariant and it means nothing by itself;
-    * ``rotation/<parameter>``: root mean square over units of the rotation, in radians. Compare it between layers;
+    * ``rotation/<parameter>``: root mean square over units of the rotation, in radians. Compare it between layers. Of
+      an embedding with sparse gradients only rows that a gradient has reached count, here and in the next ones;
     * ``relative_update/<parameter>``: likewise of :math:`\lVert\Delta_u\rVert/\lVert w_u\rVert`;
     * for scale-invariant weights under decay ``equilibrium_rotation/<parameter>``, ``equilibrium_norm/…`` and
       ``equilibrium_half_life/…``: where the present learning rate and decay would settle, and in how many steps it is
@@ -58,6 +59,10 @@ class EffectiveLRMonitor(Monitor):
 
     Args:
         every_n_steps: Batches between logged ones; by default the Trainer's ``log_every_n_steps``.
+        every_n_updates: Instead, updates of each optimizer between logged ones, the first of which is logged: for a
+            ``training_step`` that makes several. Their x-axis is the number of updates of all optimizers before.
+            Without it a batch's last update is logged, with the number of each optimizer's updates in the batch as
+            ``updates/<index of the optimizer>`` where a weight had more than one.
         include: Globs over clean parameter names; by default weights and embeddings are watched. A glob that matches
             nothing is an error.
         exclude: Globs of parameters to leave out.
@@ -100,6 +105,7 @@ class EffectiveLRMonitor(Monitor):
         self,
         every_n_steps: int | None = None,
         *,
+        every_n_updates: int | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         unit: UnitArgument = "auto",
@@ -116,6 +122,7 @@ class EffectiveLRMonitor(Monitor):
     ) -> None:
         super().__init__(
             every_n_steps=every_n_steps,
+            every_n_updates=every_n_updates,
             include=include,
             exclude=exclude,
             unit=unit,
@@ -162,9 +169,9 @@ class EffectiveLRMonitor(Monitor):
                 trainer, Equilibria(tracker.watched, run_of(trainer).claims.__contains__)
             )
 
-    def _complete(self, trainer: Trainer, row: Row) -> None:
+    def _complete(self, trainer: Trainer, row: Row, later: int) -> None:
         if self._equilibria is not None:
-            self._equilibria.update(row, optimizers_of(trainer), self._step)
+            self._equilibria.update(row, optimizers_of(trainer), self._step, later)
         for values in row.values():  # what only the prediction needs
             values.pop(_metrics.UNIT_NORM_RMS, None)
             values.pop(GRADIENT_AT_NORM_1, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,6 +47,7 @@ class Monitor(WeightCallback):
         self,
         every_n_steps: int | None = None,
         *,
+        every_n_updates: int | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         unit: UnitArgument = "auto",
@@ -56,9 +58,13 @@ class Monitor(WeightCallback):
         prefix: str = _metrics.PREFIX,
     ) -> None:
         super().__init__(unit, include, exclude, invariance)
-        if every_n_steps is not None and not (isinstance(every_n_steps, int) and every_n_steps > 0):
-            raise ValueError(f"`every_n_steps` must be a positive integer or None, got {every_n_steps!r}. "
-                             "Use None for the Trainer's `log_every_n_steps`.")  # fmt: skip
+        for name, every in {"every_n_steps": every_n_steps, "every_n_updates": every_n_updates}.items():
+            if every is not None and not (isinstance(every, int) and every > 0):
+                raise ValueError(f"`{name}` must be a positive integer or None, got {every!r}. "
+                                 "Use None for the Trainer's `log_every_n_steps`.")  # fmt: skip
+        if every_n_updates and (every_n_steps or histograms):
+            raise ValueError("`every_n_updates` must be None with `every_n_steps`, which counts batches, and with "
+                             f"`histograms`, which are of a batch's last update; got {every_n_updates!r}.")  # fmt: skip
         if per_layer not in (True, False, "auto"):
             raise ValueError(f"`per_layer` must be True, False or 'auto', got {per_layer!r}.")
         if logging_interval not in ("step", "epoch"):
@@ -66,7 +72,7 @@ class Monitor(WeightCallback):
         if not isinstance(prefix, str) or prefix != prefix.strip("/"):
             raise ValueError(f"`prefix` must be the first part of tags, without a slash around it, got {prefix!r}. "
                              "Use for example 'generator', or '' for none.")  # fmt: skip
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.every_n_updates = every_n_steps, every_n_updates
         self.histograms = histograms
         self.per_layer = per_layer
         self.logging_interval = logging_interval
@@ -115,6 +121,7 @@ class Monitor(WeightCallback):
         watched = self._known(trainer, verdict)
         if self._tracker is None:
             self._tracker = self._subscribe(trainer, self._make_tracker(watched))
+            self._tracker.every = self.every_n_updates
         else:
             self._tracker.watch(watched)
 
@@ -151,38 +158,60 @@ class Monitor(WeightCallback):
         self._step = batches_that_stepped(trainer)
         interval = self._interval(trainer)
         first = not self._logged_once and not _stand_still(optimizers_of(trainer))
-        self._tracker.arm(interval > 0 and (first or (self._step + 1) % interval == 0))
+        in_turn = self.every_n_updates is not None or (interval > 0 and (self._step + 1) % interval == 0)
+        self._tracker.arm(interval > 0 and (first or in_turn))
 
     def _interval(self, trainer: Trainer) -> int:
-        return log_interval(trainer) if self.every_n_steps is None else self.every_n_steps
+        return self.every_n_updates or self.every_n_steps or log_interval(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Read the values of this batch's last updates, and log them."""
-        row = {} if self._tracker is None else self._tracker.collect()  # None: it has not begun yet
-        if not row:
+        """Read the values of this batch's last updates, or of all that are due, and log them."""
+        if self._tracker is None:  # it has not begun yet
             return
+        updates = self._tracker.collect_updates()
+        if self.every_n_updates:
+            for update in updates:
+                self._step = update.number
+                self._take(trainer, update.row, {}, self._tracker.total - 1 - update.number)
+            return
+        row: Row = {}
+        times: Counter[str] = Counter()
+        for update in updates:
+            row |= update.row
+            times.update(dict.fromkeys(update.row, update.count))
+        counts: Counter[int] = Counter()
+        if max(times.values(), default=1) > 1:  # the row is of the last update only
+            for update in updates:
+                counts[update.index] += update.count
+        if row:
+            self._take(trainer, row, {_metrics.updates_tag(i, self.prefix): float(n) for i, n in counts.items()})
+
+    def _take(self, trainer: Trainer, row: Row, beside: dict[str, float], later: int = 0) -> None:
         self._logged_once = True
-        self._complete(trainer, row)
+        self._complete(trainer, row, later)
         values = {
             _metrics.tag(curve, name, self.prefix): value
             for name, layer in row.items()
             if name in self._shown
             for curve, value in layer.items()
-        } | self._summary_values(row)
+        }
+        values |= self._summary_values(row) | beside
         if self.logging_interval == "step":
             self._log(trainer, values)
         else:
             self._means.update(values)
 
-    def _complete(self, trainer: Trainer, row: Row) -> None:
-        """Add what follows from the measured values."""
+    def _complete(self, trainer: Trainer, row: Row, later: int) -> None:
+        """Add what follows from the measured values, since which there were some later updates."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's means."""
         if self._means.update_called:
-            self._step = batches_that_stepped(trainer) - 1  # where `self.log` puts what it has over an epoch
+            total = 0 if self._tracker is None else self._tracker.total
+            # Where `self.log` puts what it has over an epoch.
+            self._step = (total if self.every_n_updates else batches_that_stepped(trainer)) - 1
             self._log(trainer, self._means.compute())
             self._means.reset()
 

@@ -12,8 +12,9 @@ from lightning_normreg._param_groups import load_by_name
 from lightning_normreg._weights import ParameterRole, Verdict, about_masks, find_flat_pieces, named_roles
 from lightning_normreg.callbacks._knowledge import Knowledge
 from lightning_normreg.callbacks._probing import observer_limits, say_lost
+from lightning_normreg.callbacks._unseen import BackwardGuard, UnseenSteps
 from lightning_normreg.steps._observer import InvarianceWatchdog
-from lightning_normreg.steps._step_hooks import BackwardGuard, StepDispatcher, torch_optimizer
+from lightning_normreg.steps._step_hooks import StepDispatcher, torch_optimizer
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -30,7 +31,7 @@ class Run:
         self.claims: dict[Parameter, str] = {}
         self.knowledge = Knowledge(self.dispatcher)
         self.layout_written = False
-        self.has_batches = False
+        self.unseen = UnseenSteps(self.dispatcher)
         self.lost: set[str] = set()
         self._masked: set[str] = set()
         self.leader: object = None
@@ -72,8 +73,8 @@ class Run:
         """Hook them again where they have been replaced, and say what has lost its invariance; once for all."""
         if callback is not self.leader:
             return
-        self.has_batches = True
         self.dispatcher.attach(trainer.optimizers)
+        self.unseen.begin_batch(trainer)
         self.knowledge.begin_batch(trainer)
         lost = {} if self._watchdog is None else self._watchdog.lost()
         if lost:
@@ -100,6 +101,7 @@ class Run:
 
     def before_backward(self) -> None:
         """Until an optimizer has been seen to step, look whether others do so in the backward pass."""
+        self.unseen.backwards += 1
         if not self.dispatcher.has_seen_updates:
             self._backward = self._backward or BackwardGuard((name, p) for name, p, _ in self.named)
             self._backward.begin()

@@ -42,6 +42,10 @@ class WeightNormMonitor(Monitor):
 
     Args:
         every_n_steps: Batches between logged ones; by default the Trainer's ``log_every_n_steps``.
+        every_n_updates: Instead, updates of each optimizer between logged ones, the first of which is logged: for a
+            ``training_step`` that makes several. Their x-axis is the number of updates of all optimizers before.
+            Without it a batch's last update is logged, with the number of each optimizer's updates in the batch as
+            ``updates/<index of the optimizer>`` where a weight had more than one.
         include: Globs over clean parameter names; by default weights and embeddings are watched. A glob that matches
             nothing is an error.
         exclude: Globs of parameters to leave out.
@@ -84,7 +88,7 @@ class WeightNormMonitor(Monitor):
                 f"The Trainer's are: {names}. No histograms are written."
             )
 
-    def _complete(self, trainer: Trainer, row: Row) -> None:
+    def _complete(self, trainer: Trainer, row: Row, later: int) -> None:
         if self.histograms and trainer.is_global_zero:
             tracker = self._tracker
             assert isinstance(tracker, NormTracker)

@@ -51,10 +51,15 @@ class DecayCorrector(StepSubscriber):
         """Refuse an optimizer whose decay is not understood.
 
         Raises:
-            ValueError: If its rule is not known, or it keeps or reads numbers across its groups.
+            ValueError: If it has no decay, its rule is not known, or it keeps or reads numbers across its groups.
         """
         for group in optimizer.param_groups:
             rule = None if acting(optimizer) is not optimizer else update_rule(optimizer, group)
+            if self._split(group)[0] and "weight_decay" not in group:
+                raise ValueError(
+                    f"CorrectedDecay must have a decay to correct, but {type(optimizer).__name__} has no "
+                    "`weight_decay`. Leave its weights out by `exclude`."
+                )
             if self._split(group)[0] and (rule is None or rule.lr_factor_keys or rule.used_lr_key):
                 raise ValueError(
                     f"CorrectedDecay must know how the optimizer decays, but {type(optimizer).__name__} is not known, "

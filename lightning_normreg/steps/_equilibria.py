@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -20,8 +20,8 @@ from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1, Formulas, Rate
 from lightning_normreg.steps._step_hooks import has_gradient
 from lightning_normreg.steps._subscriber import StepSubscriber
 
-_Written = tuple[float | Tensor, float]
-"""Learning rate and weight decay of a step as the optimizer has them: a tensor is not read at once."""
+_Written = tuple[float | Tensor, float, int]
+"""Learning rate and decay of a step as the optimizer has them, a tensor is not read at once; and its number."""
 RELAXATION_TIMES = 3.0
 """Relaxation times after which a twentieth is left of the initial norm."""
 LAST, INSIDE = 10, 8
@@ -71,6 +71,7 @@ class Equilibria(StepSubscriber):
     def __init__(self, watched: Sequence[Watched], is_held: Callable[[Parameter], bool]) -> None:
         super().__init__()
         self._is_held = is_held
+        self._count = 0
         self._steps: dict[str, list[_Written]] = {}
         self._failed: dict[str, str] = {}
         self._constants: dict[str, dict[str, Any]] = {}  # momentum at the start; the formulas know no scheduled one
@@ -86,21 +87,36 @@ class Equilibria(StepSubscriber):
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Write down learning rate and decay, which a scheduler may change before anything else is asked."""
+        self._count += 1
         for group in optimizer.param_groups:
             names = [self._names[p] for p in group["params"] if p in self._names and has_gradient(p)]
             rule = update_rule(optimizer, group) if names else None
             if rule is not None and rule.family:
                 lr = rule.lr(group)
-                step = (lr.detach().clone() if isinstance(lr, Tensor) else lr, float(group.get("weight_decay", 0.0)))
+                lr = lr.detach().clone() if isinstance(lr, Tensor) else lr
+                step = (lr, float(group.get("weight_decay", 0.0)), self._count)
                 for name in names:
                     self._steps.setdefault(name, []).append(step)
 
-    def update(self, row: Mapping[str, dict[Curve, float]], optimizers: Iterable[Optimizer], step: int) -> None:
-        """Add what is predicted to a row of measured values, and compare the two."""
+    def update(
+        self, row: Mapping[str, dict[Curve, float]], optimizers: Sequence[Optimizer], step: int, later: int = 0
+    ) -> None:
+        """Add what is predicted to a row of measured values, and compare the two.
+
+        Args:
+            row: Measured values of an update.
+            optimizers: All optimizers.
+            step: Number of the row.
+            later: How many updates of all optimizers there were since.
+        """
         for optimizer in optimizers:
             for name in [name for name in row if name in self._steps]:
                 parameter = self._watched[name].parameter
                 group = group_of(optimizer, parameter)
+                if sum(group_of(each, parameter) is not None for each in optimizers) > 1:
+                    self._failed[name] = "It is updated by several optimizers, and the formulas are of one."
+                    del self._steps[name][:-1]
+                    continue
                 rule = None if group is None else update_rule(optimizer, group)
                 if group is None or rule is None or self._is_held(parameter) or not self._steps[name][-1][1]:
                     if name not in self.courses:
@@ -111,16 +127,19 @@ class Equilibria(StepSubscriber):
                     continue  # none has reached it yet
                 try:
                     formulas = Formulas(rule, group, self._watched[name], gradient)
-                    self._compare(name, row[name], formulas, group, step)
+                    self._compare(name, row[name], formulas, group, step=step, last=self._count - later)
                     self._failed.pop(name, None)
                 except ValueError as error:  # tried anew from the next logged step on
                     self._failed[name] = str(error)
                     self.courses.pop(name, None)
                     del self._steps[name][:-1]
 
-    def _compare(self, name: str, values: dict[Curve, float], formulas: Formulas, group: Group, step: int) -> None:
-        *done, present = _read(self._steps[name])
-        self._steps[name] = [present]
+    def _compare(
+        self, name: str, values: dict[Curve, float], formulas: Formulas, group: Group, *, step: int, last: int
+    ) -> None:
+        written = [one for one in self._steps[name] if one[2] <= last]
+        *done, present = _read(written)
+        self._steps[name] = [(*present, last), *self._steps[name][len(written) :]]
         norm, rotation = values[_metrics.UNIT_NORM_RMS], values[_metrics.ROTATION]
         constant = {key: group[key] for key in _CONSTANT if key in group}
         if constant != self._constants.setdefault(name, constant):
@@ -165,11 +184,11 @@ class Equilibria(StepSubscriber):
             }
             self.courses = {name: Course(**course) for name, course in courses.items()}
             self._constants = dict(kept.get("constants", {}))
-            self._steps = {name: list(steps) for name, steps in kept["steps"].items()}
+            self._steps = {name: [(*step, 0) for step in steps] for name, steps in kept["steps"].items()}
 
 
 def _read(steps: Sequence[_Written]) -> list[Rates]:
     """The steps in plain numbers; learning rates that are tensors are read at once."""
-    tensors = [lr.reshape(()) for lr, _ in steps if isinstance(lr, Tensor)]
+    tensors = [lr.reshape(()) for lr, _, _ in steps if isinstance(lr, Tensor)]
     numbers = iter(torch.stack(tensors).tolist() if tensors else ())
-    return [(next(numbers) if isinstance(lr, Tensor) else lr, decay) for lr, decay in steps]
+    return [(next(numbers) if isinstance(lr, Tensor) else lr, decay) for lr, decay, _ in steps]

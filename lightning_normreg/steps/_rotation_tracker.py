@@ -58,7 +58,7 @@ class RotationTracker(Tracker):
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Ask for copies of the weights."""
-        if self.due:
+        if self.is_due(index):
             self.record.want(self.optimized(optimizer), updates=True, gradients=True)
 
     def allocate(self, optimizer: Optimizer) -> int:
@@ -67,7 +67,7 @@ class RotationTracker(Tracker):
 
     def gradients_ready(self, index: int, optimizer: Optimizer, scale: float | None) -> None:
         """Measure the gradients as they are before clipping, at the weights that the update starts from."""
-        if self.due and self._gradient and scale is not None and (mine := self.optimized(optimizer)):
+        if self.is_due(index) and self._gradient and scale is not None and (mine := self.optimized(optimizer)):
             table = self.record.table(mine)
             self.record.seen[index, self] = SeenGradients(table, table.gradients(), scale)
 
@@ -86,9 +86,10 @@ class RotationTracker(Tracker):
         rules = [None if one is None else update_rule(one[2], one[1]) for one in mine]
         everything = frozenset(watched.name for watched, _, _ in stepping)
         norm = table.root_mean_squares(lengths.norm)
+        reached = table.reached(look.gradients)
         found = [
-            Measured(_metrics.ROTATION, table, table.root_mean_squares(lengths.rotation()), everything),
-            Measured(_metrics.RELATIVE_UPDATE, table, table.root_mean_squares(lengths.relative()), everything),
+            Measured(_metrics.ROTATION, table, table.root_mean_squares(lengths.rotation(), reached), everything),
+            Measured(_metrics.RELATIVE_UPDATE, table, table.root_mean_squares(lengths.relative(), reached), everything),
             *self._rates(table, mine, rules, norm),
         ]
         factors = [self.record.factors.get(w.parameter) for w in table.watched]
@@ -96,7 +97,7 @@ class RotationTracker(Tracker):
         if self in look.seen:
             seen, gradient, norms = look.seen[self]
             found.append(Measured(_metrics.GRADIENT_NORM, seen, norms, everything))
-            aligned = seen.root_mean_squares(gradient.cosine())
+            aligned = seen.root_mean_squares(gradient.cosine(), seen.reached(gradient.update()))
             found.append(Measured(_metrics.GRADIENT_ALIGNMENT, seen, aligned, everything))
         if self._exponents:
             exponents = [None if one is None else scale_exponent(one[2], one[0].parameter) for one in mine]
@@ -161,10 +162,13 @@ class RotationTracker(Tracker):
 
     def state_dict(self) -> dict[str, Any]:
         """Sizes of gradients, which are smoothed over steps."""
-        return {"powers": {name: (power.cpu(), weight) for name, (power, weight) in self._powers.items()}}
+        return super().state_dict() | {
+            "powers": {name: (power.cpu(), weight) for name, (power, weight) in self._powers.items()}
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from them."""
+        super().load_state_dict(state)
         self._powers |= state.get("powers", {})
 
     def explain_rules(self, optimizers: Iterable[Optimizer]) -> None:

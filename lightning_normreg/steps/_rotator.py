@@ -114,6 +114,8 @@ class Rotator(Projector):
         if table in self._free:
             radius = self._take_up(table, lengths.after())
         moved = table.column([target in ready for target, _, _ in stepping]) > 0
+        reached = table.reached()
+        moved = moved if reached is None else moved & reached  # those that a sparse gradient leaves out do not count
         counted = lengths.finite() & table.limits.hold(radius) & moved
         eps = table.column([torch.finfo(w.parameter.dtype).eps for w in table.watched])
         speeds = lengths.speeds(eps)

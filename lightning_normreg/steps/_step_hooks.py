@@ -25,8 +25,9 @@ class StepDispatcher:
     """Owns the step hooks of a list of optimizers and passes real updates on, phase by phase.
 
     The post-hook of a torch optimizer is the only event that means "parameters were updated" under accumulation,
-    gradient scaling, manual optimization and closures alike. Three traps remain, all handled here: a subclass whose
-    ``step`` calls ``super().step()`` fires its hooks twice; a step without any gradient updates nothing; a fused
+    gradient scaling, manual optimization and closures alike. Four traps remain, all handled here: a subclass whose
+    ``step`` calls ``super().step()`` fires its hooks twice; a wrapper may let the optimizer inside it step without a
+    ``step`` of its own (the second step of SAM), or within it; a step without any gradient updates nothing; a fused
     optimizer under a gradient scaler skips inside its kernel, which only ``found_inf`` tells. When gradients are
     complete only the loop knows, which calls :meth:`gradients_ready`.
 
@@ -38,7 +39,7 @@ class StepDispatcher:
     def __init__(self) -> None:
         self.record = StepRecord()
         self._subscribers: list[StepSubscriber] = []
-        self._optimizers: tuple[object, ...] = ()
+        self._hooked: list[tuple[int, Optimizer]] = []
         self._handles: list[RemovableHandle] = []
         self._depth: dict[int, int] = {}
         self._ready: set[int] = set()
@@ -65,13 +66,14 @@ class StepDispatcher:
         self._depth.clear()  # a step that raised has left a pre-hook without its post-hook
         self._ready.clear()  # a gradient scaler that skips calls no optimizer
         self._restore_all()
-        same = len(optimizers) == len(self._optimizers) and all(map(_is, optimizers, self._optimizers))
-        if not same:
+        known = [torch_optimizer(optimizer) for optimizer in optimizers]
+        hooked = [(i, each) for i, optimizer in enumerate(known) for each in _with_inner(optimizer, known)]
+        if [(i, id(each)) for i, each in hooked] != [(i, id(each)) for i, each in self._hooked]:
             self.remove()
-            self._optimizers = tuple(optimizers)
-            for index, optimizer in enumerate(map(torch_optimizer, optimizers)):
-                self._handles.append(optimizer.register_step_pre_hook(_Hook(self.enter, index)))
-                self._handles.append(optimizer.register_step_post_hook(_Hook(self.leave, index)))
+            self._hooked = hooked
+            for index, optimizer in hooked:
+                self._handles.append(optimizer.register_step_pre_hook(_Hook(self.enter, index, known[index])))
+                self._handles.append(optimizer.register_step_post_hook(_Hook(self.leave, index, known[index])))
         for number, handle in enumerate(self._handles):
             hooks: Any = handle.hooks_dict_ref()
             if hooks is not None:
@@ -83,7 +85,7 @@ class StepDispatcher:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._optimizers = ()
+        self._hooked = []
 
     @property
     def has_seen_updates(self) -> bool:
@@ -186,51 +188,20 @@ class StepDispatcher:
             subscriber.after_step(index, optimizer, skipped)
 
 
-class BackwardGuard:
-    """Notices parameters that are updated during the backward pass, by optimizers that nobody knows of.
+class _Hook:
+    """A hook that ``torch.compile`` leaves alone, instead of tracing it into the optimizer's graph.
 
-    Gradients may be gone when such an optimizer has used them, and its step is none of the Trainer's: without this,
-    nothing would be measured or held, and nothing said. Counters of in-place writes tell, which cost no tensor
-    operation.
+    It tells of the optimizer that is known, also where one inside of it steps.
     """
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        # The pieces of FSDP's first version are exchanged during the backward pass.
-        self._parameters = [(name, p) for name, p in named if p.requires_grad and not is_flat(p)]
-        self._writes: list[int] = []
-
-    def begin(self) -> None:
-        """The backward pass is about to begin."""
-        self._writes = [p._version for _, p in self._parameters]
-
-    def end(self) -> None:
-        """The backward pass has ended, and no optimizer that is known has stepped.
-
-        Raises:
-            NotImplementedError: If parameters have been written all the same.
-        """
-        pairs = zip(self._parameters, self._writes, strict=True)
-        written = [name for (name, p), writes in pairs if p._version != writes]
-        if written:
-            raise NotImplementedError(
-                f"`configure_optimizers` must return the optimizers that update the weights, but {written[0]!r} and "
-                f"{len(written) - 1} more parameters were written during the backward pass (an optimizer that steps "
-                "in hooks of gradients): such steps can neither be measured nor followed by a projection. Let one "
-                "optimizer of the Trainer step after it; or return those of the hooks from `configure_optimizers`, "
-                "with automatic_optimization = False."
-            )
-
-
-class _Hook:
-    """A hook that ``torch.compile`` leaves alone, instead of tracing it into the optimizer's graph."""
-
-    def __init__(self, act: Callable[[int, Optimizer, Any, Any], Any], index: int) -> None:
+    def __init__(self, act: Callable[[int, Optimizer, Any, Any], Any], index: int, known: Optimizer) -> None:
         self._act = act
         self._index = index
+        self._known = known
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        return self._act(self._index, optimizer, args, kwargs)
+        return self._act(self._index, self._known, args, kwargs)
 
 
 def torch_optimizer(optimizer: object) -> Optimizer:
@@ -257,8 +228,18 @@ def torch_optimizer(optimizer: object) -> Optimizer:
     return inner
 
 
-def _is(a: object, b: object) -> bool:
-    return a is b
+def _with_inner(optimizer: Optimizer, known: Sequence[Optimizer]) -> list[Optimizer]:
+    """An optimizer, and those inside it that share its parameters and are not known themselves."""
+    found = [optimizer]
+    for outer in found:  # grows
+        for inner in vars(outer).values():
+            if not isinstance(inner, Optimizer) or "_optimizer_step_post_hooks" not in vars(inner):
+                continue
+            if not any(inner is each for each in (*found, *known)):
+                mine = {p for group in outer.param_groups for p in group["params"]}
+                if any(p in mine for group in inner.param_groups for p in group["params"]):
+                    found.append(inner)
+    return found
 
 
 def of_mine(

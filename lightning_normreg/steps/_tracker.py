@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,20 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Update:
+    """A measured update, or the last of several."""
+
+    index: int  # of its optimizer
+    number: int  # how many updates of all optimizers were before it
+    count: int  # of how many updates of this optimizer it is the last
+    row: Row
+
+
+@dataclass(frozen=True)
 class _Pending:
+    index: int
+    number: int
+    count: int
     measured: list[Measured]
     table: Table
     signs: Tensor  # shape (len(SIGNS), weights of the table)
@@ -50,14 +64,21 @@ class _Pending:
 class Tracker(StepSubscriber, ABC):
     """Measures the updates of watched weights while ``due``; costs nothing while not.
 
-    Several updates of one optimizer before :meth:`collect` overwrite each other: the last one counts.
+    Of several updates of one optimizer before :meth:`collect` the last one counts, unless ``every`` is given.
+
+    Attributes:
+        due: Whether updates are measured.
+        every: Updates of an optimizer between measured ones, the first of which is; None to measure all of them.
+        updates: Index of an optimizer → how many of its updates there were, measured or not.
     """
 
     def __init__(self, watched: Sequence[Watched], health: Health | None = None) -> None:
         super().__init__()
         self.due = False
+        self.every: int | None = None
+        self.updates: dict[int, int] = {}
         self.health = health or Health()
-        self._pending: dict[int, _Pending] = {}
+        self._pending: list[_Pending] = []
         self.watch(watched)
 
     def watch(self, watched: Sequence[Watched]) -> None:
@@ -70,6 +91,16 @@ class Tracker(StepSubscriber, ABC):
     def arm(self, due: bool) -> None:
         """Start a batch: measure the updates in it, or do nothing at all."""
         self.due = due
+
+    def is_due(self, index: int) -> bool:
+        """Whether the coming or present update of an optimizer is measured."""
+        made = self.updates.get(index, 0)
+        return self.due and (self.every is None or not made or (made + 1) % self.every == 0)
+
+    @property
+    def total(self) -> int:
+        """Updates of all optimizers."""
+        return sum(self.updates.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,20 +117,38 @@ class Tracker(StepSubscriber, ABC):
         """Curves of the weights that the step moved, and the signs of their health."""
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
-        """Measure the update and hold its values on the device."""
-        if not self.due:
-            return
-        stepping = of_mine([optimizer], self._by_parameter, ready=True)
+        """Count the update; measure it and hold its values on the device."""
+        stepping = of_mine([optimizer], self._by_parameter, ready=True) if self.is_due(index) else []
         if stepping and self.record.wanted:  # not where another optimizer stepped inside of this step
-            look = self.record.look(index)
+            look, count = self.record.look(index), 1
             names = frozenset(watched.name for watched, _, _ in stepping)
             measured, found = self.measure(look, stepping)
-            self._pending[index] = _Pending(measured, look.table, found, names, skipped)
+            if self.every is None and skipped is None:  # else it may be one that was not made
+                count += sum(p.count for p in self._pending if p.index == index)
+                self._pending = [p for p in self._pending if p.index != index]
+            self._pending.append(_Pending(index, self.total, count, measured, look.table, found, names, skipped))
+        self.updates[index] = self.updates.get(index, 0) + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many updates there were."""
+        return {"updates": dict(self.updates)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count on."""
+        self.updates |= state.get("updates", {})
 
     def collect(self) -> Row:
-        """Read the measured values back, one transfer per optimizer, and forget them. Empty if nothing was updated."""
+        """Read the measured values back, of each weight those of its last update. Empty if nothing was updated."""
         row: Row = {}
-        for pending in self._pending.values():
+        for update in self.collect_updates():
+            row |= update.row
+        return row
+
+    def collect_updates(self) -> list[Update]:
+        """Read the measured values back, one transfer for each update, and forget them; in the order of updates."""
+        found = []
+        for pending in self._pending:
+            row: Row = {}
             flags = [] if pending.skipped is None else [pending.skipped.reshape(1)]
             parts = [*(m.values for m in pending.measured), pending.signs.flatten(), *flags]
             numbers = torch.cat([part.to(pending.signs.device, self.dtype) for part in parts]).tolist()
@@ -112,10 +161,11 @@ class Tracker(StepSubscriber, ABC):
                         row.setdefault(name, {})[measured.curve] = value
                 place += len(measured.values)
             self._judge(pending, numbers[place:])
+            for name, values in row.items():
+                self._explain(name, values)
+            found.append(Update(pending.index, pending.number, pending.count, row))
         self._pending.clear()
-        for name, values in row.items():
-            self._explain(name, values)
-        return row
+        return found
 
     def _names(self, table: Table) -> list[str]:
         """Names of the weights of a table, "" for those of others."""
@@ -152,7 +202,7 @@ class NormTracker(Tracker):
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Ask for the norms: after the step they would describe the next one."""
-        if self.due:
+        if self.is_due(index):
             self.record.want(self.optimized(optimizer))
 
     def measure(self, look: Look, stepping: Stepping) -> tuple[list[Measured], Tensor]:

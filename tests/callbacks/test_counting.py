@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_normreg import EffectiveLRMonitor, NormProjection, WeightNormMonitor, find_scale_invariance
 from lightning_normreg.callbacks._run import run_of
 from lightning_normreg.steps._step_hooks import StepDispatcher
-from tests.harness import Net, RecordingLogger, loader, sgd, trainer
+from tests.harness import Net, RecordingLogger, images, loader, sgd, trainer
 
 
 class Count(EffectiveLRMonitor):
@@ -236,3 +236,117 @@ def test_an_optimizer_that_is_replaced_is_hooked_again() -> None:
     # The batch in which it is replaced has started: its step is the first that only the next batch's check would see.
     assert rows == [0, 1, 3, 4, 5]
     assert counts == [5]
+
+
+class Several(LightningModule):
+    """A few updates in each batch, as PPO makes them; the first weight is scale-invariant as a whole, and decays.
+
+    Args:
+        times: Updates in a batch.
+        shared: Give the weights to a second optimizer as well, which updates them after the first.
+        wrapped: Step by Lightning's wrapper.
+        fixed: The batch to use instead of others.
+    """
+
+    def __init__(self, times: int = 5, *, shared: bool = False, wrapped: bool = True, fixed: Any = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.net = nn.Sequential(nn.Linear(72, 6, bias=False), nn.LayerNorm(6), nn.Linear(6, 3))
+        self.times, self.shared, self.wrapped, self.fixed = times, shared, wrapped, fixed
+        self.updates: list[tuple[int, float, float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """All optimizers in turn, with a learning rate that falls in each update."""
+        optimizers = self.optimizers(use_pl_optimizer=self.wrapped)
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        x, y = self.fixed or batch
+        for _ in range(self.times):
+            for index, optimizer in enumerate(optimizers):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(self.net(x.flatten(1)), y)
+                self.manual_backward((1 + len(self.updates) % 5) * loss)
+                optimizer.param_groups[0]["lr"] = lr = 0.1 / (1 + len(self.updates))
+                before = self.net[0].weight.detach().double().clone()
+                optimizer.step()
+                after = self.net[0].weight.detach().double()
+                turned = 2 * torch.asin((before / before.norm() - after / after.norm()).norm() / 2).item()
+                self.updates.append((index, turned, lr / before.norm().square().item()))
+
+    def configure_optimizers(self) -> Any:
+        """SGD, twice where the weight is shared."""
+        return [torch.optim.SGD(self.net.parameters(), 0.1, weight_decay=0.1) for _ in range(1 + self.shared)]
+
+
+ROTATION, RATE = "weights/rotation/net.0.weight", "weights/effective_lr/net.0.weight"
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("every", [1, 2, 7])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_row_for_each_of_several_updates_in_a_batch(shared: bool, every: int, wrapped: bool) -> None:
+    """The first of each optimizer and every n-th, at the number of updates before it, with its own learning rate."""
+    net, monitor = Several(shared=shared, wrapped=wrapped), EffectiveLRMonitor(every_n_updates=every)
+    trainer(monitor, WeightNormMonitor(every_n_updates=every)).fit(net, loader())
+    assert len(net.updates) == 6 * 5 * (1 + shared)
+    made, wanted = [0, 0], []
+    for number, (index, _, _) in enumerate(net.updates):
+        made[index] += 1
+        if made[index] == 1 or made[index] % every == 0:
+            wanted.append(number)
+    history = monitor.history()
+    assert list(history["step"]) == wanted
+    # Rotations of 1e-3 and more of float32 entries.
+    assert list(history[ROTATION]) == pytest.approx([net.updates[n][1] for n in wanted], rel=1e-3)
+    assert list(history[RATE]) == pytest.approx([net.updates[n][2] for n in wanted], rel=1e-5)
+    assert not any("updates" in tag for tag in history)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("times", [1, 5])
+def test_how_many_updates_a_batch_had_stands_beside_its_last(times: int, shared: bool) -> None:
+    """Only where a weight had more than one: five of one optimizer, or one of each of two."""
+    net, monitor = Several(times, shared=shared), EffectiveLRMonitor()
+    trainer(monitor).fit(net, loader())
+    history = monitor.history()
+    apart = times * (1 + shared)
+    assert list(history[ROTATION]) == pytest.approx(
+        [turned for _, turned, _ in net.updates[apart - 1 :: apart]], rel=1e-3
+    )
+    assert list(history[RATE]) == pytest.approx([rate for _, _, rate in net.updates[apart - 1 :: apart]], rel=1e-5)
+    tags = {tag: set(history[tag]) for tag in history if "/updates/" in tag}
+    assert tags == {f"weights/updates/{i}": {float(times)} for i in range(1 + shared) if apart > 1}
+
+
+def test_equilibria_are_followed_update_by_update() -> None:
+    """A row for each update of a batch gives the predictions of as many batches with one update each."""
+    found = []
+    for times, batches in ((5, 6), (1, 30)):
+        net, monitor = Several(times, fixed=next(iter(loader()))), EffectiveLRMonitor(every_n_updates=1)
+        trainer(monitor).fit(net, torch.utils.data.DataLoader(images(4 * batches), 4))
+        found.append(monitor.history().filter(regex="equilibrium_.*net.0"))
+    assert len(found[0]) == 30
+    assert found[0].iloc[1:].notna().all(axis=None)
+    assert found[0].to_numpy() == pytest.approx(found[1].to_numpy(), rel=1e-6, nan_ok=True)
+
+
+def test_counting_goes_on_after_a_resume(tmp_path: Any) -> None:
+    """In the x of rows, and in which update is the next to be logged."""
+    whole, first, second = (EffectiveLRMonitor(every_n_updates=3) for _ in range(3))
+    trainer(whole, max_epochs=2).fit(Several(), loader())
+    run = trainer(first, max_epochs=1)
+    run.fit(Several(), loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    trainer(second, max_epochs=2).fit(Several(), loader(), ckpt_path=str(tmp_path / "last.ckpt"))
+    steps = [list(monitor.history()["step"]) for monitor in (whole, first, second)]
+    assert steps[0] == steps[1] + steps[2]
+    assert steps[0] == [0, *range(2, 60, 3)]
+
+
+@pytest.mark.parametrize("arguments", [{"every_n_updates": 0}, {"every_n_updates": 1, "every_n_steps": 1}])
+def test_arguments_that_say_when(arguments: Any) -> None:
+    """Batches or updates are counted, not both."""
+    with pytest.raises(ValueError, match="`every_n_updates` must be"):
+        EffectiveLRMonitor(**arguments)
+    with pytest.raises(ValueError, match="of a batch's last update"):
+        WeightNormMonitor(every_n_updates=1, histograms=True)
