@@ -85,10 +85,14 @@ def readable_basis(basis: Tensor) -> list[tuple[SymmetryKind, Tensor]]:
 
 
 def _length(vector: Tensor) -> tuple[int, ...]:
-    """What makes exponents hard to read, first of all: large ones, many, of both signs, of tensors that lie apart."""
+    """What makes exponents hard to read: large ones, many; a pair of tensors that lie apart; a set of early ones.
+
+    Of a pair and a set of equal length the pair is taken, of which several sets may be made.
+    """
     places = vector.nonzero().flatten()
-    size, sign = int(vector.abs().sum()), int((vector < 0).any())
-    return int(vector.abs().max()), len(places), sign, size, int(places[-1] - places[0])
+    is_set = not bool((vector < 0).any())
+    order = -int(places.sum()) if is_set else int(places[-1] - places[0])
+    return int(vector.abs().max()), len(places), int(is_set), int(vector.abs().sum()), order
 
 
 def _kind(vector: Tensor) -> SymmetryKind:
