@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from lightning_normreg._param_groups import decay_groups as decay_groups
     from lightning_normreg._param_groups import rescale_ as rescale_
     from lightning_normreg._plot import plot_curves as plot_curves
+    from lightning_normreg._symmetries import ReducedDecay as ReducedDecay
     from lightning_normreg._symmetries import Symmetries as Symmetries
     from lightning_normreg._symmetries import Symmetry as Symmetry
     from lightning_normreg._symmetries import find_scale_invariance as find_scale_invariance
     from lightning_normreg._symmetries import find_symmetries as find_symmetries
     from lightning_normreg._symmetries import load_verdict as load_verdict
+    from lightning_normreg._symmetries import reduce_decay as reduce_decay
     from lightning_normreg._symmetries import save_verdict as save_verdict
     from lightning_normreg._weights import ParameterRole as ParameterRole
     from lightning_normreg._weights import ScaleInvariance as ScaleInvariance
@@ -37,7 +39,9 @@ _ROOMS = {
     "_optimizers": "register_update_rule",
     "_param_groups": "DecayFreeLR DecayGroupsMixin accept_rescaled decay_groups rescale_",
     "_plot": "plot_curves",
-    "_symmetries": "Symmetries Symmetry find_scale_invariance find_symmetries load_verdict save_verdict",
+    "_symmetries": (
+        "ReducedDecay Symmetries Symmetry find_scale_invariance find_symmetries load_verdict reduce_decay save_verdict"
+    ),
     "_weights": "ParameterRole ScaleInvariance parameter_roles",
     "callbacks": "CorrectedDecay EffectiveLRMonitor NormProjection NormSummary RotationControl WeightNormMonitor",
     "cli": "NormRegCLI",

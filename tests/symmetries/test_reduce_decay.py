@@ -1,0 +1,156 @@
+"""A reduced recipe trains the same function: two runs by hand, in float64, eps negligible."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_normreg import ReducedDecay, find_symmetries, reduce_decay
+from tests.symmetries.test_symmetries import Attention, Residual, chain, log_loss, sequences, vectors
+
+STEPS, LR, DECAY = 60, 0.02, 0.5
+Numbers = Mapping[str, float]
+
+
+def matrices(model: nn.Module) -> list[str]:
+    """What is usually decayed."""
+    return [name for name, p in model.named_parameters() if p.ndim > 1]
+
+
+def everything(model: nn.Module) -> list[str]:
+    """All of it."""
+    return [name for name, _ in model.named_parameters()]
+
+
+def pre_norm() -> tuple[nn.Module, Tensor]:
+    """A residual stream with two branches."""
+    return Residual(lambda: nn.LayerNorm(6, eps=1e-40)), vectors()
+
+
+def attention() -> tuple[nn.Module, Tensor]:
+    """One head behind a norm."""
+    model = Attention()
+    model.norm.eps = 1e-40
+    return model, sequences()
+
+
+def relu() -> tuple[nn.Module, Tensor]:
+    """Nothing is normalized; products of weights are what counts."""
+    return chain(nn.ReLU()), vectors()
+
+
+def batch_norm() -> tuple[nn.Module, Tensor]:
+    """The paper's case."""
+    blocks = [nn.Sequential(nn.Linear(size, 6, bias=False), nn.BatchNorm1d(6, eps=1e-40), nn.ReLU()) for size in (5, 6)]
+    return nn.Sequential(*blocks, nn.Linear(6, 3)), vectors()
+
+
+def trained(model: nn.Module, batch: Tensor, kind: str, given: Numbers, reduced: ReducedDecay | None = None) -> Tensor:
+    """Outputs after the steps, decayed by rates; in a reduced recipe what is remembered of gradients follows."""
+    named = dict(model.named_parameters())
+    memory = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in named.items()}
+    for step in range(STEPS):
+        gradients = torch.autograd.grad(log_loss(model, batch), list(named.values()))
+        lrs = {} if reduced is None else reduced.lr_factors(step, 2 if kind == "sgd" else 1)
+        for (name, p), g in zip(named.items(), gradients, strict=True):
+            m, v = memory[name]
+            if kind == "adamw":
+                m.mul_(0.9).add_(g, alpha=0.1)
+                v.mul_(0.99).addcmul_(g, g, value=0.01)
+                update = m / (1 - 0.9 ** (step + 1)) / (v / (1 - 0.99 ** (step + 1))).sqrt().clamp_min(1e-200)
+            elif kind == "lion":
+                update = (0.9 * m + 0.1 * g).sign()
+                m.mul_(0.99).add_(g, alpha=0.01)
+            else:
+                m.mul_(0.9).add_(g)
+                update = m
+            lr = LR * lrs.get(name, 1.0)
+            with torch.no_grad():
+                p.mul_(1 - given.get(name, 0.0)).sub_(lr * update)
+            follows = math.exp(0.0 if reduced is None else -reduced.growth.get(name, 0.0))
+            m.mul_(follows)
+            v.mul_(follows**2)
+    return model(batch).detach()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "lion"])
+@pytest.mark.parametrize("decayed", [matrices, everything], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [pre_norm, attention, relu, batch_norm], ids=lambda f: f.__name__)
+def test_the_reduced_recipe_trains_the_same_function(make: Any, decayed: Any, kind: str) -> None:
+    """Outputs agree after 60 steps to what roundoff has become; without what is left of decay they part."""
+    torch.manual_seed(0)
+    model, batch = make()
+    symmetries = find_symmetries(model.train(), batch, forward=log_loss)
+    rates = dict.fromkeys(decayed(model), LR * DECAY)
+    reduced = reduce_decay(symmetries, rates)
+    state = {name: p.detach().clone() for name, p in model.double().state_dict().items()}
+    batch = batch.double()
+
+    def run(*recipe: Any) -> Tensor:
+        model.load_state_dict(state)
+        return trained(model, batch, kind, *recipe)
+
+    given = run(rates)
+    assert run(reduced.rates, reduced) == pytest.approx(given, abs=1e-10)
+    if any(reduced.rates.values()):
+        assert (run({}, reduced) - given).abs().max() > 1e-3
+
+
+def labels_of(make: Any, decayed: Any) -> tuple[dict[str, str], dict[str, float]]:
+    """Labels, and what is left in units of the rate given."""
+    torch.manual_seed(0)
+    model, batch = make()
+    rate = 1e-6  # so that 1 − r and exp(−r) are the same
+    reduced = reduce_decay(find_symmetries(model.train(), batch, forward=log_loss), dict.fromkeys(decayed(model), rate))
+    return dict(reduced.labels), {n: round(r / rate, 3) for n, r in reduced.rates.items() if abs(r) > 1e-3 * rate}
+
+
+GAINS = [f"{norm}.{what}" for norm in ("norm1", "norm2", "last") for what in ("weight", "bias")]
+
+
+def test_labels_of_a_residual_stream() -> None:
+    """The decay of readers is that of gain and shift in front of them; that of writers is a schedule.
+
+    With decay on matrices alone the biases among the writers are not decayed, so they grow beside the rest. With decay
+    on everything the gains' own comes on top. Biases of first layers are left with their decay: ReLU hands the factor
+    of weight and bias on to the second weight, but gain and shift take that of the weight only.
+    """
+    labels, left = labels_of(pre_norm, matrices)
+    assert left == {**dict.fromkeys(GAINS, 1.0), "out1.bias": -1.0, "out2.bias": -1.0}
+    assert labels["in1.weight"] == "acts through norm1.weight, norm1.bias"
+    assert labels["head.weight"] == "acts through last.weight, last.bias"
+    assert labels["norm1.weight"] == "not decayed"
+    labels, left = labels_of(pre_norm, everything)
+    assert left == {**dict.fromkeys(GAINS, 2.0), "in1.bias": 1.0, "in2.bias": 1.0, "head.bias": 1.0}
+    assert {labels[name] for name in ("embed.weight", "out1.weight", "out1.bias", "out2.weight")} == {"schedule"}
+    assert {labels[name] for name in (*GAINS, "in1.bias", "head.bias")} == {"acts itself"}
+
+
+def test_labels_of_the_papers_case() -> None:
+    """Behind BatchNorm all is a schedule but the head's decay, which is that of the last gain and shift.
+
+    The closing remark of the paper: only the last gain is regularized.
+    """
+    labels, left = labels_of(batch_norm, matrices)
+    assert left == {"1.1.weight": 1.0, "1.1.bias": 1.0}
+    assert labels["0.0.weight"] == labels["1.0.weight"] == "schedule"
+    assert labels["2.weight"] == "acts through 1.1.weight, 1.1.bias"
+    labels, left = labels_of(batch_norm, everything)
+    assert left == {"1.1.weight": 2.0, "1.1.bias": 2.0, "2.bias": 1.0}
+    assert labels["0.1.weight"] == labels["0.1.bias"] == "schedule"
+    assert labels["2.bias"] == "acts itself"
+
+
+def test_rates_out_of_range() -> None:
+    """In words."""
+    model, batch = relu()
+    symmetries = find_symmetries(model.train(), batch, forward=log_loss)
+    with pytest.raises(ValueError, match=r"`rates` must be learning rate times decay, in \[0, 1\), got 1\.5"):
+        reduce_decay(symmetries, {"0.weight": 1.5})
+    with pytest.raises(ValueError, match=r"`rates` must name tensors that were asked, got 'o\.weight'"):
+        reduce_decay(symmetries, {"o.weight": 0.1})
