@@ -54,7 +54,7 @@ def reduce_decay(symmetries: Symmetries, rates: Mapping[str, float]) -> ReducedD
     (:meth:`ReducedDecay.lr_factors`): w and :math:`a^c w` are the same function, and a may go on in time. So what
     counts is :math:`\rho_i=-\log(1-r_i)` modulo the symmetries, and by linear programming
 
-    .. math:: \min_y\sum_i p_i\,\bigl|\rho_i-\textstyle\sum_k y_k c_{ki}\bigr|
+    .. math:: \min_y\sum_i p_i\,|\rho_i-\sum_k y_k c_{ki}|
 
     with small p for gains. Exact for negligible eps, constant rates, and plain decay: decoupled, or SGD's. It says
     nothing about runs in which tensors that may grow without end have not had the time.

@@ -88,11 +88,11 @@ class Told(StepSubscriber):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight, self.befores, self.afters = weight, [], []  # type: ignore[var-annotated]
+        self.weight, self.starts, self.afters = weight, [], []  # type: ignore[var-annotated]
 
     def before_step(self, index: int, optimizer: Any) -> None:
         """The weight before."""
-        self.befores.append(self.weight.detach().clone())
+        self.starts.append(self.weight.detach().clone())
 
     def after_step(self, index: int, optimizer: Any, skipped: Any) -> None:
         """The weight after."""
@@ -127,7 +127,7 @@ def test_an_update_inside_of_a_wrapper_is_told_once(how: str) -> None:
         else:
             optimizer.step(closure)
         wanted[1].append(weight.detach().clone())
-    assert torch.equal(torch.stack(told.befores), torch.stack(wanted[0]))
+    assert torch.equal(torch.stack(told.starts), torch.stack(wanted[0]))
     assert torch.equal(torch.stack(told.afters), torch.stack(wanted[1]))
     assert [dispatcher.updates(i) for i in range(len(known))] == ([0, 4] if len(known) > 1 else [4])
     dispatcher.remove()
