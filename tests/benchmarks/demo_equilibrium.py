@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from lion_pytorch import Lion
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -84,22 +84,24 @@ class Perceptron(Noisy):
         return self.make(self.parameters())
 
 
+def fit(net: LightningModule, steps: int, *callbacks: Callback) -> None:
+    """Train on the digits, and nothing else."""
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(max_steps=steps, accelerator="cpu", limit_val_batches=0, callbacks=[*callbacks], **off)  # type: ignore[arg-type]
+    trainer.fit(net, DigitsDataModule())
+
+
 def measure(name: str) -> dict[str, tuple[float, float]]:
     """For each layer that is scale-invariant, rotation and norm over what is predicted at equilibrium."""
     torch.manual_seed(0)
     net = (Perceptron if name == "Muon" else Noisy)(OPTIMIZERS[name])
     rotation, norm = EffectiveLRMonitor(10), WeightNormMonitor(10)
-    trainer = Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[rotation, norm],
-    )
-    trainer.fit(net, DigitsDataModule())
+    fit(net, STEPS, rotation, norm)
     turned, norms = (m.history().set_index("step").loc[STEPS * 2 // 3 :] for m in (rotation, norm))
     layers = [tag.split("/")[2] for tag in turned if tag.startswith("weights/equilibrium_norm/")]
     for said in rotation.equilibrium_status():

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pytorch_lightning import Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -25,8 +24,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_normreg import EffectiveLRMonitor
-from lightning_normreg.demos import DigitsDataModule
-from tests.benchmarks.demo_equilibrium import OPTIMIZERS, Noisy, Perceptron
+from tests.benchmarks.demo_equilibrium import OPTIMIZERS, Noisy, Perceptron, fit
 
 STEPS, SEEDS, LAST, INSIDE = 800, (0, 1, 2), 10, 8
 
@@ -80,17 +78,7 @@ def judged(name: str, seed: int, threads: int) -> Counter[str]:
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     monitor = EffectiveLRMonitor(10)
-    trainer = Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=[monitor],
-    )
-    trainer.fit(kind(make), DigitsDataModule())
+    fit(kind(make), STEPS, monitor)
     history, said = monitor.history(), monitor.equilibrium_status()
     found: Counter[str] = Counter()
     for tag in (tag for tag in history if tag.startswith("weights/equilibrium_ratio/")):

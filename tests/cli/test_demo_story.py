@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def pictures() -> Any:
-    """The script of the pictures, as a module."""
-    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.test_docs import DOCS, pictures
 
 
 @pytest.fixture
