@@ -86,12 +86,7 @@ class Perceptron(Noisy):
 
 def fit(net: LightningModule, steps: int, *callbacks: Callback) -> None:
     """Train on the digits, and nothing else."""
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(max_steps=steps, accelerator="cpu", limit_val_batches=0, callbacks=[*callbacks], **off)  # type: ignore[arg-type]
     trainer.fit(net, DigitsDataModule())
 
