@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_normreg._symmetries._call import Loss, PrivateCall, check_callable
 from lightning_normreg._symmetries._columns import LIVE, Column, chosen, columns_of, euler_products
+from lightning_normreg._symmetries._layers import Layers, kinds_of
 from lightning_normreg._symmetries._losses import ProbeError
 from lightning_normreg._symmetries._setup import Setup
 from lightning_normreg._symmetries._spaces import null_space, readable_basis
@@ -21,23 +23,34 @@ MORE = 12
 """Points beyond the number of columns."""
 
 
-def find_symmetries(module: nn.Module, batch: Any = None, *, forward: Loss | None = None, seed: int = 0) -> Symmetries:
+def find_symmetries(
+    module: nn.Module,
+    batch: Any = None,
+    *,
+    forward: Loss | None = None,
+    layers: Literal["apart", "together"] = "apart",
+    seed: int = 0,
+) -> Symmetries:
     r"""Find all scaling symmetries of a loss: exponents c with :math:`L(a^{c_i} w_i) = L(w)` for every a > 0.
 
     Such exponents have :math:`\sum_i c_i\langle w_i, \partial L/\partial w_i\rangle = 0` at every point. So the Euler
     products of all tensors are taken at more generic points than there are tensors, with every eps negligible, on a
     private copy as in :func:`find_scale_invariance`; their null space is the answer. It is given in integers, and
-    proved by multiplying by powers of two. Parts of a fused tensor (a dimension that is two or three times the other)
-    have exponents of their own where these differ, and so have gains of the form 1 + γ.
+    proved by multiplying by powers of two. Parts of a fused tensor (a dimension that is three times the other) have
+    exponents of their own where these differ, and so have gains of the form 1 + γ.
 
     Args:
         module: In training mode. A LightningModule is asked for its own loss.
         batch: A few real samples.
         forward: ``forward(module, batch) -> loss`` for other modules.
+        layers: ``"apart"``: all that there are. ``"together"``, for deep models: tensors whose names and shapes differ
+            only by numbers are one kind, and a symmetry of kinds is parted into one for each layer where that holds
+            alone. What is between one layer and the next of the same kind, as in a plain chain, is then not found.
         seed: Of everything that is drawn, at least 0.
 
     Returns:
-        The symmetries. It costs a forward and a backward pass for each column and twelve more.
+        The symmetries. It costs a forward and a backward pass for each tensor, or each kind, and twelve more; a gain
+        counts twice, and a fused tensor three times.
 
     Raises:
         ValueError: As :func:`find_scale_invariance`, and if nothing is trainable.
@@ -55,34 +68,48 @@ def find_symmetries(module: nn.Module, batch: Any = None, *, forward: Loss | Non
     Reference:
         Van Laarhoven 2017, https://arxiv.org/abs/1706.05350, section 2, for one weight; the null space is derived here.
     """
+    if layers not in ("apart", "together"):
+        raise ValueError(f"`layers` must be 'apart' or 'together', got {layers!r}.")
     check_callable(module, batch, forward)
     call = PrivateCall(module, forward, batch, torch.float64)
     roles = Setup(module, call, seed=seed, draws=1)
     if not roles.roles:
         raise ValueError("`module` must have parameters that are trained, but all are frozen.")
     columns = [column for name in _in_order(roles) for column in columns_of(roles, name)]
-    setup = Setup(module, call, seed=seed, draws=len(columns) + MORE)
+    groups = kinds_of(columns, roles.shapes) if layers == "together" else [[place] for place in range(len(columns))]
+    setup = Setup(module, call, seed=seed, draws=len(groups) + MORE)
     points = [euler_products(setup, index, columns) for index in range(setup.draws)]
     products, sizes = torch.stack([p for p, _ in points]), torch.stack([q for _, q in points]).mean(dim=0).sqrt()
-    columns, products, sizes = chosen(columns, products, sizes, call.dtype)
+    all_layers = Layers(columns, groups, {raw: clean for raw, (clean, _) in setup.names.items()}, products, sizes)
+    kinds, products, sizes = chosen(
+        [columns[group[0]] for group in groups],
+        torch.stack([products[:, group].sum(dim=1) for group in groups], dim=1),
+        torch.stack([sizes[group].norm() for group in groups]),
+        call.dtype,
+    )
     live = (sizes > LIVE * sizes.max()).tolist()
     space = null_space(products[:, live], sizes[live], call.dtype)
-    kept = [column for column, flag in zip(columns, live, strict=True) if flag]
+    kept = [kind for kind, flag in zip(kinds, live, strict=True) if flag]
     try:
         vectors = readable_basis(space.basis)
     except ArithmeticError as error:
         raise ProbeError(f"The scaling symmetries could not be written in integers: {error}.") from error
+    found = [
+        (kind, exponents)
+        for kind, vector in vectors
+        for exponents in all_layers.parted({c: power for c, power in zip(kept, vector.tolist(), strict=True) if power})
+    ]
+    first = {column.parameter: place for place, column in reversed([*enumerate(columns)])}
+    tensors = sorted((c for kind in kept for c in all_layers.members(kind)), key=lambda c: (first[c.parameter], c.part))
+    dead = (c for kind, flag in zip(kinds, live, strict=True) if not flag for c in all_layers.members(kind))
     return Symmetries(
-        basis=tuple(
-            Symmetry(kind, {c.name: power for c, power in zip(kept, vector.tolist(), strict=True) if power})
-            for kind, vector in vectors
-        ),
-        tensors=tuple(column.name for column in kept),
-        roles={column.name: setup.roles[column.parameter].role for column in kept},
-        inert=tuple(column.name for column, flag in zip(columns, live, strict=True) if not flag),
+        basis=tuple(Symmetry(kind, {column.name: e for column, e in exponents.items()}) for kind, exponents in found),
+        tensors=tuple(column.name for column in tensors),
+        roles={column.name: setup.roles[column.parameter].role for column in tensors},
+        inert=tuple(column.name for column in dead),
         smallest=space.smallest,
         largest=space.largest,
-        certificate=_certificate(setup, kept, [vector for _, vector in vectors]),
+        certificate=_certificate(setup, [exponents for _, exponents in found]),
         passes=setup.draws,
     )
 
@@ -110,7 +137,7 @@ def _in_order(setup: Setup) -> list[str]:
     return sorted(setup.roles, key=lambda name: uses.order.get(name, len(uses.order)))
 
 
-def _certificate(setup: Setup, columns: Sequence[Column], vectors: Sequence[Tensor]) -> float:
+def _certificate(setup: Setup, symmetries: Sequence[Mapping[Column, int]]) -> float:
     """Largest relative change of the loss when every symmetry acts at once, by powers of two.
 
     Raises:
@@ -124,14 +151,15 @@ def _certificate(setup: Setup, columns: Sequence[Column], vectors: Sequence[Tens
         return setup.call.run(leaves, lambda losses: losses.values()[0], seed=seed, shrink=setup.limits.shrink)
 
     base, largest = loss_at(point), 0.0
-    for _ in range(2 if vectors else 0):
-        signs = torch.randint(2, (len(vectors),), generator=generator) * 2 - 1
-        powers = (torch.stack(list(vectors)) * signs.unsqueeze(1)).sum(dim=0)
+    for _ in range(2 if symmetries else 0):
+        powers: Counter[Column] = Counter()
+        for exponents in symmetries:
+            sign = int(torch.randint(2, (), generator=generator)) * 2 - 1
+            powers.update({column: sign * power for column, power in exponents.items()})
         moved = {name: t.detach().clone() for name, t in point.items()}
-        for column, power in zip(columns, powers.tolist(), strict=True):
-            part = column.of(moved[column.parameter])
+        for column, power in powers.items():
             one = float(column.with_one)
-            part.add_(one).mul_(2.0**power).sub_(one)
+            column.of(moved[column.parameter]).add_(one).mul_(2.0**power).sub_(one)
         largest = max(largest, abs(loss_at(moved) - base) / max(abs(base), 1e-30))
     if not largest <= setup.limits.certificate:
         raise ProbeError(

@@ -359,6 +359,55 @@ def test_the_users_own_model_has_them(case: Callable[[], Labelled]) -> None:
         assert log_loss(model, batch).item() == pytest.approx(before, rel=1e-3)
 
 
+class Deep(nn.Module):
+    """A stream with branches as of :class:`Residual`, and a mixture of gated experts in each."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 6, bias=False)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm": nn.LayerNorm(6),
+                    "router": nn.Linear(6, 2),
+                    "experts": nn.ModuleList(
+                        nn.Sequential(nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 6)) for _ in range(2)
+                    ),
+                }
+            )
+            for _ in range(depth)
+        )
+        self.last, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pre-norm."""
+        x = self.embed(x)
+        for block in self.blocks:
+            y = block["norm"](x)
+            shares = block["router"](y).softmax(dim=-1).T
+            x = x + sum(s.unsqueeze(1) * e(y) for s, e in zip(shares, block["experts"], strict=True))
+        return self.head(self.last(x))
+
+
+def test_layers_together_are_as_apart() -> None:
+    """The same basis at a cost that does not grow with the depth; experts are parted within their layer."""
+    passes = set()
+    for depth in (2, 4):
+        torch.manual_seed(depth)
+        model = Deep(depth).train()
+        apart, together = (
+            find_symmetries(model, vectors(), forward=log_loss, layers=how) for how in ("apart", "together")
+        )
+        assert basis_of(together) == basis_of(apart)
+        assert together.tensors == apart.tensors
+        assert together.certificate < 1e-12
+        # One set (embedding, second layers with their biases); of each expert a pair, as of each norm with its readers.
+        assert len(together.basis) == 1 + depth * (2 + 1) + 1
+        passes.add(together.passes)
+    assert len(passes) == 1
+    assert max(passes) < 40
+
+
 def test_a_matrix_of_exponents() -> None:
     """As many columns as symmetries, as many rows as tensors; a sentence for each."""
     torch.manual_seed(0)
@@ -377,6 +426,8 @@ def test_what_cannot_be_asked() -> None:
     model = nn.Linear(2, 2).requires_grad_(requires_grad=False)
     with pytest.raises(ValueError, match="`module` must have parameters that are trained, but all are frozen"):
         find_symmetries(model, torch.randn(3, 2), forward=lambda m, x: m(x).sum())
+    with pytest.raises(ValueError, match="`layers` must be 'apart' or 'together', got 'all'"):
+        find_symmetries(nn.Linear(2, 2), torch.randn(3, 2), forward=lambda m, x: m(x).sum(), layers="all")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="training mode"):
         find_symmetries(nn.Linear(2, 2).eval(), torch.randn(3, 2), forward=lambda m, x: m(x).sum())
 
@@ -403,6 +454,9 @@ def test_models_of_transformers(name: str) -> None:
     case = getattr(cases, name)()
     symmetries = found(case.model, case.batch, cases.own_loss)
     assert len(symmetries.basis) == DIMENSIONS[name]
+    together = find_symmetries(case.model, case.batch, forward=cases.own_loss, layers="together")
+    assert basis_of(together) == basis_of(symmetries)
+    assert together.passes < symmetries.passes
     assert {s.kind for s in symmetries.basis} <= {"unit", "set", "pair"}
     sets = [s for s in symmetries.basis if s.kind == "set"]
     if name in ("llama", "qwen3"):
