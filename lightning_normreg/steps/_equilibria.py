@@ -44,7 +44,8 @@ class Course:
         self.ratios = [*self.ratios, ratio][-LAST:]
         apart = [abs(math.log(ratio)) / math.log1p(tolerance) if ratio > 0 else math.inf for ratio in self.ratios]
         near = sum(a <= 1 for a in apart) >= INSIDE and max(apart) <= 2
-        if not near:
+        # Near the course that is predicted: it is at equilibrium only when its start is forgotten.
+        if not near or self.relaxed < RELAXATION_TIMES:
             self.since = None
         elif self.since is None:
             self.since = step
