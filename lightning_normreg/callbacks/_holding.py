@@ -76,7 +76,6 @@ class NormHolder(WeightCallback):
         super().on_fit_start(trainer, pl_module)
         named = self._selected(trainer)
         if self.include is not None and (idle := _refuse_idle(trainer, self.include, named)):
-            self._idle = idle
             rank_zero_info(
                 f"{type(self).__name__}(include={self.include}) takes what is trained, and leaves {listed(idle, 5)}: "
                 "frozen or in no optimizer."

@@ -35,7 +35,6 @@ class WeightCallback(StepCallback):
     def _reset(self) -> None:
         super()._reset()
         self._waiting: list[str] = []
-        self._idle: list[str] = []
 
     @property
     def state_key(self) -> str:
@@ -43,8 +42,7 @@ class WeightCallback(StepCallback):
         return self._generate_state_key(include=self.include, exclude=self.exclude, unit=self.unit)
 
     def _selected(self, trainer: Trainer, verdict: Verdict | None = None) -> list[Watched]:
-        found = watch(run_of(trainer).named, self.include, self.exclude, self.unit, verdict or None)
-        return [w for w in found if w.name not in self._idle]
+        return watch(run_of(trainer).named, self.include, self.exclude, self.unit, verdict or None)
 
     def _known(self, trainer: Trainer, verdict: Verdict) -> list[Watched]:
         """What is selected and not unknown; of the rest it is said that it has to wait."""

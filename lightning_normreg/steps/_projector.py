@@ -163,12 +163,15 @@ class Projector(StepSubscriber):
 
         The radius is that of the units which have one by now, NaN where none has.
         """
-        table = self.record.table(self.targets)
+        trained = [target for target in self.targets if target.parameter.requires_grad]
+        if not trained:
+            return {}
+        table = self.record.table(trained)
         radii = self._radii(table)
         held = radii.isfinite()
         means = (table.totals(radii.masked_fill(~held, 0.0).square()) / table.totals(held)).sqrt()
         found = zip(table.root_mean_squares(table.norms().units).tolist(), means.tolist(), strict=True)
-        pairs = dict(zip([t.name for t in self.targets], found, strict=True))
+        pairs = dict(zip([t.name for t in trained], found, strict=True))
         for other, norms in self._norms.items():
             # A process has those of its units, and of all that have been shared.
             mine = torch.stack([norms.masked_fill(~other.present, 0.0), other.present.to(norms.dtype)])

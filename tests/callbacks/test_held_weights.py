@@ -74,14 +74,34 @@ def test_only_a_frozen_weight_named_in_full_is_an_error() -> None:
             trainer(NormProjection(include=include, on_not_invariant="allow")).fit(net, batches())
 
 
+class Thawing(LoRA):
+    """Thaws a weight by hand, which its optimizer has had all the time."""
+
+    def on_train_epoch_start(self) -> None:
+        """In the second epoch."""
+        self.get_parameter("net.0.weight").requires_grad_(self.current_epoch > 0)
+
+
+def test_what_a_glob_has_left_is_held_when_it_is_thawed() -> None:
+    """From its first step on, at the norm that it had."""
+    net, projection = Thawing(), NormProjection(**HYPERBALL)
+    before = net.get_parameter("net.0.weight").detach().clone()
+    trainer(projection, max_epochs=3).fit(net, batches())
+    assert not torch.equal(net.get_parameter("net.0.weight"), before)
+    assert norm(net, "net.0.weight") == pytest.approx(before.double().norm().item(), rel=1e-6)
+    assert "net.0.weight" in projection.held()
+
+
 def test_a_frozen_weight_in_an_optimizer_is_not_projected() -> None:
     """Although it is scale-invariant by a verdict that is given."""
     net = Model()
     net.get_parameter("net.0.weight").requires_grad_(False)
     known = {name: ScaleInvariance("neuron", dim=0, block_size=1) for name in ("net.0.weight", "net.3.weight")}
     before = net.get_parameter("net.0.weight").clone()
-    trainer(NormProjection(invariance=known), max_epochs=2).fit(net, batches())
+    projection = NormProjection(invariance=known)
+    trainer(projection, max_epochs=2).fit(net, batches())
     assert torch.equal(net.get_parameter("net.0.weight"), before)
+    assert list(projection.held()) == ["net.3.weight"]
     assert net.get_parameter("net.3.weight").detach().norm(dim=1) == pytest.approx(torch.ones(8), abs=1e-6)
 
 
