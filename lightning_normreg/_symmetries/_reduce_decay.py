@@ -41,7 +41,12 @@ class ReducedDecay:
         Args:
             step: t, counted from 0.
             exponent: 1 for AdamW, Lion and Muon, 2 for SGD.
+
+        Raises:
+            ValueError: For another exponent.
         """
+        if exponent not in (1, 2):
+            raise ValueError(f"`exponent` must be 1 or 2, got {exponent}.")
         times = step + 1 if exponent == 1 else 2 * step + 1
         return {name: math.exp(growth * times) for name, growth in self.growth.items()}
 

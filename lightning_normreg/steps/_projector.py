@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import group_of, update_rule
@@ -280,7 +279,7 @@ def _let_state_follow(optimizer: Optimizer, target: Watched, factors: Tensor) ->
     for key, power in (rule.state_powers(target.parameter.ndim) if rule is not None else {}).items():
         entries = [optimizer.state[p].get(key) for p in target.tensors()]
         if all(isinstance(e, Tensor) and e.shape == p.shape for e, p in zip(entries, target.tensors(), strict=True)):
-            Table([target]).scale(factors**power, _StateOf(optimizer, key))
+            Table([target]).scale(factors**power, dict(zip(target.tensors(), entries, strict=True)).__getitem__)
         elif any(entry is not None for entry in entries):
             odd.append(key)
     if odd:
@@ -288,14 +287,3 @@ def _let_state_follow(optimizer: Optimizer, target: Watched, factors: Tensor) ->
             f"The {odd[0]} of {type(optimizer).__name__} could not follow the first projection of {target.name!r}, as "
             "its shape or its rule is not known: its first steps are off until the state is renewed."
         )
-
-
-class _StateOf:
-    """An entry of an optimizer's state, as a function of the parameter."""
-
-    def __init__(self, optimizer: Optimizer, key: str) -> None:
-        self._optimizer, self._key = optimizer, key
-
-    def __call__(self, parameter: Parameter) -> Tensor:
-        entry: Tensor = self._optimizer.state[parameter][self._key]
-        return entry

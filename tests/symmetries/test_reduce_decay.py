@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normreg import ReducedDecay, find_symmetries, reduce_decay
-from tests.symmetries.test_symmetries import Attention, Residual, chain, log_loss, sequences, vectors
+from tests.symmetries.test_symmetries import Attention, OnePlusNorm, Residual, chain, log_loss, sequences, vectors
 
 STEPS, LR, DECAY = 60, 0.02, 0.5
 Numbers = Mapping[str, float]
@@ -154,3 +154,18 @@ def test_rates_out_of_range() -> None:
         reduce_decay(symmetries, {"0.weight": 1.5})
     with pytest.raises(ValueError, match=r"`rates` must name tensors that were asked, got 'o\.weight'"):
         reduce_decay(symmetries, {"o.weight": 0.1})
+    with pytest.raises(ValueError, match=r"`exponent` must be 1 or 2, got 3"):
+        reduce_decay(symmetries, {"0.weight": 0.1}).lr_factors(0, 3)
+
+
+def test_a_gain_with_its_1_keeps_its_decay() -> None:
+    """Decay of γ is none of 1 + γ: no symmetry moves it, and none is moved to it."""
+    torch.manual_seed(0)
+    model, batch = Residual(lambda: OnePlusNorm(6)), vectors()
+    reduced = reduce_decay(
+        find_symmetries(model.train(), batch, forward=log_loss), {"norm1.weight": 0.01, "in1.weight": 0.02}
+    )
+    assert reduced.rates["1 + norm1.weight"] == pytest.approx(0.01)
+    assert reduced.labels["1 + norm1.weight"] == "acts itself"
+    assert reduced.growth["1 + norm1.weight"] == 0
+    assert all(rate == 0 for name, rate in reduced.rates.items() if name.startswith("1 + ") and "norm1" not in name)
