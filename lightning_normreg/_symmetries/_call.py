@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -91,6 +92,11 @@ class Call(ABC):
     def largest(self, value: float) -> float:
         """Of a number that each process has."""
         return value
+
+    @contextlib.contextmanager
+    def watched(self, names: dict[int, str]) -> Iterator[None]:
+        """While it lasts, identities of what stands for weights in a call are put into ``names``, with their names."""
+        yield
 
     def summed(self, found: Mapping[str, Tables]) -> dict[str, Tables]:
         """Sums over the slices of each parameter, of the parts that all processes hold; on the CPU."""

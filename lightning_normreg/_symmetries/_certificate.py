@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_normreg._symmetries._call import Call
-from lightning_normreg._symmetries._slices import unit_of_slice
+from lightning_normreg._symmetries._slices import Axis, unit_of_slice
 from lightning_normreg._symmetries._thresholds import Thresholds
 from lightning_normreg._weights import ScaleInvariance, Shard
 from lightning_normreg.functional._units import over_units
@@ -36,22 +36,23 @@ def rescaled(
         factors = torch.where(units >= 0, 2.0 ** _EXPONENTS[drawn][units], 1.0)
         for each in (name, verdict.needs_bias):
             if each is not None:
-                result[each] = _scale(result[each], factors, verdict, call.shards.get(each))
+                axis = None if verdict.dim is None else Axis(verdict.dim, verdict.groups)
+                result[each] = scaled(result[each], factors, axis, call.shards.get(each))
     return result
 
 
-def _scale(tensor: Tensor, factors: Tensor, verdict: ScaleInvariance, shard: Shard | None) -> Tensor:
-    """Multiply each slice by its factor, the whole tensor by the only one where it is the unit."""
+def scaled(tensor: Tensor, factors: Tensor, axis: Axis | None, shard: Shard | None) -> Tensor:
+    """Multiply each slice by its factor, the whole tensor by the only one where there is no axis."""
     factors = factors.to(tensor.device, tensor.dtype.to_real())
-    if verdict.dim is None:
+    if axis is None:
         return tensor * factors[0]
     if shard is not None:
-        kept, slices = shard.slices(verdict.dim, verdict.groups) if len(shard.shape) > 1 else shard.slices(0)
+        kept, slices = shard.slices(*axis) if len(shard.shape) > 1 else shard.slices(0)
         return tensor * over_units(factors[slices.to(factors.device)], tensor, kept)
     if tensor.ndim < 2:
         return tensor * factors.reshape(tensor.shape)
-    view = tensor.reshape(verdict.groups, len(tensor) // verdict.groups, *tensor.shape[1:])
-    return (view * over_units(factors, view, (0, verdict.dim + 1))).reshape(tensor.shape)
+    view = tensor.reshape(axis.groups, len(tensor) // axis.groups, *tensor.shape[1:])
+    return (view * over_units(factors, view, (0, axis.dim + 1))).reshape(tensor.shape)
 
 
 class Refuted(NamedTuple):
@@ -93,13 +94,13 @@ def certify(
         def change(names: list[str], index: int = index) -> float:
             part = {name: accepted[name] for name in names}
             moved = [losses_at(rescaled(call, point, part, seed + r)) for r in range(ROUNDS)]
-            return call.largest(max(_relative(losses, base, index) for losses in moved))
+            return call.largest(max(relative_change(losses, base, index) for losses in moved))
 
         names = [name for name in accepted if index in reaching[name]]
         if change(names) <= limits.certificate:
             continue
         # Of two changes that differ, or a base that does not come back, one at least is not the weights' doing.
-        again = call.largest(_relative(losses_at(point), base, index))
+        again = call.largest(relative_change(losses_at(point), base, index))
         if again > limits.certificate or change(names) <= limits.certificate:
             return Refuted({}, steady=False)
         found |= _culprits(names, change, limits.certificate)
@@ -119,7 +120,7 @@ def moving(
 
     def change(names: list[str]) -> float:
         moved = losses_at({**point, **{name: other[name] for name in names}})
-        return call.largest(max(_relative(moved, base, index) for index in range(len(base))))
+        return call.largest(max(relative_change(moved, base, index) for index in range(len(base))))
 
     return set(_culprits(names, change, 1e3 * torch.finfo(call.dtype).eps)) if names else set()
 
@@ -136,7 +137,7 @@ def _culprits(names: list[str], change: Callable[[list[str]], float], limit: flo
     return found or dict.fromkeys(names, moved)
 
 
-def _relative(losses: list[float], base: list[float], index: int) -> float:
+def relative_change(losses: list[float], base: list[float], index: int) -> float:
     """Relative change of one of the losses; infinite where there are more or fewer of them."""
     if len(losses) != len(base):
         return float("inf")

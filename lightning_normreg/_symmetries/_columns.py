@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_normreg._symmetries._euler import euler_entries
-from lightning_normreg._symmetries._losses import Losses, ProbeError
-from lightning_normreg._symmetries._setup import ATTEMPTS, Setup
-from lightning_normreg._symmetries._spaces import null_space
-
-LIVE = 1e-9
-"""Size of a column, of the largest, from which it counts: what is less does not reach the loss."""
+from lightning_normreg._symmetries._classify import classify
+from lightning_normreg._symmetries._euler import Draw, EulerSums
+from lightning_normreg._symmetries._setup import Setup
+from lightning_normreg._symmetries._slices import Axis, Table
+from lightning_normreg._symmetries._spaces import dimension_of, null_space, rational
+from lightning_normreg._symmetries._thresholds import Thresholds
 
 
 class Column(NamedTuple):
@@ -26,66 +26,116 @@ class Column(NamedTuple):
     part: tuple[int, int, int] | None = None  # dimension, start and length
     with_one: bool = False  # a gain of the form 1 + γ
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """Its entries of a tensor, a view."""
-        return tensor if self.part is None else tensor.narrow(*self.part)
+
+class Measured:
+    """Euler products of all points, for whatever columns are made of them."""
+
+    def __init__(self, draws: Sequence[Draw]) -> None:
+        self._sums: dict[tuple[str, bool], EulerSums] = {}
+        for one, found in ((False, [d.sums for d in draws]), (True, [d.ones for d in draws])):
+            self._sums |= {(name, one): EulerSums.stack([sums[name] for sums in found]) for name in found[0]}
+
+    def whole(self, parameter: str) -> EulerSums:
+        """Sums of a parameter, stacked over the points."""
+        return self._sums[parameter, False]
+
+    def along(self, column: Column) -> dict[Axis, Table]:
+        """Axis → its slices, shape (points, slices), for each axis along which those of the column can be told."""
+        tables = self._sums[column.parameter, column.with_one].tables
+        if column.part is None:
+            return dict(tables)
+        dim, start, size = column.part
+        return {a: Table(*(v.narrow(1, start, size) for v in table)) for a, table in tables.items() if a == Axis(dim)}
+
+    def of(self, columns: Sequence[Column]) -> tuple[Tensor, Tensor]:
+        """Euler products, shape (points, columns), and the typical size of each if nothing cancelled."""
+        tables = [next(iter(self.along(column).values())) for column in columns]
+        products = torch.stack([table.sums.double().sum(dim=1) for table in tables], dim=1)
+        squares = torch.stack([table.squares.double().sum(dim=1) for table in tables], dim=1)
+        return products, squares.mean(dim=0).sqrt()
 
 
-def columns_of(setup: Setup, name: str) -> list[Column]:
-    """A tensor, in thirds where it may be three that are fused; and once more with its 1, where it is a gain."""
-    clean, role = setup.names[name]
-    shape = setup.shapes[name]
+def gains_of(setup: Setup) -> list[str]:
+    """Parameters that may be gains of the form 1 + γ."""
+    return [name for name, role in setup.roles.items() if role.role == "gamma"]
+
+
+def columns_of(setup: Setup, measured: Measured, order: Sequence[str]) -> list[Column]:
+    """Each tensor, in parts where it is several that are fused; and once more with its 1, where it is a gain."""
+    seams: dict[str, tuple[int, list[int]]] = {}
+    for name, found in _seams(setup, measured):
+        # A bias is fused as its weight is.
+        same = _beside(setup, name, setup.shapes[name][found[0]])
+        seams |= {name: found, **dict.fromkeys(same, (0, found[1]))}
+    columns = []
+    for name in order:
+        clean, role = setup.names[name]
+        if name in seams:
+            dim, places = seams[name]
+            ends = [0, *places, setup.shapes[name][dim]]
+            columns += [Column(f"{clean}[{a}:{b}]", name, (dim, a, b - a)) for a, b in pairwise(ends)]
+            continue
+        columns.append(Column(clean, name))
+        if role.role == "gamma":
+            columns.append(Column(f"1 + {clean}", name, with_one=True))
+    return columns
+
+
+def _beside(setup: Setup, name: str, length: int) -> list[str]:
+    """Vectors of that length in the module of a parameter."""
     owner = name.rpartition(".")[0]
-    fused = {side for n, s in setup.shapes.items() if n.rpartition(".")[0] == owner for side in _thirds(s)}
-    dim = next((d for d, side in enumerate(shape) if side in fused and (len(shape) == 1 or d in _sides(shape))), None)
-    if dim is not None:
-        size = shape[dim] // 3
-        return [
-            Column(f"{clean}[{start}:{start + size}]", name, (dim, start, size)) for start in range(0, 3 * size, size)
-        ]
-    plain = [Column(clean, name)]
-    return [*plain, Column(f"1 + {clean}", name, with_one=True)] if role.role == "gamma" else plain
+    return [n for n, shape in setup.shapes.items() if n.rpartition(".")[0] == owner and shape == (length,)]
 
 
-def _sides(shape: torch.Size) -> list[int]:
-    return [d for d in (0, 1) if len(shape) == 2 and shape[d] == 3 * shape[1 - d]]
+_PARTS = 4
+"""More than so many are no fused tensor."""
 
 
-def _thirds(shape: torch.Size) -> list[int]:
-    return [shape[d] for d in _sides(shape)]
+def _seams(setup: Setup, measured: Measured) -> Iterator[tuple[str, tuple[int, list[int]]]]:
+    """Where matrices are fused of several: dimension and places of the cuts.
+
+    A part is scale-invariant by itself; or its Euler products are those of another tensor, as of values and the output
+    of attention, up and down of a gated layer; or two parts have the same, as queries and keys.
+    """
+    totals = {name: measured.of([Column(name, name)]) for name in setup.roles}
+    for name, shape in setup.shapes.items():
+        if len(shape) != 2:
+            continue
+        others = [total[0] for other, total in totals.items() if other != name]
+        for axis, own in measured.whole(name).tables.items():
+            biases = [measured.whole(b) for b in _beside(setup, name, own.sums.shape[1])]
+            units = classify(EulerSums({axis: own}, own.squares.sum(1), is_vector=False), {}, setup.limits)
+            places = sorted({p for pair in units.slices or () for p in pair} - {0, shape[axis.dim]})
+            for table in () if units.has_units else (own, *(own.plus(b.tables[Axis(0)]) for b in biases[:1])):
+                places = places or _cuts(table, others, setup.limits.z)
+            if 0 < len(places) < _PARTS:
+                yield name, (axis.dim, places)
+                break
 
 
-def euler_products(setup: Setup, index: int, columns: Sequence[Column]) -> tuple[Tensor, Tensor]:
-    """Of each column the sum over w·∂L/∂w and over its squares, at one generic point at which the loss is finite."""
-    names = list(setup.roles)
-    for attempt in range(ATTEMPTS):
-        point, seed = setup.point(index, attempt)
+def _cuts(table: Table, others: Sequence[Tensor], tol: float) -> list[int]:
+    """Places at which the sum of all slices before or behind is that of another tensor, or half of the sum before."""
+    prefix = torch.nn.functional.pad(table.sums.double().cumsum(dim=1), (1, 0))
+    total, n = prefix[:, -1:], table.sums.shape[1]
+    small = tol * table.squares.double().sum(dim=1, keepdim=True).sqrt()
 
-        def backward(losses: Losses, at: Mapping[str, Tensor] = point) -> tuple[int, list[Tensor | None]]:
-            return len(losses.values()), list(losses.gradients([at[name] for name in names]))
+    def places(values: Tensor) -> list[int]:
+        found: list[int] = (values.abs() <= small).all(dim=0).nonzero().flatten().tolist()
+        return [] if {0, n} & {*found} else found  # next to neurons without a gradient
 
-        count, found = setup.call.run(point, backward, seed=seed, shrink=setup.limits.shrink)
-        if count != 1:
-            raise ProbeError("There must be one loss, but `training_step` has several, by manual optimization.")
-        gradients = dict(zip(names, found, strict=True))
-        entries = [_entries(column, point, gradients) for column in columns]
-        sums = torch.tensor([[float(e.sum()), float(e.square().sum())] for e in entries], dtype=torch.float64)
-        if bool(sums.isfinite().all()):
-            return sums[:, 0], sums[:, 1]
-    raise ProbeError(
-        f"The loss and its gradient must be finite, but were not at {ATTEMPTS} points close to the weights."
-    )
-
-
-def _entries(column: Column, point: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]) -> Tensor:
-    weight = column.of(point[column.parameter])
-    gradient = gradients[column.parameter]
-    own = None if gradient is None else column.of(gradient.to_dense() if gradient.is_sparse else gradient)
-    return euler_entries(weight + 1 if column.with_one else weight, own, torch.float64)
+    for other in others:
+        if bool((other.abs() <= small).all()):
+            continue
+        for values in (total - prefix - other, prefix - other):
+            first = places(values)[:1]
+            if first:
+                end = first[0]
+                return [*places((2 * prefix - prefix[:, end : end + 1])[:, :end])[:1], *first]
+    return places(2 * prefix - total)[:1]
 
 
 def chosen(
-    columns: list[Column], products: Tensor, sizes: Tensor, dtype: torch.dtype
+    columns: list[Column], products: Tensor, sizes: Tensor, limits: Thresholds
 ) -> tuple[list[Column], Tensor, Tensor]:
     """Without parts that have the same exponents everywhere, and with gains in the form that has more symmetries."""
     kinds = _kinds(column for column in columns if column.with_one)
@@ -95,7 +145,9 @@ def chosen(
         return [i for i, column in enumerate(columns) if column.with_one == (column.parameter in ones)]
 
     def dimension(forms: Sequence[bool]) -> int:
-        return _dimension(products, sizes, those(forms), dtype)
+        places = those(forms)
+        live = [i for i in places if sizes[i] > limits.inert * sizes.max()]
+        return dimension_of(products[:, live], sizes[live], limits)
 
     # Layers of one kind have gains of one form, and mostly all of them have: sets may need several to be right at once.
     best = [False] * len(kinds)
@@ -107,35 +159,34 @@ def chosen(
         best = max(best, forms, key=dimension)
     places = those(best)
     columns, products, sizes = [columns[i] for i in places], products[:, places], sizes[places]
-    live = sizes > LIVE * sizes.max()
+    live = sizes > limits.inert * sizes.max()
     exponents = torch.zeros(len(columns), int(live.sum()), dtype=torch.float64)
-    space = null_space(products[:, live], sizes[live], dtype).basis
+    space = rational(null_space(products[:, live], sizes[live], limits).basis, limits)
     exponents = exponents[:, : space.shape[1]].index_copy_(0, live.nonzero().flatten(), space)
-    found: list[Column] = []
     joined: list[list[int]] = []
     for i, column in enumerate(columns):
-        last = joined[-1] if joined else []
-        fused = (
-            column.part is not None and column.part[1] > 0 and (exponents[i] - exponents[last[0]]).abs().max() < 1e-6
-        )
-        if fused:
-            last.append(i)
+        first = joined[-1][0] if joined else i
+        fused = column.part is not None and column.part[1] > 0
+        if fused and torch.allclose(exponents[i], exponents[first], rtol=0, atol=1e-6):
+            joined[-1].append(i)
         else:
             joined.append([i])
-            found.append(column)
-    found = [_joined(column, [columns[i] for i in group]) for column, group in zip(found, joined, strict=True)]
     own = torch.stack([products[:, group].sum(dim=1) for group in joined], dim=1)
-    return found, own, torch.stack([sizes[group].norm() for group in joined])
+    sizes = torch.stack([sizes[group].norm() for group in joined])
+    return [_joined([columns[i] for i in group], columns) for group in joined], own, sizes
 
 
-def _joined(column: Column, group: Sequence[Column]) -> Column:
-    if len(group) == 1 or column.part is None:
-        return column
-    dim, start, size = column.part
-    stop, name = start + size * len(group), column.name.partition("[")[0]
-    if start == 0 and len(group) == 3:
-        return Column(name, column.parameter)
-    return Column(f"{name}[{start}:{stop}]", column.parameter, (dim, start, stop - start))
+def _joined(group: Sequence[Column], columns: Iterable[Column]) -> Column:
+    first, last = group[0], group[-1]
+    if len(group) == 1 or first.part is None or last.part is None:
+        return first
+    name = first.name.partition("[")[0]
+    if len(group) == sum(column.parameter == first.parameter for column in columns):
+        return Column(name, first.parameter)
+    stop = last.part[1] + last.part[2]
+    return Column(
+        f"{name}[{first.part[1]}:{stop}]", first.parameter, (first.part[0], first.part[1], stop - first.part[1])
+    )
 
 
 def _kinds(columns: Iterable[Column]) -> list[set[str]]:
@@ -146,6 +197,48 @@ def _kinds(columns: Iterable[Column]) -> list[set[str]]:
     return list(groups.values())
 
 
-def _dimension(products: Tensor, sizes: Tensor, places: list[int], dtype: torch.dtype) -> int:
-    live = [i for i in places if sizes[i] > LIVE * sizes.max()]
-    return int(null_space(products[:, live], sizes[live], dtype).basis.shape[1])
+def blocks_of(exponents: Mapping[Column, int], measured: Measured, tol: float) -> tuple[int, dict[str, int]]:
+    """In how many equal blocks of slices a symmetry holds by itself, and along which dimension of each tensor.
+
+    Queries and keys of each head, a gain and what reads it of each channel, up and down of each neuron. 1 where it
+    holds as a whole only.
+    """
+    whole = _without_parts(exponents)
+    tables = [[(a.dim, t) for a, t in measured.along(c).items() if a.groups == 1] for c in whole]
+    if not 2 <= len(whole) <= _MOST or not all(tables):
+        return 1, {}
+    ways: list[tuple[list[int], list[Table]]] = [([], [])]
+    for choices in tables:
+        ways = [([*dims, d], [*found, t]) for dims, found in ways for d, t in choices]
+    best: tuple[int, dict[str, int]] = (1, {})
+    for dims, found in ways:
+        shortest = min(t.sums.shape[1] for t in found)
+        for count in (c for c in range(shortest, best[0], -1) if all(t.sums.shape[1] % c == 0 for t in found)):
+            total, squares = torch.zeros(()), torch.zeros(())
+            for power, table in zip(whole.values(), found, strict=True):
+                sums, own = (v.double().reshape(len(v), count, -1).sum(dim=2) for v in table)
+                total, squares = total + power * sums, squares + power**2 * own
+            if bool((total.abs() <= tol * (squares + 1e-4 * squares.mean(dim=1, keepdim=True)).sqrt()).all()):
+                best = count, {c.name: d for c, d in zip(whole, dims, strict=True)}
+                break
+    return best
+
+
+_MOST = 6
+"""Tensors of a symmetry of which blocks are looked for: their dimensions are tried in all combinations."""
+
+
+def _without_parts(exponents: Mapping[Column, int]) -> dict[Column, int]:
+    """Parts of one tensor that have the same exponent taken for the whole, where they are all of it."""
+    found: dict[Column, int] = {}
+    parts: dict[tuple[str, int], list[Column]] = {}
+    for column, power in exponents.items():
+        if column.part is None:
+            found[column] = power
+        else:
+            parts.setdefault((column.parameter, power), []).append(column)
+    for (parameter, power), group in parts.items():
+        starts = sorted(c.part[1:] for c in group if c.part is not None)
+        covers = len(group) > 1 and all(sum(a) == b[0] for a, b in pairwise(starts))
+        found |= {Column(group[0].name.partition("[")[0], parameter): power} if covers else dict.fromkeys(group, power)
+    return found

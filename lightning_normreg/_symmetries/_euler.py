@@ -42,6 +42,7 @@ class Draw(NamedTuple):
     sums: dict[str, EulerSums]
     reaching: dict[str, set[int]]  # numbers of the losses whose gradient counts
     masked: dict[str, Tensor]  # entries that a mask keeps from the loss, of those that have one
+    ones: dict[str, EulerSums]  # sums of (w + 1)·∂L/∂w, where they were asked for
 
 
 def euler_sums(
@@ -79,9 +80,15 @@ def euler_entries(weight: Tensor, gradient: Tensor | None, dtype: torch.dtype) -
 
 
 def euler_draw(
-    call: Call, point: Mapping[str, Tensor], axes: Mapping[str, Sequence[Axis]], *, seed: int, shrink: float
+    call: Call,
+    point: Mapping[str, Tensor],
+    axes: Mapping[str, Sequence[Axis]],
+    *,
+    seed: int,
+    shrink: float,
+    ones: Sequence[str] = (),
 ) -> Draw:
-    """One forward and backward pass at ``point``, for each parameter that ``axes`` names.
+    """One forward and backward pass at ``point``, for each parameter that ``axes`` names, and 1 plus those in ``ones``.
 
     Raises:
         ProbeError: If the loss cannot be computed.
@@ -95,9 +102,11 @@ def euler_draw(
 
     values, gradients, reaching = call.run(point, backward, seed=seed, shrink=shrink)
     sums = euler_sums(call, weights, gradients, axes)
+    by_name = dict(zip(axes, gradients, strict=True))
+    more = euler_sums(call, {n: weights[n] + 1 for n in ones}, tuple(by_name[n] for n in ones), axes)
     silent = {n: g == 0 for n, g in zip(axes, gradients, strict=True) if n in call.masked and g is not None}
     masked = {name: call.masked[name] & zero for name, zero in silent.items()}
-    return Draw(values, sums, dict(zip(axes, reaching, strict=True)), masked)
+    return Draw(values, sums, dict(zip(axes, reaching, strict=True)), masked, more)
 
 
 def pooled_statistic(sums: Tensor, squares: Tensor) -> Tensor:

@@ -110,6 +110,23 @@ class InPlaceCall(Call):
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return float(found)
 
+    @contextlib.contextmanager
+    def watched(self, names: dict[int, str]) -> Iterator[None]:
+        """See :class:`Call`; weights are gathered on the way, so modules are looked at when they are called."""
+
+        def look(prefix: str, module: nn.Module) -> None:
+            names.update({id(p): prefix + name for name, p in module.named_parameters()})
+
+        hooks = [
+            m.register_forward_pre_hook(lambda m, args, name=name: look(f"{name}." if name else "", m))
+            for name, m in self._real.named_modules()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def summed(self, found: Mapping[str, Tables]) -> dict[str, Tables]:
         """See :class:`Call`; all processes get the very same numbers, so that they go on alike."""
         parts = [

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_normreg._symmetries._columns import Column
+from lightning_normreg._symmetries._columns import Column, Measured
+from lightning_normreg._symmetries._spaces import SymmetryKind, is_new, null_space, rational, readable_basis
+from lightning_normreg._symmetries._thresholds import Thresholds
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
-_ALONE = 1e-7
-"""Sum of Euler products, of what it were if nothing cancelled, up to which a layer counts as having a symmetry alone:
-roundoff leaves 1e-14, and what is none is above 1e-3."""
+MARGIN = 12
+"""Points beyond the number of columns: that a tensor looks like a symmetry by accident has no chance then."""
 
 
 def kinds_of(columns: Sequence[Column], shapes: Mapping[str, torch.Size]) -> list[list[int]]:
@@ -32,8 +33,8 @@ class Layers:
         columns: The single columns.
         groups: Their places, kind by kind.
         names: Parameter → clean name.
-        products: Euler products, shape (points, columns).
-        sizes: Typical size of each column, shape (columns,).
+        measured: Euler products.
+        limits: What counts as zero.
     """
 
     def __init__(
@@ -41,10 +42,10 @@ class Layers:
         columns: Sequence[Column],
         groups: Sequence[Sequence[int]],
         names: Mapping[str, str],
-        products: Tensor,
-        sizes: Tensor,
+        measured: Measured,
+        limits: Thresholds,
     ) -> None:
-        self._columns, self._names, self._products, self._sizes = columns, names, products, sizes
+        self._names, self._measured, self._limits = names, measured, limits
         self._kind = {columns[group[0]].parameter: [columns[i].parameter for i in group] for group in groups}
 
     def members(self, column: Column) -> list[Column]:
@@ -58,6 +59,51 @@ class Layers:
     def parted(self, exponents: Mapping[Column, int]) -> list[dict[Column, int]]:
         """A symmetry of kinds as one of all their members, or as one of each layer where every layer has it alone."""
         return self._split([(self.members(column), power) for column, power in exponents.items()], 0)
+
+    def between(
+        self, columns: Sequence[Column], found: Sequence[Mapping[Column, int]]
+    ) -> list[tuple[SymmetryKind, dict[Column, int]]]:
+        """What is missing in ``found``: symmetries of two neighbouring layers and what belongs to no layer.
+
+        Such as each layer of a plain chain has with the next one, which sums over all layers do not show.
+        """
+        places = {column: place for place, column in enumerate(columns)}
+        known = [_vector(exponents, places) for exponents in found]
+        products, sizes = self._measured.of(columns)
+        more: list[tuple[SymmetryKind, dict[Column, int]]] = []
+        for window in self._windows(columns):
+            inside = torch.zeros(len(columns), dtype=torch.bool)
+            inside[window] = True
+            here = sum(1 for vector in known if not bool(vector[~inside].any()))
+            if len(window) + MARGIN > len(products):
+                continue
+            space = null_space(products[:, window], sizes[window], self._limits)
+            if space.basis.shape[1] <= here:
+                continue
+            for kind, vector in readable_basis(rational(space.basis, self._limits)):
+                exponents = {columns[window[i]]: int(e) for i, e in enumerate(vector.tolist()) if e}
+                whole = _vector(exponents, places)
+                if is_new(whole, known):
+                    known.append(whole)
+                    more.append((kind, exponents))
+        return more
+
+    def _windows(self, columns: Sequence[Column]) -> list[list[int]]:
+        layers: dict[str, dict[int, list[int]]] = {}
+        outside = []
+        for place, column in enumerate(columns):
+            number = _NUMBER.search(column.parameter)
+            if number is None:
+                outside.append(place)
+            else:
+                layers.setdefault(column.parameter[: number.start()], {}).setdefault(int(number.group()), []).append(
+                    place
+                )
+        found = []
+        for numbers in layers.values():
+            ordered = [numbers[n] for n in sorted(numbers)]
+            found += [sorted([*outside, *a, *b]) for a, b in zip(ordered, [*ordered[1:], []], strict=True)]
+        return found
 
     def _split(self, kinds: list[tuple[list[Column], int]], place: int) -> list[dict[Column, int]]:
         numbers = [{_number(column, place) for column in members} for members, _ in kinds]
@@ -73,24 +119,18 @@ class Layers:
         return self._split(kinds, place + 1)
 
     def _is_symmetry(self, kinds: list[tuple[list[Column], int]]) -> bool:
-        total, size = torch.zeros(len(self._products), dtype=torch.float64), 0.0
-        for members, power in kinds:
-            for column in members:
-                own = [i for i, c in enumerate(self._columns) if _covers(column, c)]
-                total += power * self._products[:, own].sum(dim=1)
-                size += power**2 * float(self._sizes[own].square().sum())
-        return bool(total.abs().max() <= _ALONE * size**0.5)
+        powers = {column: power for members, power in kinds for column in members}
+        products, sizes = self._measured.of([*powers])
+        exponents = torch.tensor([*powers.values()], dtype=torch.float64)
+        return bool((products @ exponents).abs().max() <= self._limits.z * (sizes * exponents).norm())
+
+
+def _vector(exponents: Mapping[Column, int], places: Mapping[Column, int]) -> Tensor:
+    vector = torch.zeros(len(places), dtype=torch.long)
+    vector[[places[column] for column in exponents]] = torch.tensor([*exponents.values()])
+    return vector
 
 
 def _number(column: Column, place: int) -> int | None:
     numbers = _NUMBER.findall(column.parameter)
     return int(numbers[place]) if place < len(numbers) else None
-
-
-def _covers(column: Column, other: Column) -> bool:
-    """Whether another column is this one or a part of it."""
-    if column.parameter != other.parameter or column.with_one != other.with_one:
-        return False
-    if column.part is None or other.part is None:
-        return column.part is None
-    return column.part[1] <= other.part[1] and other.part[1] + other.part[2] <= column.part[1] + column.part[2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +18,7 @@ from lightning_normreg._symmetries._call import Loss, PrivateCall, check_callabl
 from lightning_normreg._symmetries._certificate import certify, moving
 from lightning_normreg._symmetries._classify import classify, dead_parameters, open_axes, unreached
 from lightning_normreg._symmetries._eps_share import with_eps_shares
-from lightning_normreg._symmetries._euler import Draw, EulerSums, euler_draw
+from lightning_normreg._symmetries._euler import EulerSums
 from lightning_normreg._symmetries._in_place import InPlaceCall, is_distributed
 from lightning_normreg._symmetries._losses import ProbeError
 from lightning_normreg._symmetries._reasons import (
@@ -37,8 +36,8 @@ from lightning_normreg._symmetries._vocabulary import reached_rows, shrink_table
 from lightning_normreg._weights import Evidence, ScaleInvariance, is_sharded
 
 ProbeType = Literal["auto", "float64", "float32"]
-_TYPES: dict[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
-_MOMENT = 1.5
+TYPES: dict[str, torch.dtype] = {"float64": torch.float64, "float32": torch.float32}
+MOMENT = 1.5
 """Seconds after which progress is shown."""
 
 
@@ -105,33 +104,34 @@ def find_scale_invariance(
     Reference:
         Twan van Laarhoven, L2 Regularization versus Batch and Weight Normalization, 2017, arXiv:1706.05350, section 2.
     """
-    _check_arguments(dtype, seed, draws)
+    check_type(dtype, seed)
+    if not isinstance(draws, int) or draws < 2:
+        raise ValueError(f"`draws` must be an integer of at least 2, got {draws!r}: one draw can be luck.")
     if in_place or any(map(is_sharded, module.parameters())):
         return find_in_place(module, batch, forward, outer=module, seed=seed, draws=draws, progress=progress)
     check_callable(module, batch, forward)
     if dtype != "auto":
-        return _probe(module, batch, forward, _TYPES[dtype], seed=seed, draws=draws, progress=progress)
+        return _probe(module, batch, forward, TYPES[dtype], seed=seed, draws=draws, progress=progress)
     try:
         return _probe(module, batch, forward, torch.float64, seed=seed, draws=draws, progress=progress)
     except (ProbeError, RuntimeError, TypeError, MemoryError) as error:
         verdicts = _probe(module, batch, forward, torch.float32, seed=seed, draws=draws, progress=progress)
         why = str(error.__cause__ or error)[:200]
-        if _is_first_rank():
+        if is_first_rank():
             warnings.warn(f"Scale invariance was probed in float32, because float64 failed ({why}).", stacklevel=2)
         return {name: replace(v, reason=f"{v.reason} Probed in float32: {why}") for name, v in verdicts.items()}
 
 
-def _is_first_rank() -> bool:
+def is_first_rank() -> bool:
     if is_distributed():
         return dist.get_rank() == 0
     return bool(getattr(rank_zero_only, "rank", 0) == 0)  # not set where Lightning was never imported
 
 
-def _check_arguments(dtype: str, seed: int, draws: int) -> None:
-    if dtype not in ("auto", *_TYPES):
+def check_type(dtype: str, seed: int) -> None:
+    """Of a probe, and the seed of all that it draws."""
+    if dtype not in ("auto", *TYPES):
         raise ValueError(f"`dtype` must be 'auto', 'float64' or 'float32', got {dtype!r}.")
-    if not isinstance(draws, int) or draws < 2:
-        raise ValueError(f"`draws` must be an integer of at least 2, got {draws!r}: one draw can be luck.")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"`seed` must be an integer of at least 0, got {seed!r}.")
 
@@ -171,11 +171,11 @@ def find_in_place(
 
 def _ask(setup: Setup, progress: bool) -> dict[str, ScaleInvariance]:
     """The steps; with ``progress`` a bar shows them where that takes longer than a moment."""
-    hidden = not (progress and _is_first_rank())
-    with tqdm(desc="Scale invariance", total=setup.draws + 2, delay=_MOMENT, leave=False, disable=hidden) as bar:
+    hidden = not (progress and is_first_rank())
+    with tqdm(desc="Scale invariance", total=setup.draws + 2, delay=MOMENT, leave=False, disable=hidden) as bar:
         drawn = []
         for index in range(setup.draws):
-            drawn.append(_draw(setup, index))
+            drawn.append(setup.draw(index))
             setup.axes = {name: open_axes(sums, setup.limits.z) for name, sums in drawn[-1].sums.items()}
             bar.update()
         reaching = {name: set().union(*(draw.reaching[name] for draw in drawn)) for name in setup.roles}
@@ -200,22 +200,6 @@ def _masked(setup: Setup, drawn: list[dict[str, Tensor]]) -> dict[str, float]:
     fixed = {n: mask for n, mask in drawn[0].items() if all(n in m and mask.equal(m[n]) for m in drawn)}
     own = setup.call.own_point() if fixed else {}
     return {name: float(mask.double().mean()) for name, mask in fixed.items() if bool(own[name].detach()[mask].any())}
-
-
-def _draw(setup: Setup, index: int) -> Draw:
-    """The Euler sums at one generic point at which the loss is finite."""
-    losses = []
-    for attempt in range(ATTEMPTS):
-        point, seed = setup.point(index, attempt)
-        draw = euler_draw(setup.call, point, setup.axes, seed=seed, shrink=setup.limits.shrink)
-        finite = all(map(math.isfinite, draw.losses)) and all(bool(s.total.isfinite()) for s in draw.sums.values())
-        if not setup.call.largest(float(not finite)):
-            return draw
-        losses.extend(draw.losses)
-    raise ProbeError(
-        f"The loss and its gradient must be finite, but at {ATTEMPTS} points close to the module's weights the loss "
-        f"was {', '.join(f'{loss:g}' for loss in losses)}. Check the batch for NaN and the loss for logarithms of zero."
-    )
 
 
 def _euler_verdicts(setup: Setup, drawn: list[dict[str, EulerSums]]) -> dict[str, ScaleInvariance]:

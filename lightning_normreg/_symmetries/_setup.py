@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_normreg._symmetries._biases import bias_candidates
 from lightning_normreg._symmetries._call import Call
+from lightning_normreg._symmetries._euler import Draw, euler_draw
 from lightning_normreg._symmetries._generic_point import AMOUNT, LADDER, magnitudes
+from lightning_normreg._symmetries._losses import ProbeError
 from lightning_normreg._symmetries._slices import axes
 from lightning_normreg._symmetries._thresholds import THRESHOLDS
 from lightning_normreg._weights import named_roles, same_memory, whole_shape
@@ -36,6 +39,10 @@ class Setup:
         self.seed, self.draws = seed, draws
         self._magnitudes = magnitudes(self.roles, draws, seed)
 
+    def more_draws(self, draws: int) -> None:
+        """So many points, of which the first are those that there were."""
+        self.draws, self._magnitudes = draws, magnitudes(self.roles, draws, self.seed)
+
     def point(self, index: int, attempt: int = 0) -> tuple[dict[str, Tensor], int]:
         """Generic point number ``index`` and its seed; each further attempt stays closer to the module's own point."""
         magnitude = {name: m[index] if attempt == 0 else 1.0 for name, m in self._magnitudes.items()}
@@ -52,3 +59,23 @@ class Setup:
     def _drawn(self, magnitude: dict[str, float], index: int, attempt: int) -> tuple[dict[str, Tensor], int]:
         seed = (self.seed * 1009 + index) * ATTEMPTS + attempt
         return self.call.generic_point(magnitude, seed=seed, amount=AMOUNT / 4**attempt), seed
+
+    def draw(self, index: int, ones: Sequence[str] = ()) -> Draw:
+        """The Euler sums at one generic point at which the loss is finite.
+
+        Raises:
+            ProbeError: If it is not, however close to the module's own weights.
+        """
+        losses: list[float] = []
+        for attempt in range(ATTEMPTS):
+            point, seed = self.point(index, attempt)
+            draw = euler_draw(self.call, point, self.axes, seed=seed, shrink=self.limits.shrink, ones=ones)
+            finite = all(map(math.isfinite, draw.losses)) and all(bool(s.total.isfinite()) for s in draw.sums.values())
+            if not self.call.largest(float(not finite)):
+                return draw
+            losses.extend(draw.losses)
+        raise ProbeError(
+            f"The loss and its gradient must be finite, but at {ATTEMPTS} points close to the module's weights the "
+            f"loss was {', '.join(f'{loss:g}' for loss in losses)}. Check the batch for NaN and the loss for "
+            "logarithms of zero."
+        )

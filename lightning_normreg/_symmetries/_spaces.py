@@ -8,11 +8,15 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lightning_normreg._symmetries._thresholds import THRESHOLDS as THRESHOLDS
+from lightning_normreg._symmetries._thresholds import Thresholds
+
 SymmetryKind = Literal["unit", "set", "pair", "rest"]
 _LARGEST = 6
 """Largest exponent that is looked for; 2 is met (a gain in front of both q and k), and 3 in products of three."""
-_NULL = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Singular values, of the largest, up to which they count as zero: roundoff leaves 1e-15 and 1e-7; others have 1e-3."""
+_PIVOT = 1e-3
+"""Entry of orthonormal vectors from which on it is none of roundoff."""
+_DENOMINATORS = torch.arange(1, _LARGEST + 1, dtype=torch.float64)
 
 
 class NullSpace(NamedTuple):
@@ -23,7 +27,7 @@ class NullSpace(NamedTuple):
     largest: float  # largest one that does
 
 
-def null_space(products: Tensor, sizes: Tensor, dtype: torch.dtype) -> NullSpace:
+def null_space(products: Tensor, sizes: Tensor, limits: Thresholds) -> NullSpace:
     r"""Exponents c with :math:`\sum_i c_i E_{ki} = 0` at every point k.
 
     A loss with L(a^c w) = L(w) for all a > 0 has it, by the derivative along the orbit, and the other way round.
@@ -31,24 +35,51 @@ def null_space(products: Tensor, sizes: Tensor, dtype: torch.dtype) -> NullSpace
     Args:
         products: Euler products :math:`E_{ki}=\langle w_i, \partial L/\partial w_i\rangle`, shape (points, tensors).
         sizes: Typical size of each column if nothing cancelled, shape (tensors,).
-        dtype: In which the loss was computed.
+        limits: What counts as zero.
 
     Examples:
-        >>> space = null_space(torch.tensor([[1.0, -2.0], [3.0, -6.0], [2.0, -4.0]]).double(), torch.ones(2).double(),
-        ...     torch.float64)
+        >>> products = torch.tensor([[1.0, -2.0], [3.0, -6.0], [2.0, -4.0]]).double()
+        >>> space = null_space(products, torch.ones(2).double(), THRESHOLDS[torch.float64])
         >>> (space.basis / space.basis[1]).round(decimals=6)
         tensor([[2.],
                 [1.]], dtype=torch.float64)
     """
-    rows = products / sizes
-    rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    _, values, vectors = torch.linalg.svd(rows, full_matrices=True)
-    values = torch.nn.functional.pad(values, (0, rows.shape[1] - len(values))) / values[:1].clamp_min(1e-300)
-    rank = int((values > _NULL[dtype]).sum())
+    values, vectors = _decomposed(products, sizes)
+    rank = int((values > limits.null).sum())
     null = (vectors[rank:] / sizes).T
     basis, _ = torch.linalg.qr(null / null.norm(dim=0).clamp_min(1e-300))
     smallest = float(values[rank - 1]) if rank else 1.0
     return NullSpace(basis, smallest, float(values[rank]) if rank < len(values) else 0.0)
+
+
+def _decomposed(products: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    rows = products / sizes
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=True)
+    return torch.nn.functional.pad(values, (0, rows.shape[1] - len(values))) / values[:1].clamp_min(1e-300), vectors
+
+
+def dimension_of(products: Tensor, sizes: Tensor, limits: Thresholds) -> int:
+    """Of the space that :func:`null_space` finds."""
+    return int((_decomposed(products, sizes)[0] <= limits.null).sum())
+
+
+def rational(basis: Tensor, limits: Thresholds) -> Tensor:
+    """The same space without roundoff, orthonormal: its echelon form has fractions of small numbers.
+
+    Raises:
+        ArithmeticError: If it has not.
+    """
+    rows = _echelon(basis)
+    multiples = rows.unsqueeze(-1) * _DENOMINATORS
+    off = (multiples - multiples.round()).abs() / _DENOMINATORS
+    close = off <= limits.fraction
+    if not bool(close.any(dim=-1).all()):
+        raise ArithmeticError(f"an exponent is {float(off.amin(dim=-1).max()):.1g} away from a fraction")
+    first = close.to(torch.uint8).argmax(dim=-1, keepdim=True)
+    exact = (multiples.round() / _DENOMINATORS).gather(-1, first).squeeze(-1)
+    orthonormal: Tensor = torch.linalg.qr(exact.T)[0]
+    return orthonormal
 
 
 def readable_basis(basis: Tensor) -> list[tuple[SymmetryKind, Tensor]]:
@@ -73,9 +104,10 @@ def readable_basis(basis: Tensor) -> list[tuple[SymmetryKind, Tensor]]:
     space = left[:, values > 1e-9]
     exact = [*_twos(space), *_sparsest(space, mixed=False, largest=1), *_sparsest(space, mixed=True, largest=1)]
     more = (_sparsest(space, mixed=mixed, largest=_LARGEST) for mixed in (False, True))
-    for candidates in (exact, *more, _echelon(space)):
+    rows = (vector for row in _echelon(space) for vector in _integer(row))
+    for candidates in (exact, *more, rows):
         for vector in sorted(candidates, key=_length):
-            if len(found) < dimension and _is_new(vector, [v for _, v in found]):
+            if len(found) < dimension and is_new(vector, [v for _, v in found]):
                 found.append((_kind(vector), vector))
         if len(found) == dimension:
             break
@@ -105,7 +137,8 @@ def _one(tensors: int, place: int) -> Tensor:
     return torch.nn.functional.one_hot(torch.tensor(place), tensors)
 
 
-def _is_new(vector: Tensor, others: Sequence[Tensor]) -> bool:
+def is_new(vector: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether a vector is none of the space that others span."""
     matrix = torch.stack([*others, vector]).double()
     return int(torch.linalg.matrix_rank(matrix)) == len(matrix)
 
@@ -151,21 +184,21 @@ def _sparsest(space: Tensor, *, mixed: bool, largest: int) -> Iterator[Tensor]:
             yield from _integer(space @ torch.from_numpy(solved.x[:d]))
 
 
-def _echelon(space: Tensor) -> Iterator[Tensor]:
+def _echelon(space: Tensor) -> Tensor:
+    """The rows of the reduced echelon form, which only the space decides."""
     rows, place = space.T.clone(), 0
     for column in range(rows.shape[1]):
         if place == len(rows):
             break
         pivot = place + int(rows[place:, column].abs().argmax())
-        if abs(float(rows[pivot, column])) < 1e-6:
+        if abs(float(rows[pivot, column])) < _PIVOT:
             continue
         rows[[place, pivot]] = rows[[pivot, place]]
         rows[place] /= rows[place, column].clone()
         others = torch.arange(len(rows)) != place
         rows[others] -= rows[others, column : column + 1] * rows[place]
         place += 1
-    for row in rows:
-        yield from _integer(row)
+    return rows
 
 
 def _integer(vector: Tensor) -> Iterator[Tensor]:

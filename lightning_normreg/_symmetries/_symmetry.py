@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_normreg._symmetries._spaces import SymmetryKind
 from lightning_normreg._weights import listed
+
+FORMAT = "lightning_normreg.symmetries"
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -22,10 +28,14 @@ class Symmetry:
             1 and −1. ``"rest"``: others.
         exponents: Clean name, or ``name[start:stop]`` for a part of a fused tensor → exponent. ``1 + name`` is a gain
             of that form, which is multiplied together with its 1.
+        blocks: It holds for each of so many equal blocks of slices by itself, as of each head, channel or neuron.
+        dims: Name → the dimension of these slices; a fused tensor of whose parts all take part is named as a whole.
     """
 
     kind: SymmetryKind
     exponents: Mapping[str, int]
+    blocks: int = 1
+    dims: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One sentence.
@@ -40,8 +50,9 @@ class Symmetry:
             return f"{next(iter(self.exponents))} is scale-invariant."
         if set(powers) == {1}:
             return f"{listed(powers[1], 6)} are scale-invariant together."
+        blocks = f", also in each of {self.blocks} blocks of slices" if self.blocks > 1 else ""
         named = [f"{listed(names, 4)} by {_power(power)}" for power, names in powers.items()]
-        return f"Multiplying {', '.join(named[:-1])} and {named[-1]} changes nothing."
+        return f"Multiplying {', '.join(named[:-1])} and {named[-1]} changes nothing{blocks}."
 
 
 def _power(power: int) -> str:
@@ -76,3 +87,55 @@ class Symmetries:
         """The exponents, shape (tensors, symmetries), those of ``tensors`` by the symmetries of ``basis``."""
         columns = [[float(s.exponents.get(name, 0)) for name in self.tensors] for s in self.basis]
         return torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(self.tensors)).T
+
+    def save(self, path: str | Path) -> None:
+        """Write them to a JSON file; an existing one is replaced."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON or a checkpoint; the reverse is :meth:`load`."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    @staticmethod
+    def load(source: str | Path | Mapping[str, Any] | Symmetries) -> Symmetries:
+        """Read them back.
+
+        Args:
+            source: Path of a file by :meth:`save`; the mapping that is in it; or symmetries, which are returned.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds no symmetries, of another version, or with missing fields or values that make no
+                sense; named with the file.
+
+        Examples:
+            >>> found = Symmetries((Symmetry("pair", {"q": 1, "k": -1}),), ("q", "k"), {}, (), 0.1, 1e-16, 0.0, 14)
+            >>> Symmetries.load(found.to_dict()) == found
+            True
+        """
+        if isinstance(source, Symmetries):
+            return source
+        where = "the mapping" if isinstance(source, Mapping) else f"{str(source)!r}"
+        try:
+            content = source if isinstance(source, Mapping) else json.loads(Path(source).read_text(encoding="utf-8"))
+            if content.get("format") != FORMAT or content.get("version") != VERSION:
+                raise ValueError(f"no 'format': {FORMAT!r}, 'version': {VERSION}")
+            fields = {name: value for name, value in content.items() if name not in ("format", "version")}
+            fields |= {name: tuple(fields[name]) for name in ("tensors", "inert")}
+            fields["basis"] = tuple(_read(entry, fields["tensors"]) for entry in fields["basis"])
+            return Symmetries(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"Scaling symmetries must be as Symmetries.save writes them, but {where} is not ({error}). Write it "
+                "with find_symmetries(...).save(path)."
+            ) from error
+
+
+def _read(entry: Mapping[str, Any], tensors: Collection[str]) -> Symmetry:
+    symmetry = Symmetry(**entry)
+    powers = symmetry.exponents.values()
+    if symmetry.kind not in get_args(SymmetryKind) or not powers or not set(symmetry.exponents) <= set(tensors):
+        raise ValueError(f"a symmetry of kind {symmetry.kind!r} of {listed([*symmetry.exponents], 4)}")
+    if not all(type(power) is int and power for power in powers):
+        raise ValueError(f"exponents {[*powers]}")
+    return symmetry

@@ -22,11 +22,15 @@ class Thresholds:
     # Largest relative change of the loss when all accepted units are rescaled at once. Measured: at most 1.4e-11 and
     # 1.4e-5 for correct units, at least 5e-3 and 4e-4 when one wrong weight is among them.
     certificate: float
+    # Singular values of the Euler products of all tensors, of the largest, up to which they count as zero. Measured:
+    # at most 1e-14 and 2e-6 for symmetries, at least 1e-4 for others.
+    null: float
+    fraction: float  # how far from a fraction of small numbers an exponent may be, where such are 1/30 apart
 
 
 THRESHOLDS: dict[torch.dtype, Thresholds] = {
-    torch.float64: Thresholds(z=1e-6, inert=1e-9, shrink=1e-12, certificate=1e-8),
-    torch.float32: Thresholds(z=1e-3, inert=2e-6, shrink=1e-6, certificate=1e-4),
+    torch.float64: Thresholds(z=1e-6, inert=1e-9, shrink=1e-12, certificate=1e-8, null=1e-9, fraction=1e-5),
+    torch.float32: Thresholds(z=1e-3, inert=2e-6, shrink=1e-6, certificate=1e-4, null=2e-5, fraction=5e-3),
 }
 
 

@@ -164,7 +164,7 @@ def test_training_step_of_a_lightning_module_is_asked(name):
 @pytest.mark.parametrize("moment, is_shown", [(0.0, True), (60.0, False)])
 def test_progress_is_shown_where_it_takes_a_moment(moment, is_shown, monkeypatch, capsys):
     """A bar on stderr, which a short probe never draws."""
-    monkeypatch.setattr("lightning_normreg._symmetries._probe._MOMENT", moment)
+    monkeypatch.setattr("lightning_normreg._symmetries._probe.MOMENT", moment)
     net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
     find_scale_invariance(net, torch.randn(8, 6), forward=lambda module, x: module(x).exp().mean())
     assert ("Scale invariance" in capsys.readouterr().err) == is_shown
