@@ -28,9 +28,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lightning_normreg import find_scale_invariance, parameter_roles
+from lightning_normreg import find_scale_invariance, find_symmetries, parameter_roles
 from lightning_normreg._symmetries import ProbeError
 from lightning_normreg._weights import local
+from tests.symmetries import test_symmetries as symmetry_cases
 from tests.symmetries._case import CASES, Case
 from tests.symmetries._cases import CASES as ALL
 from tests.symmetries._labels import label
@@ -102,6 +103,10 @@ KEEPING = {
     },
     4: {"hsdp": lambda m: fsdp2(m, 2, 2)},
 }
+SYMMETRIC = {
+    2: {"fsdp2": ["pre_norm", "normalized_attention", "batch_norm"], "tp": ["pre_norm", "gated"], "fsdp1": ["gated"]},
+    4: {"hsdp": ["pre_norm"]},
+}
 
 
 def built(name: str, rank: int) -> Case:
@@ -137,6 +142,25 @@ def asked(name: str, rank: int, spread: Callable[[nn.Module], nn.Module], alike:
         "kept": kept,
         "shares": shares,
     }
+
+
+def found_symmetries(spread: Callable[[nn.Module], nn.Module], names: list[str]) -> dict[str, Any]:
+    """All scaling symmetries of some architectures, spread and of a copy on one device; and whether bits are kept."""
+    found = {}
+    for name in names:
+        parts = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            labelled = getattr(symmetry_cases, name)()
+            parts.append(labelled.model.train())
+        alone, module = parts[0], spread(parts[1])
+        before = bits(module)
+        how: dict[str, Any] = {"forward": symmetry_cases.log_loss, "progress": False}
+        mine, one = (find_symmetries(m, labelled.batch, **how) for m in (module, alone))
+        kept = all(torch.equal(before[key], t) for key, t in bits(module).items())
+        content = [{**s.to_dict(), "smallest": 0, "largest": 0, "certificate": 0} for s in (mine, one)]
+        found[name] = {"equal": content[0] == content[1], "kept": kept, "count": len(mine.basis)}
+    return found
 
 
 class Keeping(nn.Module):
@@ -217,6 +241,9 @@ def work(rank: int, world: int, folder: str) -> None:
     found: dict[str, Any] = {"kept": {}}
     for strategy, (names, spread) in STRATEGIES[world].items():
         found[strategy] = {name: asked(name, rank, spread, alike="same" in strategy) for name in names}
+    found["symmetries"] = {
+        strategy: found_symmetries(KEEPING[world][strategy], names) for strategy, names in SYMMETRIC[world].items()
+    }
     for strategy, spread in KEEPING[world].items():
         for raises in (False, True):
             found["kept"][f"{strategy}, {'raises' if raises else 'passes'}"] = keeps(spread, raises)

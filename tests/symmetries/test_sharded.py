@@ -76,3 +76,14 @@ def test_nothing_is_left_of_it(world: int, strategy: str, raises: bool) -> None:
         assert ("in the middle" in kept["why"]) == raises
         assert kept["labels"].get("first.weight") == (None if raises else "layer")
         assert all(kept[what] for what in ("bits", "states", "gradients", "step")), kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world, strategies", [(2, ["fsdp2", "tp", "fsdp1"]), (4, ["hsdp"])])
+def test_symmetries_are_those_of_one_device(world: int, strategies: list[str]) -> None:
+    """The same basis, in the same order, with the same blocks; nothing is left of the points in the weights."""
+    for results in found(world):
+        assert [*results["symmetries"]] == strategies
+        for strategy in strategies:
+            for name, result in results["symmetries"][strategy].items():
+                assert result["equal"] and result["kept"] and result["count"], (strategy, name)
