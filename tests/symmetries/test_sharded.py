@@ -86,4 +86,6 @@ def test_symmetries_are_those_of_one_device(world: int, strategies: list[str]) -
         assert [*results["symmetries"]] == strategies
         for strategy in strategies:
             for name, result in results["symmetries"][strategy].items():
-                assert result["equal"] and result["kept"] and result["count"], (strategy, name)
+                assert result["equal"], (strategy, name)
+                assert result["kept"], (strategy, name)
+                assert result["count"], (strategy, name)
