@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         if kind.layer_norm:
             self.position = nn.Embedding(LENGTH, width)
         self.blocks = nn.ModuleList(Block(kind, width) for _ in range(depth))
-        self.last = norm_of(kind, width)
+        self.norm = norm_of(kind, width)  # of the stream at its end; in BERT of the embeddings
         self.head = nn.Linear(width, words, bias=kind.image)
         if kind.tied:
             self.head.weight = self.embed.weight
@@ -112,9 +112,12 @@ class Transformer(nn.Module):
             x = self.embed(x)
         if self.kind.layer_norm:
             x = x + self.position.weight[: x.shape[1]]
+        if self.kind.after:
+            x = self.norm(x)
         for block in self.blocks:
             x = block(x)
-        x = self.last(x)
+        if not self.kind.after:
+            x = self.norm(x)
         return self.head(x[:, 0] if self.kind.image else x)
 
 
