@@ -15,6 +15,7 @@ import torch
 from lightning_normreg import cli
 from lightning_normreg._metrics import markdown_table
 from lightning_normreg.cli._plot import make_parser
+from tests.benchmarks import decay_table
 from tests.cli.conftest import USERS_MODULE
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +150,12 @@ def test_the_table_of_curves_is_the_one_in_the_code() -> None:
     assert markdown_table() in (DOCS / "curves.md").read_text()
 
 
+@pytest.mark.slow
+def test_the_table_of_decay_is_what_its_command_prints() -> None:
+    """docs/decay.md holds the table that was computed."""
+    assert decay_table.markdown() in (DOCS / "decay.md").read_text()
+
+
 @pytest.mark.parametrize("page", FEATURES)
 def test_cards_are_complete(page: str) -> None:
     """Each feature has a card, and every card has the same rows."""
@@ -176,12 +183,12 @@ def slug(heading: str) -> str:
 
 
 def test_every_picture_has_a_source() -> None:
-    """They are those of docs/pictures.py, two of the experiment, and a shot by tests/pictures.
+    """They are those of docs/pictures.py, two of the experiment, one beside a table, and a shot by tests/pictures.
 
     All are shown, and small.
     """
     names = {path.name for path in (DOCS / "images").iterdir()}
-    others = {"tensorboard.png", "experiment_error.png", "experiment_time.png"}
+    others = {"decay.png", "tensorboard.png", "experiment_error.png", "experiment_time.png"}
     assert names == others | {f"{name}.png" for name in pictures().PICTURES}
     text = "\n".join(page.read_text() for page in PAGES)
     assert {name for name in names if f"images/{name}" not in text} == set()

@@ -25,7 +25,9 @@ class DecayFreeLR(LRScheduler):
     their gradients no longer fit into float32.
 
     To be stepped after every optimizer step (in Lightning ``"interval": "step"``). Every weight needs a gradient in
-    every step, and those with decay must be scale-invariant: for others the conversion is another recipe.
+    every step, and those with decay must be scale-invariant: each alone, or all tensors of a set together, with the
+    same learning rate times decay (:func:`reduce_decay` then calls each of them ``"schedule"``). For others the
+    conversion is another recipe; it is not looked for.
 
     Args:
         optimizer: torch's SGD without Nesterov, AdamW, Adam or NAdam with decoupled decay, Muon, or Lion.

@@ -158,7 +158,7 @@ def sentences(rows: list[SummaryRow], verdict: Verdict, steps_per_epoch: float, 
         rest = [r.parameter for r in known if not r.invariant]
         percent = "more than 99%" if rest and share > 0.995 else f"{share:.0%}"
         found = [f"{percent} of what you decay is scale-invariant: there decay only sets the learning rate."]
-        found += [f"It really regularizes {listed(rest, 5)}."] if rest else []
+        found += [f"What it does to {listed(rest, 5)}, `reduce_decay` says."] if rest else []
     found += [f"Of {listed(unknown, 5)} it is not known yet."] if verdict and unknown else []
     for lr, decay in sorted({(r.lr, r.weight_decay) for r in decayed if r.lr > 0}):
         steps = 1 / (lr * decay)

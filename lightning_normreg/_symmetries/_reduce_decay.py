@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lightning_normreg._symmetries._symmetry import Symmetries
 from lightning_normreg._weights import listed
@@ -25,11 +26,15 @@ class ReducedDecay:
         growth: Name → g: after t steps the tensor is :math:`e^{gt}` times that of the given recipe.
         labels: Name → what its own decay does: ``"schedule"``: nothing is left of it but a learning-rate schedule;
             ``"acts through …"``: it is decay of these; ``"acts itself"``; ``"not decayed"``.
+        removable: Decayed tensors whose penalty is removable in the limit: a symmetry shrinks them and lets no other
+            decayed tensor grow, so that it can be made as small as one likes without a change of the function, mostly
+            as gains that are not decayed grow. That is about the penalty, not about training, which is finite.
     """
 
     rates: Mapping[str, float]
     growth: Mapping[str, float]
     labels: Mapping[str, str]
+    removable: frozenset[str]
 
     def lr_factors(self, step: int, exponent: int) -> dict[str, float]:
         r"""By what the learning rates of the given recipe are multiplied in a step of this one.
@@ -61,8 +66,9 @@ def reduce_decay(symmetries: Symmetries, rates: Mapping[str, float]) -> ReducedD
 
     .. math:: \min_y\sum_i p_i\,|\rho_i-\sum_k y_k c_{ki}|
 
-    with small p for gains. Exact for negligible eps, constant rates, and plain decay: decoupled, or SGD's. It says
-    nothing about runs in which tensors that may grow without end have not had the time.
+    with p = 0.01 for gains, 0.1 for shifts and biases, and 1 for the rest. This cost is least, not the number of
+    tensors: gain and shift are two in place of one matrix that reads them. Exact for negligible eps, constant rates,
+    and decay that is decoupled, or SGD's without momentum.
 
     Args:
         symmetries: From :func:`find_symmetries`.
@@ -93,8 +99,6 @@ def reduce_decay(symmetries: Symmetries, rates: Mapping[str, float]) -> ReducedD
         Derived here; van Laarhoven 2017, https://arxiv.org/abs/1706.05350, has the case of single weights, and its
         closing remark, that only the last gain is regularized.
     """
-    from scipy.optimize import linprog  # noqa: PLC0415  it takes half a second to import
-
     names = symmetries.tensors
     known = {_whole(name) for name in (*names, *symmetries.inert)}
     for name, rate in rates.items():
@@ -108,21 +112,11 @@ def reduce_decay(symmetries: Symmetries, rates: Mapping[str, float]) -> ReducedD
     fixed = torch.tensor([name.startswith("1 + ") for name in names])
     cost = [1e3 if one else _COST.get(symmetries.roles[n], 1.0) for n, one in zip(names, fixed.tolist(), strict=True)]
     exponents, free = symmetries.matrix(), given.masked_fill(fixed, 0.0)
+    moved = _moved(exponents, free, cost)
     n, d = exponents.shape
-    left, moved = free, torch.zeros(d, dtype=torch.float64)
     scale = float(free.max()) if n else 0.0
-    if d and scale > 0:
-        identity = torch.eye(n, dtype=torch.float64)
-        solved = linprog(
-            [0.0] * d + cost * 2,
-            A_eq=torch.cat([exponents, identity, -identity], dim=1).numpy(),
-            b_eq=(free / scale).numpy(),
-            bounds=[(None, None)] * d + [(0, None)] * (2 * n),
-            method="highs",
-        )
-        moved = torch.from_numpy(solved.x[:d]) * scale
-        left = free - exponents @ moved
-        left = torch.where(left.abs() < _ZERO * scale, 0.0, left)
+    left = free - exponents @ moved
+    left = torch.where(left.abs() < _ZERO * scale, 0.0, left)
     growth = free - left
     rest = torch.where(fixed, given, left)
     labels = {}
@@ -132,7 +126,56 @@ def reduce_decay(symmetries: Symmetries, rates: Mapping[str, float]) -> ReducedD
         through = f"acts through {listed([names[j] for j in others], 4)}" if others else "schedule"
         labels[name] = "not decayed" if given[i] == 0 else "acts itself" if rest[i] != 0 else through
     taken = dict(zip(names, (-torch.expm1(-rest)).tolist(), strict=True))
-    return ReducedDecay(taken, dict(zip(names, growth.tolist(), strict=True)), labels)
+    removable = _removable(exponents, given > 0, fixed)
+    return ReducedDecay(
+        rates=taken,
+        growth=dict(zip(names, growth.tolist(), strict=True)),
+        labels=labels,
+        removable=frozenset(name for name, is_so in zip(names, removable, strict=True) if is_so),
+    )
+
+
+def _moved(exponents: Tensor, free: Tensor, cost: list[float]) -> Tensor:
+    """How much of each symmetry is taken off, so that the rest costs least."""
+    from scipy.optimize import linprog  # noqa: PLC0415  it takes half a second to import
+
+    n, d = exponents.shape
+    scale = float(free.max()) if n else 0.0
+    if not d or scale == 0:
+        return torch.zeros(d, dtype=torch.float64)
+    identity = torch.eye(n, dtype=torch.float64)
+    solved = linprog(
+        [0.0] * d + cost * 2,
+        A_eq=torch.cat([exponents, identity, -identity], dim=1).numpy(),
+        b_eq=(free / scale).numpy(),
+        bounds=[(None, None)] * d + [(0, None)] * (2 * n),
+        method="highs",
+    )
+    return torch.from_numpy(solved.x[:d]) * scale
+
+
+def _removable(exponents: Tensor, decayed: Tensor, fixed: Tensor) -> list[bool]:
+    """Whether a symmetry shrinks each, and lets no decayed one grow. Such symmetries add up, so one program finds all.
+
+    Decay draws a gain of the form 1 + γ to 1, so its penalty need not fall as 1 + γ does: where decayed, it stays.
+    """
+    from scipy.optimize import linprog  # noqa: PLC0415  it takes half a second to import
+
+    n, d = exponents.shape
+    own = decayed & ~fixed
+    if not d or not own.any():
+        return [False] * n
+    # At most 1 of each counts, and no more than its exponent, which is at least 0.
+    solved = linprog(
+        [0.0] * d + [-1.0] * n,
+        A_ub=torch.cat([-exponents, torch.eye(n, dtype=torch.float64)], dim=1)[own].numpy(),
+        b_ub=[0.0] * int(own.sum()),
+        A_eq=torch.nn.functional.pad(exponents[decayed & fixed], (0, n)).numpy(),
+        b_eq=[0.0] * int((decayed & fixed).sum()),
+        bounds=[(None, None)] * d + [(0, 1 if one else 0) for one in own.tolist()],
+        method="highs",
+    )
+    return [bool(share > 0.5) for share in solved.x[d:]]
 
 
 def _whole(name: str) -> str:

@@ -176,7 +176,8 @@ function, not only on the learning rate.'
             return f"No parameter is known to be scale-invariant by itself ({rest} {are} not{open_})."
         return (
             f"No parameter is scale-invariant by itself ({rest} {are} not, {inert} "
-            f"{_do(inert)} not reach the loss): here weight decay acts on the function, not only on the learning rate."
+            f"{_do(inert)} not reach the loss), but several may be together: `find_symmetries` finds them, and "
+            "`reduce_decay` says what weight decay does here."
         )
     return (
         f"{invariant} of {len(verdicts)} parameters {'has' if invariant == 1 else 'have'} scale-invariant units "

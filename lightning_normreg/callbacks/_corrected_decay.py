@@ -29,7 +29,8 @@ class CorrectedDecay(WeightCallback):
     The norm at which decay and updates balance is proportional to a power of η/λ (1/4 for SGD, 1/2 for AdamW), so under
     a learning-rate schedule it moves, far too slowly to keep up, and the effective learning rate at the end of training
     is not what the schedule says. With this correction the equilibrium norm stays put, and the schedule is that of the
-    rotation, to the first power. Weights that are not scale-invariant keep their decay: there it regularizes.
+    rotation, to the first power. Weights that are not scale-invariant keep their decay: there it may do more
+    (:func:`reduce_decay` says what).
 
     When it runs: between the closure of an optimizer's step (in Lightning the whole training step) and its arithmetic.
     Only then have the weights parameter groups of their own: your code, other hooks on the optimizer, schedulers and

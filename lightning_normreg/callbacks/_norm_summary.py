@@ -24,7 +24,7 @@ class NormSummary(StepCallback):
     """Prints one table before training: role, scale-invariant units, norm, radius and decay group of each parameter.
 
     Under it, in plain sentences: what share of the decayed weights is scale-invariant, so that decay only sets their
-    learning rate; which weights it really regularizes; the timescale of decay; whether gradients are clipped.
+    learning rate; on which weights it may do more; the timescale of decay; whether gradients are clipped.
 
     When it runs: once, just before the first optimizer step, when the model has been probed.
 

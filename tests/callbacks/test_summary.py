@@ -47,7 +47,7 @@ def test_rows_agree_with_norms_groups_and_units(capsys: pytest.CaptureFixture[st
     assert json.loads(json.dumps(found.rows()))
     printed = capsys.readouterr().out
     assert printed.count("Before training") == 1
-    assert "It really regularizes head.weight." in " ".join(printed.split())
+    assert "What it does to head.weight, `reduce_decay` says." in " ".join(printed.split())
 
 
 def test_sentences_have_the_right_numbers() -> None:
@@ -57,7 +57,7 @@ def test_sentences_have_the_right_numbers() -> None:
     assert found.sentences() == [
         f"{invariant / (invariant + rest):.0%} of what you decay is scale-invariant: there decay only sets the "
         "learning rate.",
-        "It really regularizes head.weight.",
+        "What it does to head.weight, `reduce_decay` says.",
         "At lr 0.01 and decay 0.1 it acts over 1/(lr·decay) = 1e+03 steps, 333 epochs.",
         "Gradients are clipped at 0.5: where that is active, a step no longer grows with them.",
     ]
