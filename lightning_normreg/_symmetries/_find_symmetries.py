@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_normreg._symmetries._call import Loss, PrivateCall, check_callable
 from lightning_normreg._symmetries._columns import LIVE, Column, chosen, columns_of, euler_products
-from lightning_normreg._symmetries._layers import Layers, kinds_of
+from lightning_normreg._symmetries._layers import Layers, kind_of, kinds_of
 from lightning_normreg._symmetries._losses import ProbeError
 from lightning_normreg._symmetries._setup import Setup
 from lightning_normreg._symmetries._spaces import null_space, readable_basis
@@ -91,7 +91,7 @@ def find_symmetries(
     space = null_space(products[:, live], sizes[live], call.dtype)
     kept = [kind for kind, flag in zip(kinds, live, strict=True) if flag]
     try:
-        vectors = readable_basis(space.basis)
+        vectors = readable_basis(space.basis, [*map(kind_of, kept)])
     except ArithmeticError as error:
         raise ProbeError(f"The scaling symmetries could not be written in integers: {error}.") from error
     found = [

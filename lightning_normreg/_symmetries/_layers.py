@@ -16,11 +16,16 @@ _ALONE = 1e-7
 roundoff leaves 1e-14, and what is none is above 1e-3."""
 
 
+def kind_of(column: Column) -> object:
+    """The same for columns that are the same but for numbers in their names."""
+    return _NUMBER.sub("*", column.parameter), column.part, column.with_one
+
+
 def kinds_of(columns: Sequence[Column], shapes: Mapping[str, torch.Size]) -> list[list[int]]:
     """Places of columns that are the same but for numbers in their names."""
     groups: dict[object, list[int]] = {}
     for place, column in enumerate(columns):
-        key = _NUMBER.sub("*", column.parameter), column.part, column.with_one, shapes[column.parameter]
+        key = kind_of(column), shapes[column.parameter]
         groups.setdefault(key, []).append(place)
     return list(groups.values())
 

@@ -45,9 +45,9 @@ def resnet() -> Labelled:
 
     Every convolution is in front of a BatchNorm: units. Inside a block gain and shift of the first BatchNorm go
     through ReLU and a convolution into the second, which takes the factor away: sets. What is added to the stream of a
-    stage has to have one factor, which ReLU after the sum hands on. Readers of the first stage's stream are convolutions
-    in front of a BatchNorm (that of the identity's block, those of the next block and of its shortcut): who writes to it,
-    the stem's BatchNorm and the last of the block, is one set. The second stage is read by the head: a pair.
+    stage has to have one factor, which ReLU after the sum hands on. The first stage's stream is read by convolutions in
+    front of a BatchNorm (that of its block, those of the next block and of its shortcut): who writes to it, the stem's
+    BatchNorm and the last of the block, is one set. The second stage is read by the head: a pair.
     """
     model = nn.Sequential(
         conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), _After(4, 4), _After(4, 8), _After(8, 8),
@@ -128,30 +128,30 @@ class _ConvNeXt(nn.Module):
 
 @case
 def convnext() -> Labelled:
-    """Two stages of one block each, with a LayerNorm and a convolution with stride between them.
+    """Two stages, of one block and of two, with a LayerNorm and a convolution with stride between them.
 
     In front of a LayerNorm a convolution and its bias are a set: stem, depthwise. Behind it gain and shift are read by
     the layer up, whose bias stays, as GELU comes next; the layer down with its bias goes against the scale of the
-    branch. Who writes to the stream (the stem's norm or the convolution with stride, and the scale) is read by a
-    LayerNorm at the end of the stage, which takes any factor, and by the depthwise convolution, whose bias does not have
-    it: so its weight goes the other way. The norm at the end of the stage is read by the next convolution, the last one
-    by the head.
+    branch. Who writes to the stream (the stem's norm or the convolution with stride, and the scales) is read by a
+    LayerNorm at the end of the stage, which takes any factor, and by depthwise convolutions, whose biases do not have
+    it: so their weights go the other way (or their biases the same, which is no shorter). The norm at the end of the
+    stage is read by the next convolution, the last one by the head.
     """
     model = nn.Sequential(
         nn.Conv2d(3, 4, 2, stride=2), _Channels(4), _ConvNeXt(4), _Channels(4), nn.Conv2d(4, 8, 2, stride=2),
-        _ConvNeXt(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 3),
+        _ConvNeXt(8), _ConvNeXt(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 3),
     )  # fmt: skip
     return Labelled(
         model,
         torch.randn(6, 3, 8, 8),
         ("set", "0.weight 0.bias"),
-        *(("set", f"{i}.depthwise.weight {i}.depthwise.bias") for i in (2, 5)),
-        *(("pair", f"{i}.norm.weight {i}.norm.bias {i}.up.weight^-1") for i in (2, 5)),
-        *(("pair", f"{i}.down.weight {i}.down.bias {i}.scale^-1") for i in (2, 5)),
+        *(("set", f"{i}.depthwise.weight {i}.depthwise.bias") for i in (2, 5, 6)),
+        *(("pair", f"{i}.norm.weight {i}.norm.bias {i}.up.weight^-1") for i in (2, 5, 6)),
+        *(("pair", f"{i}.down.weight {i}.down.bias {i}.scale^-1") for i in (2, 5, 6)),
         ("pair", "1.weight 1.bias 2.scale 2.depthwise.weight^-1"),
         ("pair", "3.weight 3.bias 4.weight^-1"),
-        ("pair", "4.weight 4.bias 5.scale 5.depthwise.weight^-1"),
-        ("pair", "8.weight 8.bias 9.weight^-1"),
+        ("pair", "4.weight 4.bias 5.scale 5.depthwise.weight^-1 6.scale 6.depthwise.weight^-1"),
+        ("pair", "9.weight 9.bias 10.weight^-1"),
     )
 
 
@@ -183,9 +183,7 @@ class _Standardized(nn.Conv2d):
 def standardized(*, gain: bool) -> nn.Module:
     """Two convolutions, without normalization of what goes through them."""
     first, second = _Standardized(3, 4, gain=gain), _Standardized(4, 6, gain=gain)
-    return nn.Sequential(
-        first, nn.ReLU(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
-    )
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
 
 
 @case
@@ -241,7 +239,7 @@ def gan() -> Labelled:
 
 @case
 def group_norm() -> Labelled:
-    """GroupNorm takes the mean of several channels, so a bias in front of it does not vanish: it is a set with its weight.
+    """GroupNorm takes the mean of several channels, so a bias in front of it stays: it is a set with its weight.
 
     Gain and shift go through ReLU and the largest of a window, both of which hand a factor on, and are undone in the
     next weight; its bias comes after that.

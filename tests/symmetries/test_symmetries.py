@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from lightning_normreg import Symmetries, find_symmetries
 from tests.symmetries import _symmetry_cases_pictures as _symmetry_cases_pictures
 from tests.symmetries import _symmetry_cases_sequences as _symmetry_cases_sequences
-from tests.symmetries._symmetry_cases import CASES, Labelled, batch_norm, fused_attention, log_loss, pre_norm, relu, vectors
+from tests.symmetries._symmetry_cases import (
+    CASES,
+    Labelled,
+    batch_norm,
+    fused_attention,
+    log_loss,
+    pre_norm,
+    relu,
+    vectors,
+)
 
 Basis = set[tuple[str, frozenset[tuple[str, int]]]]
 
@@ -156,7 +165,37 @@ DIMENSIONS = {
     "gpt2": 4 * 2 + 1,
     # The same with the patch embedding, places and class token among the writers, and a head of its own.
     "vit": 4 * 2 + 2,
+    # As without the tie, but the stream's writers and the last gain have only each other.
+    "llama_tied": 5 * 2 + 1,
+    # Per layer of two: query against key, value against output (each with the biases that it has), and for each of two
+    # norms a gain and shift that come out of it and have to be in the branch that is added before the next. Once: word,
+    # place and type embeddings, of which words are the head, against the gain and shift in front of that; and the last
+    # layer's gain and shift with the transform of the head.
+    "bert": 4 * 2 + 2,
+    # Per layer of the encoder: q/k, v/o, a gain with q, k, v, wi/wo (ReLU), another gain with wi. Per layer of the
+    # decoder the same, and for the cross attention q/k, v/o, a gain with q. Once: the encoder's last gain with keys and
+    # values of all cross attentions; and the writers of both streams, which the embedding ties together and to the head,
+    # against the decoder's last gain. Tables of positions are added to scores and stay.
+    "t5": 5 * 2 + 8 * 2 + 2,
+    # v, o, up and down alone, in front of the norm at the end of their branch; q/k; the gain with q and k (v does not
+    # mind), another with the gate. Once: the embedding, which is the head, and the gains after branches against the
+    # last. All gains are 1 + γ.
+    "gemma2": 7 * 2 + 1,
+    # q and k are alone, too, with gains of their own that are a pair, so the gain in front of q, k and v is alone.
+    "gemma3": 9 * 2 + 1,
+    # q, k, v, o, up, down alone; the gains of q and k. Nothing is normalized before it is read: once, the embedding and
+    # the gains after branches against all gates; and the last gain with the head.
+    "olmo2": 7 * 2 + 2,
 }
+"""What is fused counts apart: so GPT-2's thirds of qkv have the nine symmetries of q, k and v apart."""
+
+UNITS = {
+    "qwen3": "q_proj k_proj",
+    "gemma2": "v_proj o_proj up_proj down_proj",
+    "gemma3": "q_proj k_proj v_proj o_proj up_proj down_proj input_layernorm",
+    "olmo2": "q_proj k_proj v_proj o_proj up_proj down_proj",
+}
+"""Which layers are alone, by the same reasons."""
 
 
 @pytest.mark.parametrize("name", DIMENSIONS)
@@ -172,12 +211,11 @@ def test_models_of_transformers(name: str) -> None:
     assert together.passes < symmetries.passes
     assert {s.kind for s in symmetries.basis} <= {"unit", "set", "pair"}
     sets = [s for s in symmetries.basis if s.kind == "set"]
-    if name in ("llama", "qwen3"):
-        (writers,) = sets
-        parts = {n.split(".")[-2] for n in writers.exponents}
+    if name in ("llama", "qwen3", "llama_tied"):
+        # Tied, the last gain is against them.
+        (writers,) = sets if name != "llama_tied" else [s for s in symmetries.basis if len(s.exponents) == 6]
+        parts = {n.split(".")[-2] for n, power in writers.exponents.items() if power > 0}
         assert parts == {"embed_tokens", "o_proj", "down_proj"}
-        assert len(writers.exponents) == 5
+        assert len(writers.exponents) == 5 + (name == "llama_tied")
     units = {n for s in symmetries.basis if s.kind == "unit" for n in s.exponents}
-    assert units == (
-        {n for n in symmetries.tensors if n.endswith(("q_proj.weight", "k_proj.weight"))} if name == "qwen3" else set()
-    )
+    assert units == {n for n in symmetries.tensors if n.split(".")[-2] in UNITS.get(name, "").split()}
