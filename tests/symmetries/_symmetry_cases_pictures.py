@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.symmetries._symmetry_cases import Labelled, case, vectors
+from tests.symmetries._symmetry_case import Labelled, case, vectors
 
 
 def pictures() -> Tensor:

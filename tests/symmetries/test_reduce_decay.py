@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normreg import ReducedDecay, find_symmetries, reduce_decay
-from tests.symmetries._symmetry_cases import Attention, OnePlusNorm, Residual, chain, log_loss, sequences, vectors
+from tests.symmetries._symmetry_case import log_loss, vectors
+from tests.symmetries._symmetry_cases import Attention, OnePlusNorm, Residual, chain, sequences
 
 STEPS, LR, DECAY = 60, 0.02, 0.5
 Numbers = Mapping[str, float]
