@@ -17,7 +17,7 @@ from lightning_normreg._symmetries._certificate import relative_change, scaled
 from lightning_normreg._symmetries._columns import Column, Measured, blocks_of, chosen, columns_of, gains_of
 from lightning_normreg._symmetries._euler import Draw
 from lightning_normreg._symmetries._in_place import InPlaceCall
-from lightning_normreg._symmetries._layers import MARGIN, Layers, kinds_of
+from lightning_normreg._symmetries._layers import MARGIN, Layers, kind_of, kinds_of
 from lightning_normreg._symmetries._losses import ProbeError
 from lightning_normreg._symmetries._probe import MOMENT, TYPES, ProbeType, check_type, is_first_rank
 from lightning_normreg._symmetries._setup import Setup
@@ -181,7 +181,7 @@ def _solved(setup: Setup, measured: Measured, columns: list[Column], groups: lis
         space = null_space(products[:, live], sizes[live], setup.limits)
         kept = [kind for kind, flag in zip(kinds, live, strict=True) if flag]
         found = []
-        for kind, vector in readable_basis(rational(space.basis, setup.limits)):
+        for kind, vector in readable_basis(rational(space.basis, setup.limits), [*map(kind_of, kept)]):
             exponents = {column: power for column, power in zip(kept, vector.tolist(), strict=True) if power}
             found += [(kind, part) for part in all_layers.parted(exponents)]
         first = {column.parameter: place for place, column in reversed([*enumerate(columns)])}

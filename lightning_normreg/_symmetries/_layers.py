@@ -17,11 +17,16 @@ MARGIN = 12
 """Points beyond the number of columns: that a tensor looks like a symmetry by accident has no chance then."""
 
 
+def kind_of(column: Column) -> object:
+    """The same for columns that are the same but for numbers in their names."""
+    return _NUMBER.sub("*", column.parameter), column.part, column.with_one
+
+
 def kinds_of(columns: Sequence[Column], shapes: Mapping[str, torch.Size]) -> list[list[int]]:
     """Places of columns that are the same but for numbers in their names."""
     groups: dict[object, list[int]] = {}
     for place, column in enumerate(columns):
-        key = _NUMBER.sub("*", column.parameter), column.part, column.with_one, shapes[column.parameter]
+        key = kind_of(column), shapes[column.parameter]
         groups.setdefault(key, []).append(place)
     return list(groups.values())
 
@@ -80,7 +85,9 @@ class Layers:
             space = null_space(products[:, window], sizes[window], self._limits)
             if space.basis.shape[1] <= here:
                 continue
-            for kind, vector in readable_basis(rational(space.basis, self._limits)):
+            for kind, vector in readable_basis(
+                rational(space.basis, self._limits), [kind_of(columns[i]) for i in window]
+            ):
                 exponents = {columns[window[i]]: int(e) for i, e in enumerate(vector.tolist()) if e}
                 whole = _vector(exponents, places)
                 if is_new(whole, known):

@@ -82,7 +82,7 @@ def rational(basis: Tensor, limits: Thresholds) -> Tensor:
     return orthonormal
 
 
-def readable_basis(basis: Tensor) -> list[tuple[SymmetryKind, Tensor]]:
+def readable_basis(basis: Tensor, kinds: Sequence[object]) -> list[tuple[SymmetryKind, Tensor]]:
     """Integer exponents that span the same space: units, then sets, then pairs, then the rest.
 
     A unit is one tensor. A set has no negative exponent; of two tensors that may stand for each other (v and o) it has
@@ -91,6 +91,7 @@ def readable_basis(basis: Tensor) -> list[tuple[SymmetryKind, Tensor]]:
 
     Args:
         basis: Any basis, as columns, of tensors in the order in which they are used.
+        kinds: Of each tensor; those of one kind get the same exponent where there is a choice.
 
     Raises:
         ArithmeticError: If the space has no basis of small integers.
@@ -106,25 +107,29 @@ def readable_basis(basis: Tensor) -> list[tuple[SymmetryKind, Tensor]]:
     more = (_sparsest(space, mixed=mixed, largest=_LARGEST) for mixed in (False, True))
     rows = (vector for row in _echelon(space) for vector in _integer(row))
     for candidates in (exact, *more, rows):
-        for vector in sorted(candidates, key=_length):
+        for vector in sorted(candidates, key=lambda vector: _length(vector, kinds)):
             if len(found) < dimension and is_new(vector, [v for _, v in found]):
                 found.append((_kind(vector), vector))
         if len(found) == dimension:
             break
     else:
         raise ArithmeticError(f"of {dimension} symmetries only {len(found)} have small integer exponents")
-    return sorted(found, key=lambda pair: get_args(SymmetryKind).index(pair[0]))
+    names = get_args(SymmetryKind)
+    return sorted(
+        found, key=lambda pair: (names.index(pair[0]), int(pair[1].count_nonzero()), int(pair[1].nonzero()[0]))
+    )
 
 
-def _length(vector: Tensor) -> tuple[int, ...]:
-    """What makes exponents hard to read: large ones, many; a pair of tensors that lie apart; a set of early ones.
+def _length(vector: Tensor, kinds: Sequence[object]) -> tuple[int, ...]:
+    """What makes exponents hard to read: large ones, many, of many kinds; tensors that lie apart in a pair; early ones.
 
     Of a pair and a set of equal length the pair is taken, of which several sets may be made.
     """
     places = vector.nonzero().flatten()
     is_set = not bool((vector < 0).any())
-    order = -int(places.sum()) if is_set else int(places[-1] - places[0])
-    return int(vector.abs().max()), len(places), int(is_set), int(vector.abs().sum()), order
+    alike = len({(kinds[i], int(vector[i])) for i in places.tolist()})
+    apart = 0 if is_set else int(places[-1] - places[0])
+    return int(vector.abs().max()), len(places), int(is_set), int(vector.abs().sum()), alike, apart, -int(places.sum())
 
 
 def _kind(vector: Tensor) -> SymmetryKind:
@@ -157,8 +162,8 @@ def _twos(space: Tensor) -> Iterator[Tensor]:
 def _sparsest(space: Tensor, *, mixed: bool, largest: int) -> Iterator[Tensor]:
     """For each tensor the exponents of least sum in which it has exponent 1: all at least 0, or of any sign.
 
-    Of equals later tensors are taken into sets, as the output of attention instead of its values, and nearer ones into
-    mixed vectors, as the tensors that read a gain.
+    Of equals later tensors are taken into sets, as the output of attention instead of its values, and into mixed ones
+    those that are used next, as the tensors that read a gain.
     """
     from scipy.optimize import linprog  # noqa: PLC0415  it takes half a second to import
 
@@ -167,7 +172,7 @@ def _sparsest(space: Tensor, *, mixed: bool, largest: int) -> Iterator[Tensor]:
     for i in range(n) if d else ():
         if float(space[i].abs().max()) < 1e-9:
             continue
-        far = (order - i).abs() if mixed else n - order
+        far = torch.where(order < i, n + i - order, order - i) if mixed else n - order
         cost = (1 + 1e-3 * far / n).tolist()
         # c = space · y = plus − minus
         blocks = [space, -torch.eye(n).double(), *([torch.eye(n).double()] if mixed else [])]

@@ -77,6 +77,11 @@ def llama() -> Pretrained:
     return Pretrained(hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)), words(), {})
 
 
+def llama_tied() -> Pretrained:
+    """The same with the embedding as head."""
+    return Pretrained(hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, tie_word_embeddings=True)), words(), {})
+
+
 def t5() -> Pretrained:
     """Pre-norm encoder and decoder, relative positions added to the scores."""
     config = hf.T5Config(

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from lightning_normreg import find_scale_invariance, find_symmetries, parameter_roles
 from lightning_normreg._symmetries import ProbeError
 from lightning_normreg._weights import local
-from tests.symmetries import test_symmetries as symmetry_cases
+from tests.symmetries import _symmetry_case
 from tests.symmetries._case import CASES, Case
 from tests.symmetries._cases import CASES as ALL
 from tests.symmetries._labels import label
@@ -151,11 +151,11 @@ def found_symmetries(spread: Callable[[nn.Module], nn.Module], names: list[str])
         parts = []
         for _ in range(2):
             torch.manual_seed(0)
-            labelled = getattr(symmetry_cases, name)()
+            labelled = _symmetry_case.CASES[name]()
             parts.append(labelled.model.train())
         alone, module = parts[0], spread(parts[1])
         before = bits(module)
-        how: dict[str, Any] = {"forward": symmetry_cases.log_loss, "progress": False}
+        how: dict[str, Any] = {"forward": _symmetry_case.log_loss, "progress": False}
         mine, one = (find_symmetries(m, labelled.batch, **how) for m in (module, alone))
         kept = all(torch.equal(before[key], t) for key, t in bits(module).items())
         content = [{**s.to_dict(), "smallest": 0, "largest": 0, "certificate": 0} for s in (mine, one)]

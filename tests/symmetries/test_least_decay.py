@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_normreg import find_symmetries, reduce_decay
 from lightning_normreg._symmetries._reduce_decay import _COST
 from tests.symmetries._small_models import batch_norm, everything, log_loss, matrices
-from tests.symmetries.test_symmetries import Attention, Residual, sequences, vectors
+from tests.symmetries._symmetry_case import vectors
+from tests.symmetries._symmetry_cases import Attention, Residual, sequences
 
 RATE = 1e-6
 """So small that 1 − r and exp(−r) are the same to six digits."""

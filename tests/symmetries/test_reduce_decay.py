@@ -23,7 +23,8 @@ from tests.symmetries._small_models import (
     trained,
     transformer,
 )
-from tests.symmetries.test_symmetries import Attention, OnePlusNorm, Residual, chain, sequences, vectors
+from tests.symmetries._symmetry_case import vectors
+from tests.symmetries._symmetry_cases import Attention, OnePlusNorm, Residual, chain, sequences
 
 STEPS, LR, DECAY = 60, 0.02, 0.5
 

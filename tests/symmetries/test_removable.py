@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_normreg import ReducedDecay, find_symmetries, reduce_decay
 from tests.symmetries._small_models import batch_norm, everything, log_loss, matrices
-from tests.symmetries.test_symmetries import OnePlusNorm, Residual, vectors
+from tests.symmetries._symmetry_case import vectors
+from tests.symmetries._symmetry_cases import OnePlusNorm, Residual
 
 
 def reduced(model: nn.Module, batch: Any, decayed: Any, loss: Any = log_loss) -> ReducedDecay:
