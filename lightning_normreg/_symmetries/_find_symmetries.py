@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from lightning_normreg._symmetries._certificate import relative_change, scaled
 from lightning_normreg._symmetries._columns import Column, Measured, blocks_of, chosen, columns_of, gains_of
 from lightning_normreg._symmetries._euler import Draw
 from lightning_normreg._symmetries._in_place import InPlaceCall
-from lightning_normreg._symmetries._layers import MARGIN, Layers, kind_of, kinds_of
+from lightning_normreg._symmetries._layers import Layers, LayersType, kind_of, plan_of
 from lightning_normreg._symmetries._losses import ProbeError
 from lightning_normreg._symmetries._probe import MOMENT, TYPES, ProbeType, check_type, is_first_rank
 from lightning_normreg._symmetries._setup import Setup
@@ -27,9 +27,6 @@ from lightning_normreg._symmetries._symmetry import Symmetries, Symmetry
 from lightning_normreg._weights import ParameterRole, is_sharded, named_roles, whole_shape
 
 KINDS = get_args(SymmetryKind)
-LayersType = Literal["auto", "apart", "together"]
-MOST = 60
-"""Passes from which on layers of one kind are taken together."""
 
 
 def find_symmetries(
@@ -56,8 +53,8 @@ def find_symmetries(
         module: In training mode. A LightningModule is asked for its own loss.
         batch: A few real samples.
         forward: ``forward(module, batch) -> loss`` for other modules.
-        layers: ``"apart"``: all symmetries that there are. ``"together"``, for deep models: tensors whose names and
-            shapes differ only by numbers are one kind; a symmetry of kinds is parted into one for each layer where that
+        layers: ``"apart"``: all symmetries that there are. ``"together"``, for deep models: tensors whose names differ
+            only by the number of a layer are one kind; a symmetry of kinds is parted into one for each layer where that
             holds alone, and those of neighbouring layers are looked for besides. What only joins layers that are
             further apart, and not all of a kind, is then not found. ``"auto"``: apart, up to 60 passes.
         dtype: ``"float64"``, ``"float32"``, or ``"auto"``: float64, and float32 where that fails.
@@ -127,19 +124,11 @@ def passes_needed(module: nn.Module, layers: LayersType = "auto") -> int:
     """How many passes :func:`find_symmetries` is going to take, if no tensor is fused."""
     named = [(name, p, role) for name, p, role in named_roles(module) if p.requires_grad]
     columns = [Column(name, name, None, one) for name, _, role in named for one in _forms(role)]
-    kinds = len(kinds_of(columns, {name: whole_shape(p) for name, p, _ in named}))
-    return _taken(len(columns), kinds, layers)[1] + MARGIN
+    return plan_of(columns, {name: whole_shape(p) for name, p, _ in named}, layers)[1]
 
 
 def _forms(role: ParameterRole) -> list[bool]:
     return [False, True] if role.role == "gamma" else [False]
-
-
-def _taken(apart: int, together: int, layers: LayersType) -> tuple[bool, int]:
-    """Whether layers are taken together, and how many columns there are then."""
-    if layers == "apart" or (layers == "auto" and apart + MARGIN <= MOST):
-        return False, apart
-    return True, together
 
 
 def _ask(setup: Setup, layers: LayersType, progress: bool) -> Symmetries:
@@ -148,21 +137,18 @@ def _ask(setup: Setup, layers: LayersType, progress: bool) -> Symmetries:
     setup.axes = {name: axes[:2] for name, axes in setup.axes.items()}
     drawn: list[Draw] = []
     plain = [Column(name, name, None, one) for name in order for one in _forms(setup.roles[name])]
-    together, count = _taken(len(plain), len(kinds_of(plain, setup.shapes)), layers)
+    groups, points = plan_of(plain, setup.shapes, layers)
     hidden = not (progress and is_first_rank())
-    with tqdm(desc="Scaling symmetries", total=count + MARGIN, delay=MOMENT, leave=False, disable=hidden) as bar:
-        while True:
-            setup.more_draws(count + MARGIN)
-            bar.total = setup.draws
-            while len(drawn) < setup.draws:
+    with tqdm(desc="Scaling symmetries", delay=MOMENT, leave=False, disable=hidden) as bar:
+        while points > len(drawn):
+            setup.more_draws(points)
+            bar.total = points
+            while len(drawn) < points:
                 drawn.append(setup.draw(len(drawn), gains))
                 bar.update()
             measured = Measured(drawn)
-            columns = columns_of(setup, measured, order)
-            groups = kinds_of(columns, setup.shapes) if together else [[place] for place in range(len(columns))]
-            if len(groups) <= count:
-                break
-            count = len(groups)
+            columns = columns_of(setup, measured, order)  # of fused tensors there are more
+            groups, points = plan_of(columns, setup.shapes, layers)
     return _solved(setup, measured, columns, groups)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from lightning_normreg._symmetries._spaces import SymmetryKind, is_new, null_spa
 from lightning_normreg._symmetries._thresholds import Thresholds
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+LayersType = Literal["auto", "apart", "together"]
+MOST = 60
+"""Passes from which on layers are taken together."""
 MARGIN = 12
 """Points beyond the number of columns: that a tensor looks like a symmetry by accident has no chance then."""
 
@@ -22,13 +26,47 @@ def kind_of(column: Column) -> object:
     return _NUMBER.sub("*", column.parameter), column.part, column.with_one
 
 
-def kinds_of(columns: Sequence[Column], shapes: Mapping[str, torch.Size]) -> list[list[int]]:
-    """Places of columns that are the same but for numbers in their names."""
+def plan_of(
+    columns: Sequence[Column], shapes: Mapping[str, torch.Size], layers: LayersType
+) -> tuple[list[list[int]], int]:
+    """Places of the columns that are taken together, and how many points that needs.
+
+    Of deep models all that is the same but for the first number in its name; where that is too much still, but for all
+    numbers. There are to be enough points for two neighbouring layers, too.
+    """
+    if layers == "apart" or (layers == "auto" and len(columns) + MARGIN <= MOST):
+        return [[place] for place, _ in enumerate(columns)], len(columns) + MARGIN
+    groups = _alike(columns, shapes, 1)
+    if len(groups) + MARGIN > MOST:
+        groups = _alike(columns, shapes, 0)
+    widest = max((len(w) for w in windows_of([c for c in columns if not c.with_one])), default=0)
+    return groups, MARGIN + max(len(groups), widest if widest + MARGIN <= MOST else 0)
+
+
+def _alike(columns: Sequence[Column], shapes: Mapping[str, torch.Size], numbers: int) -> list[list[int]]:
+    """Places of columns that are the same but for so many numbers in their names (0: all)."""
     groups: dict[object, list[int]] = {}
-    for place, column in enumerate(columns):
-        key = kind_of(column), shapes[column.parameter]
+    for place, c in enumerate(columns):
+        key = _NUMBER.sub("*", c.parameter, count=numbers), c.part, c.with_one, shapes[c.parameter]
         groups.setdefault(key, []).append(place)
     return list(groups.values())
+
+
+def windows_of(columns: Sequence[Column]) -> list[list[int]]:
+    """Places of what is in two neighbouring layers, or in none: for each layer and the next one, if there is one."""
+    layers: dict[str, dict[int, list[int]]] = {}
+    outside = []
+    for place, column in enumerate(columns):
+        number = _NUMBER.search(column.parameter)
+        if number is None:
+            outside.append(place)
+        else:
+            layers.setdefault(column.parameter[: number.start()], {}).setdefault(int(number.group()), []).append(place)
+    found = []
+    for numbers in layers.values():
+        ordered = [numbers[n] for n in sorted(numbers)]
+        found += [sorted([*outside, *a, *b]) for a, b in zip(ordered, [*ordered[1:], []], strict=True)]
+    return found
 
 
 class Layers:
@@ -76,7 +114,7 @@ class Layers:
         known = [_vector(exponents, places) for exponents in found]
         products, sizes = self._measured.of(columns)
         more: list[tuple[SymmetryKind, dict[Column, int]]] = []
-        for window in self._windows(columns):
+        for window in windows_of(columns):
             inside = torch.zeros(len(columns), dtype=torch.bool)
             inside[window] = True
             here = sum(1 for vector in known if not bool(vector[~inside].any()))
@@ -94,23 +132,6 @@ class Layers:
                     known.append(whole)
                     more.append((kind, exponents))
         return more
-
-    def _windows(self, columns: Sequence[Column]) -> list[list[int]]:
-        layers: dict[str, dict[int, list[int]]] = {}
-        outside = []
-        for place, column in enumerate(columns):
-            number = _NUMBER.search(column.parameter)
-            if number is None:
-                outside.append(place)
-            else:
-                layers.setdefault(column.parameter[: number.start()], {}).setdefault(int(number.group()), []).append(
-                    place
-                )
-        found = []
-        for numbers in layers.values():
-            ordered = [numbers[n] for n in sorted(numbers)]
-            found += [sorted([*outside, *a, *b]) for a, b in zip(ordered, [*ordered[1:], []], strict=True)]
-        return found
 
     def _split(self, kinds: list[tuple[list[Column], int]], place: int) -> list[dict[Column, int]]:
         numbers = [{_number(column, place) for column in members} for members, _ in kinds]

@@ -214,8 +214,9 @@ class _Latent(nn.Module):
 def latent_attention() -> Labelled:
     """As in DeepSeek: what is narrow is normalized, so the layers down are units.
 
-    Of the norm in front they take the factor away, too, and the part of the keys without a norm has to undo it alone.
-    Queries have one layer up for both parts, so both parts of the keys undo it. The norm of what is narrow is read by
+    Of the norm in front they take the factor away, too; only the part of the keys without a norm has it, and so have
+    the scores with that part of the queries: either undoes it, and that part of the queries is used first. Queries have
+    one layer up for both parts, whose rows go with one part of the keys each. The norm of what is narrow is read by
     keys and values.
     """
     return Labelled(
@@ -223,9 +224,10 @@ def latent_attention() -> Labelled:
         words(),
         ("unit", "1.attention.q_down.weight"),
         ("unit", "1.attention.kv_down.weight"),
-        ("pair", within("1.", "norm1.weight attention.k_turned.weight^-1")),
-        ("pair", within("1.attention.", "q_norm.weight q_up.weight^-1")),
-        ("pair", within("1.attention.", "q_up.weight k_up.weight^-1 k_turned.weight^-1")),
+        ("pair", within("1.", "norm1.weight attention.q_up.weight[4:8]^-1")),
+        ("pair", within("1.attention.", "q_norm.weight q_up.weight[0:4]^-1 q_up.weight[4:8]^-1")),
+        ("pair", within("1.attention.", "q_up.weight[0:4] k_up.weight^-1")),
+        ("pair", within("1.attention.", "q_up.weight[4:8] k_turned.weight^-1")),
         ("pair", within("1.attention.", "kv_norm.weight k_up.weight^-1 v_up.weight^-1")),
         ("pair", within("1.attention.", "v_up.weight o.weight^-1")),
         ("pair", within("1.mlp.", "up.weight down.weight^-1")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,14 +20,25 @@ from tests.symmetries._symmetry_cases import batch_norm, fused_attention, pre_no
 Basis = set[tuple[str, frozenset[tuple[str, int]]]]
 
 
-def found(model: nn.Module, batch: Any, loss: Callable[..., Tensor], seed: int = 0) -> Symmetries:
+# By type: largest singular value of a symmetry, smallest of what is none, largest change of the loss. Roundoff u of the
+# loss and its gradients comes out some 10 to 100 times larger; the gap is that of the facts, four orders at least.
+BOUNDS = {"float64": (1e-13, 1e-4, 1e-12), "float32": (1e-6, 1e-4, 1e-5)}
+
+
+def found(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[..., Tensor],
+    seed: int = 0,
+    dtype: Literal["float64", "float32"] = "float64",
+) -> Symmetries:
     """What is found, checked by what says by itself whether to believe it."""
     model.train()
-    symmetries = find_symmetries(model, batch, forward=loss, seed=seed, layers="apart")
-    # Roundoff against what the points make of it: the gap is that of the facts, seven orders at least.
-    assert symmetries.largest < 1e-13
-    assert symmetries.smallest > 1e-4
-    assert symmetries.certificate < 1e-12
+    symmetries = find_symmetries(model, batch, forward=loss, seed=seed, layers="apart", dtype=dtype, progress=False)
+    null, other, change = BOUNDS[dtype]
+    assert symmetries.largest < null
+    assert symmetries.smallest > other
+    assert symmetries.certificate < change
     return symmetries
 
 
@@ -36,13 +47,20 @@ def basis_of(symmetries: Symmetries) -> Basis:
     return {(s.kind, frozenset(s.exponents.items())) for s in symmetries.basis}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "seed, dtype",
+    [
+        (0, "float64"),
+        (0, "float32"),
+        *(pytest.param(seed, dtype, marks=pytest.mark.slow) for seed in (1, 2) for dtype in ("float64", "float32")),
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
-def test_bases_reasoned_by_hand(name: str, seed: int) -> None:
-    """Kinds, exponents and what is inert; for points of any seed."""
+def test_bases_reasoned_by_hand(name: str, seed: int, dtype: Literal["float64", "float32"]) -> None:
+    """Kinds, exponents and what is inert; for points of any seed, in both types."""
     torch.manual_seed(seed)
     labelled = CASES[name]()
-    symmetries = found(labelled.model, labelled.batch, labelled.loss, seed)
+    symmetries = found(labelled.model, labelled.batch, labelled.loss, seed, dtype)
     assert basis_of(symmetries) == labelled.basis
     assert symmetries.inert == labelled.inert
 
@@ -192,16 +210,6 @@ UNITS = {
 }
 """Which layers are alone, by the same reasons."""
 
-TOGETHER = {
-    # Three of them lead from a norm at the end of a layer, or of the embedding, to what comes next. By name they are
-    # not of one layer, so they are found as one.
-    "bert": 10 - 2,
-    # Layers are numbered in which parts are numbered, too, so all gains of a layer are one kind by name. Two in each
-    # layer of the encoder, and three in the decoder's, are found as one.
-    "t5": 28 - 2 * 1 - 2 * 2,
-}
-"""As many as there are when layers are taken together, where that is not all."""
-
 
 @pytest.mark.parametrize("name", DIMENSIONS)
 def test_models_of_transformers(name: str) -> None:
@@ -214,11 +222,9 @@ def test_models_of_transformers(name: str) -> None:
     together = find_symmetries(case.model, case.batch, forward=cases.own_loss, layers="together")
     assert together.passes < symmetries.passes
     assert together.tensors == symmetries.tensors
-    if name in TOGETHER:
-        assert len(together.basis) == TOGETHER[name]
-        both = torch.cat([symmetries.matrix(), together.matrix()], dim=1).double()
-        assert torch.linalg.matrix_rank(both) == DIMENSIONS[name]
-    else:
+    both = torch.cat([symmetries.matrix(), together.matrix()], dim=1)
+    assert torch.linalg.matrix_rank(both) == len(together.basis) == DIMENSIONS[name]
+    if name != "bert":  # where a chain of pairs, from norm to norm, may be told from either end
         assert basis_of(together) == basis_of(symmetries)
     assert {s.kind for s in symmetries.basis} <= {"unit", "set", "pair"}
     sets = [s for s in symmetries.basis if s.kind == "set"]
