@@ -160,8 +160,8 @@ def summarize(verdicts: Mapping[str, ScaleInvariance]) -> str:
     """Say in a sentence or two what share of the parameters is scale-invariant.
 
     >>> summarize({"weight": ScaleInvariance("none"), "bias": ScaleInvariance("inert")})
-    'No parameter is scale-invariant by itself (1 is not, 1 does not reach the loss): here weight decay acts on the \
-function, not only on the learning rate.'
+    'No parameter is scale-invariant by itself (1 is not, 1 does not reach the loss), but several may be together: \
+`find_symmetries` finds them, and `reduce_decay` says what weight decay does here.'
     >>> summarize({"conv.weight": ScaleInvariance("neuron", dim=0), "head.weight": ScaleInvariance("none")})
     '1 of 2 parameters has scale-invariant units (0 do not reach the loss).'
     """
