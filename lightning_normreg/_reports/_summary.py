@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from rich.table import Table
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
-from lightning_normreg._optimizers import update_rule
+from lightning_normreg._optimizers import UpdateRule, update_rule
+from lightning_normreg._symmetries import Symmetries, audit_decay
 from lightning_normreg._weights import (
     ParameterRole,
     ScaleInvariance,
@@ -27,6 +28,7 @@ from lightning_normreg.functional._norms import root_mean_square
 
 _WITHOUT_UNITS = ("none", "unknown", "inert")
 _COLUMNS = ("parameter", "shape", "role", "units", "eps share", "norm", "radius", "group", "decay", "optimizer")
+_OF_AUDIT = ("what decay does", "removable")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class SummaryRow:
     optimizer: str  # class of its optimizer
     size: int  # number of its entries
     invariant: bool  # whether its units are scale-invariant
+    decay_rate: float | None = 0.0  # share that decay takes off it per step; None where it acts through Adam's gradient
+    acts: str = ""  # what its decay does to the function, "" where symmetries are not known
+    removable: bool | None = None  # whether its penalty is removable in the limit; None where that is not known
 
     def cells(self) -> list[str]:
         shape = "×".join(map(str, self.shape))
@@ -98,9 +103,32 @@ def summary_rows(
                 optimizer=type(optimizer).__name__ if optimizer is not None and parameter.requires_grad else "",
                 size=whole_shape(parameter).numel(),
                 invariant=known is not None and known.is_invariant,
+                decay_rate=_decay_rate(rule, group, lr),
             )
         )
     return rows
+
+
+def _decay_rate(rule: UpdateRule | None, group: Mapping[str, Any], lr: Any) -> float | None:
+    decay = float(group.get("weight_decay", 0.0))
+    if not decay or rule is None:
+        return 0.0 if not decay else None
+    if rule.decay == "decoupled":
+        return float(lr) * decay
+    return float(lr) * decay * rule.momentum_gain(dict(group)) if rule.family == "sgd" else None
+
+
+def with_audit(rows: Sequence[SummaryRow], symmetries: Symmetries) -> tuple[list[SummaryRow], list[str]]:
+    """The rows with what decay does, and sentences about it."""
+    decayed = [row for row in rows if row.optimizer and row.weight_decay > 0]
+    rates = {row.parameter: row.decay_rate for row in decayed if row.decay_rate}
+    found = audit_decay(symmetries, rates, {row.parameter: row.lr for row in rows})
+    through = sorted({row.optimizer for row in decayed if row.decay_rate is None})
+    said = [f"What decay does through the gradient of {listed(through)} is not known here."] if through else []
+    return [
+        replace(row, acts=found.labels.get(row.parameter, ""), removable=found.removable.get(row.parameter))
+        for row in rows
+    ], [*found.sentences, *said]
 
 
 def units_in_words(known: ScaleInvariance | None) -> str:

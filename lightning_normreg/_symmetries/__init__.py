@@ -1,10 +1,15 @@
 """Finding what may be rescaled; README.md says in which order to read it."""
 
+from lightning_normreg._symmetries._audit import Audit as Audit
+from lightning_normreg._symmetries._audit import audit_decay as audit_decay
 from lightning_normreg._symmetries._biases import bias_candidates as bias_candidates
 from lightning_normreg._symmetries._call import OwnStep as OwnStep
 from lightning_normreg._symmetries._call import PrivateCall as PrivateCall
 from lightning_normreg._symmetries._call import check_callable as check_callable
 from lightning_normreg._symmetries._find_symmetries import find_symmetries as find_symmetries
+from lightning_normreg._symmetries._find_symmetries import find_symmetries_in_place as find_symmetries_in_place
+from lightning_normreg._symmetries._find_symmetries import passes_needed as passes_needed
+from lightning_normreg._symmetries._layers import MOST as MOST
 from lightning_normreg._symmetries._losses import NoLossError as NoLossError
 from lightning_normreg._symmetries._losses import ProbeError as ProbeError
 from lightning_normreg._symmetries._observed import Observed as Observed

@@ -100,7 +100,7 @@ def reduce_decay(symmetries: Symmetries, rates: Mapping[str, float]) -> ReducedD
         closing remark, that only the last gain is regularized.
     """
     names = symmetries.tensors
-    known = {_whole(name) for name in (*names, *symmetries.inert)}
+    known = {whole_name(name) for name in (*names, *symmetries.inert)}
     for name, rate in rates.items():
         if name not in known:
             raise ValueError(
@@ -108,7 +108,7 @@ def reduce_decay(symmetries: Symmetries, rates: Mapping[str, float]) -> ReducedD
             )
         if not 0 <= rate < 1:
             raise ValueError(f"`rates` must be learning rate times decay, in [0, 1), got {rate} for {name!r}.")
-    given = torch.tensor([-math.log1p(-rates.get(_whole(name), 0.0)) for name in names], dtype=torch.float64)
+    given = torch.tensor([-math.log1p(-rates.get(whole_name(name), 0.0)) for name in names], dtype=torch.float64)
     fixed = torch.tensor([name.startswith("1 + ") for name in names])
     cost = [1e3 if one else _COST.get(symmetries.roles[n], 1.0) for n, one in zip(names, fixed.tolist(), strict=True)]
     exponents, free = symmetries.matrix(), given.masked_fill(fixed, 0.0)
@@ -178,6 +178,6 @@ def _removable(exponents: Tensor, decayed: Tensor, fixed: Tensor) -> list[bool]:
     return [bool(share > 0.5) for share in solved.x[d:]]
 
 
-def _whole(name: str) -> str:
+def whole_name(name: str) -> str:
     """The parameter that a column is of, or part of."""
     return name.removeprefix("1 + ").partition("[")[0]
