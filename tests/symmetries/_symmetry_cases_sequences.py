@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from tests.symmetries._symmetry_case import Labelled, case, within
 from tests.symmetries._symmetry_cases_attention import (
-    PROJECTIONS,
     WIDTH,
     WORDS,
     _Attention,
@@ -65,46 +64,6 @@ def encoder_decoder() -> Labelled:
         ("pair", "norm4.weight mlp.up.weight^-1"),
         ("pair", "last.weight head.weight^-1"),
     )
-
-
-class _Relative(nn.Module):
-    """Two blocks with one table of relative positions, and the embedding as head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.table = nn.Embedding(WORDS, WIDTH), nn.Embedding(9, 2)
-        self.blocks = nn.ModuleList(_Block(nn.RMSNorm, _Attention(), _Plain(F.relu, bias=False)) for _ in range(2))
-        self.last = nn.RMSNorm(WIDTH)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x, places = self.embed(ids), torch.arange(ids.shape[1])
-        positions = self.table(places.unsqueeze(1) - places + 4).movedim(-1, 0)
-        for block in self.blocks:
-            x = x + block.attention(block.norm1(x), positions=positions)
-            x = x + block.mlp(block.norm2(x))
-        return self.last(x) @ self.embed.weight.T
-
-
-@case
-def relative_positions() -> Labelled:
-    """As the encoder of T5, with the embedding as head: scores are sums of products of q and k and of a table.
-
-    The products have to stay beside the table, which has no factor, and does not need one for q against k. As the
-    writers' factor is in the head, too, the last gain undoes it.
-    """
-    blocks = [
-        ("pair", within(f"blocks.{i}.", exponents))
-        for i in (0, 1)
-        for exponents in (
-            "attention.q.weight attention.k.weight^-1",
-            "attention.v.weight attention.o.weight^-1",
-            f"norm1.weight {PROJECTIONS}",
-            "mlp.up.weight mlp.down.weight^-1",
-            "norm2.weight mlp.up.weight^-1",
-        )
-    ]
-    writers = " ".join(within(f"blocks.{i}.", "attention.o.weight mlp.down.weight") for i in (0, 1))
-    return Labelled(_Relative(), words(), *blocks, ("pair", f"embed.weight {writers} last.weight^-1"))
 
 
 class _NormAfter(nn.Module):
