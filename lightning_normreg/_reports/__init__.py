@@ -14,3 +14,4 @@ from lightning_normreg._reports._summary import markdown_summary as markdown_sum
 from lightning_normreg._reports._summary import sentences as sentences
 from lightning_normreg._reports._summary import summary_rows as summary_rows
 from lightning_normreg._reports._summary import summary_table as summary_table
+from lightning_normreg._reports._summary import with_audit as with_audit

@@ -28,7 +28,6 @@ from lightning_normreg.functional._norms import root_mean_square
 
 _WITHOUT_UNITS = ("none", "unknown", "inert")
 _COLUMNS = ("parameter", "shape", "role", "units", "eps share", "norm", "radius", "group", "decay", "optimizer")
-_OF_AUDIT = ("what decay does", "removable")
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,15 @@ class SummaryRow:
     acts: str = ""  # what its decay does to the function, "" where symmetries are not known
     removable: bool | None = None  # whether its penalty is removable in the limit; None where that is not known
 
-    def cells(self) -> list[str]:
+    def cells(self, audited: bool = False) -> list[str]:
         shape = "×".join(map(str, self.shape))
         units = f"{self.units} ({self.evidence})" if self.evidence and self.units not in _WITHOUT_UNITS else self.units
         share = "" if self.eps_share is None else f"{self.eps_share:.1%}"
         radius = "" if self.radius is None else "not yet" if math.isnan(self.radius) else f"{self.radius:.4g}"
         decay = f"{self.weight_decay:g}" if self.optimizer else ""
         norm, optimizer = f"{self.norm:.4g}", self.optimizer or "frozen"
-        return [self.parameter, shape, self.role, units, share, norm, radius, self.group, decay, optimizer]
+        cells = [self.parameter, shape, self.role, units, share, norm, radius, self.group, decay, optimizer]
+        return [*cells, "acts through others" if "through" in self.acts else self.acts] if audited else cells
 
 
 def summary_rows(
@@ -151,26 +151,41 @@ def units_in_words(known: ScaleInvariance | None) -> str:
     return text if known.is_invariant else f"{text}, but {'for eps' if known.holds else 'no longer'}"
 
 
-def summary_table(rows: Iterable[SummaryRow]) -> Table:
+def summary_table(rows: Sequence[SummaryRow]) -> Table:
     table = Table(title="Before training")
-    for column in _COLUMNS:
+    columns, lines = _cells(rows)
+    for column in columns:
         side: Literal["right", "left"] = "right" if column in ("eps share", "norm", "radius", "decay") else "left"
         table.add_column(column, justify=side, overflow="fold")
-    for row in rows:
-        table.add_row(*row.cells())
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
-def markdown_summary(rows: Iterable[SummaryRow]) -> str:
+def markdown_summary(rows: Sequence[SummaryRow]) -> str:
     """The rows as a Markdown table, for loggers that take text."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + " --- |" * len(_COLUMNS)]
-    return "\n".join([*lines, *("| " + " | ".join(row.cells()) + " |" for row in rows)])
+    columns, cells = _cells(rows)
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(line) + " |" for line in cells)])
 
 
-def sentences(rows: list[SummaryRow], verdict: Verdict, steps_per_epoch: float, clipping: float | None) -> list[str]:
+def _cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
+    """What decay does has a column where it is known."""
+    audited = any(row.acts for row in rows)
+    return [*_COLUMNS, *(["what decay does"] if audited else [])], [row.cells(audited) for row in rows]
+
+
+def sentences(
+    rows: list[SummaryRow],
+    verdict: Verdict,
+    steps_per_epoch: float,
+    clipping: float | None,
+    audited: Sequence[str] = (),
+) -> list[str]:
     """What the table means, in plain sentences.
 
-    ``steps_per_epoch`` are the optimizers', inf if unknown; ``clipping`` is the Trainer's ``gradient_clip_val``.
+    ``steps_per_epoch`` are the optimizers', inf if unknown; ``clipping`` is the Trainer's ``gradient_clip_val``;
+    ``audited`` says what decay does beyond what is scale-invariant by itself.
     """
     decayed = [row for row in rows if row.weight_decay > 0 and row.optimizer and row.units != "inert"]
     unknown = [row.parameter for row in decayed if row.units == "unknown"]
@@ -186,7 +201,9 @@ def sentences(rows: list[SummaryRow], verdict: Verdict, steps_per_epoch: float, 
         rest = [r.parameter for r in known if not r.invariant]
         percent = "more than 99%" if rest and share > 0.995 else f"{share:.0%}"
         found = [f"{percent} of what you decay is scale-invariant: there decay only sets the learning rate."]
-        found += [f"What it does to {listed(rest, 5)}, `reduce_decay` says."] if rest else []
+        if rest and not audited:
+            found.append(f"What it does to {listed(rest, 5)}, `reduce_decay` says.")
+    found += audited
     found += [f"Of {listed(unknown, 5)} it is not known yet."] if verdict and unknown else []
     for lr, decay in sorted({(r.lr, r.weight_decay) for r in decayed if r.lr > 0}):
         steps = 1 / (lr * decay)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lightning_normreg._symmetries._reduce_decay import ReducedDecay, reduce_decay, whole_name
-from lightning_normreg._symmetries._symmetry import Symmetries
+from lightning_normreg._symmetries._reduce_decay import ReducedDecay, reduce_decay
+from lightning_normreg._symmetries._symmetry import Symmetries, whole_name
 from lightning_normreg._weights import listed
 
 _SMALL = 1e-6

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_normreg._symmetries._symmetry import Symmetries
+from lightning_normreg._symmetries._symmetry import Symmetries, whole_name
 from lightning_normreg._weights import listed
 
 _COST = {"gamma": 0.01, "beta": 0.1, "bias": 0.1}
@@ -176,8 +176,3 @@ def _removable(exponents: Tensor, decayed: Tensor, fixed: Tensor) -> list[bool]:
         method="highs",
     )
     return [bool(share > 0.5) for share in solved.x[d:]]
-
-
-def whole_name(name: str) -> str:
-    """The parameter that a column is of, or part of."""
-    return name.removeprefix("1 + ").partition("[")[0]

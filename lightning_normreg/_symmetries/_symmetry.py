@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -88,6 +88,15 @@ class Symmetries:
         columns = [[float(s.exponents.get(name, 0)) for name in self.tensors] for s in self.basis]
         return torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(self.tensors)).T
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise a ``ValueError`` where they are of another model than one whose parameters have these clean names."""
+        unknown = {whole_name(name) for name in (*self.tensors, *self.inert)} - {*names}
+        if unknown:
+            raise ValueError(
+                f"`symmetries` must be those of this model, but it has no {listed(sorted(unknown), 4)}. Write them "
+                "with find_symmetries(...).save(path)."
+            )
+
     def save(self, path: str | Path) -> None:
         """Write them to a JSON file; an existing one is replaced."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -129,6 +138,11 @@ class Symmetries:
                 f"Scaling symmetries must be as Symmetries.save writes them, but {where} is not ({error}). Write it "
                 "with find_symmetries(...).save(path)."
             ) from error
+
+
+def whole_name(name: str) -> str:
+    """The parameter that a name in symmetries is of, or of a part of."""
+    return name.removeprefix("1 + ").partition("[")[0]
 
 
 def _read(entry: Mapping[str, Any], tensors: Collection[str]) -> Symmetry:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lightning_normreg._reports import SummaryRow, markdown_summary, sentences, summary_rows, summary_table
+from lightning_normreg._reports import SummaryRow, markdown_summary, sentences, summary_rows, summary_table, with_audit
+from lightning_normreg._symmetries import Symmetries
 from lightning_normreg._weights import Verdict
 from lightning_normreg.callbacks._base import StepCallback
 from lightning_normreg.callbacks._holding import held_norms
+from lightning_normreg.callbacks._probing import probe_symmetries
 from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.steps._subscriber import StepSubscriber
 
@@ -30,19 +32,33 @@ class NormSummary(StepCallback):
 
     What it logs: the table as text, to loggers that take text (TensorBoard); :meth:`rows` has it for machines.
 
-    What it costs: a norm of each parameter, and the probe where no other callback has asked for it.
+    What it costs: a norm of each parameter, and the probe where no other callback has asked for it; for the symmetries
+    at most 60 forward and backward passes of a few samples more.
 
     Args:
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
+        symmetries: All scaling symmetries, as a file of :meth:`Symmetries.save` or what is in it. ``"auto"``: they are
+            looked for (:func:`find_symmetries`) where that takes 60 passes at most, and else it is said how. None: not.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no file of symmetries, or one of another model.
 
     Examples:
         >>> from pytorch_lightning import Trainer
         >>> trainer = Trainer(callbacks=[NormSummary()], logger=False)
     """
 
-    def __init__(self, invariance: str | Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        invariance: str | Mapping[str, Any] | None = None,
+        symmetries: str | Mapping[str, Any] | Symmetries | None = "auto",
+    ) -> None:
         super().__init__(invariance)
+        self.symmetries = symmetries
+        self._known = None if symmetries in ("auto", None) else Symmetries.load(symmetries)
+        self._batch: tuple[Any, int] = (None, 0)
         self._rows: list[SummaryRow] = []
         self._sentences: list[str] = []
 
@@ -54,14 +70,41 @@ class NormSummary(StepCallback):
         """What stands under the table."""
         return list(self._sentences)
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        if not self._subscribers:
-            self._subscribe(trainer, _BeforeFirstStep(lambda: self._make(trainer, verdict)))
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the arguments against the model."""
+        super().on_fit_start(trainer, pl_module)
+        if self._known is not None and self.symmetries != "auto":
+            self._known.check_names(name for name, _, _ in run_of(trainer).named)
 
-    def _make(self, trainer: Trainer, verdict: Verdict) -> None:
-        self._rows, self._sentences = summary_of(trainer, verdict)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin when it is known what is scale-invariant."""
+        self._batch = (batch, batch_idx)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._batch = (None, 0)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        if self._subscribers:
+            return
+        why: list[str] = []
+        if self.symmetries == "auto" and self._known is None and verdict:
+            self._known, why = probe_symmetries(trainer, pl_module, *self._batch)
+        self._subscribe(trainer, _BeforeFirstStep(lambda: self._make(trainer, verdict, why)))
+
+    def _make(self, trainer: Trainer, verdict: Verdict, why: list[str]) -> None:
+        self._rows, self._sentences = summary_of(trainer, verdict, self._known, why)
         if trainer.is_global_zero:
             self._show(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`StepCallback`; with the symmetries, so that a resumed run does not ask again."""
+        state = super().state_dict()
+        return state if self._known is None else state | {"symmetries": self._known.to_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :class:`StepCallback`."""
+        super().load_state_dict(state_dict)
+        if self.symmetries == "auto" and "symmetries" in state_dict:
+            self._known = Symmetries.load(state_dict["symmetries"])
 
     def _show(self, trainer: Trainer) -> None:
         console = Console()
@@ -88,8 +131,13 @@ class _BeforeFirstStep(StepSubscriber):
             act()
 
 
-def summary_of(trainer: Trainer, verdict: Verdict) -> tuple[list[SummaryRow], list[str]]:
+def summary_of(
+    trainer: Trainer, verdict: Verdict, symmetries: Symmetries | None = None, why: Sequence[str] = ()
+) -> tuple[list[SummaryRow], list[str]]:
     """The table of a run whose callbacks have all begun, and what stands under it."""
     rows = summary_rows(run_of(trainer).named, optimizers_of(trainer), verdict, held_norms(trainer))
+    audited: list[str] = []
+    if symmetries is not None:
+        rows, audited = with_audit(rows, symmetries)
     steps = float(trainer.num_training_batches) / trainer.accumulate_grad_batches
-    return rows, sentences(rows, verdict, steps, trainer.gradient_clip_val)
+    return rows, [*sentences(rows, verdict, steps, trainer.gradient_clip_val, audited), *why]

@@ -11,15 +11,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_normreg._symmetries import (
+    MOST,
     NARROW_OBSERVER,
     WIDE_OBSERVER,
     NoLossError,
     ObserverThresholds,
     OwnStep,
     ProbeError,
+    Symmetries,
     find_in_place,
     find_scale_invariance,
+    find_symmetries,
+    find_symmetries_in_place,
     load_verdict,
+    passes_needed,
     verdict_to_dict,
 )
 from lightning_normreg._weights import Verdict, is_sharded, named_roles
@@ -64,6 +69,37 @@ def probe(
             )
     plain = trainer.strategy.broadcast(None if verdict is None else verdict_to_dict(verdict))
     return None if plain is None else load_verdict(plain)
+
+
+def probe_symmetries(
+    trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+) -> tuple[Symmetries | None, list[str]]:
+    """All scaling symmetries of the module's own ``training_step`` on a few samples; every rank takes rank 0's.
+
+    None where it would take too many passes, or fails, with a sentence that says so.
+    """
+    passes = passes_needed(pl_module)
+    how = (
+        "Write find_symmetries(module, batch).save(path) on this model or a small copy, and pass the path as "
+        "NormSummary(symmetries=path)."
+    )
+    if passes > MOST:
+        return None, [f"Which tensors may only be rescaled together was not asked, as that is {passes} passes. {how}"]
+    started, found, why = time.perf_counter(), None, ""
+    try:
+        bar = trainer.progress_bar_callback is not None
+        if can_be_copied(pl_module):
+            found = find_symmetries(pl_module, few_samples(batch), forward=OwnStep(batch_idx), progress=bar)
+        else:
+            step = OwnStep(batch_idx, through=trainer.strategy.training_step)
+            outer = trainer.model or pl_module
+            found = find_symmetries_in_place(pl_module, few_samples(batch), step, outer=outer, progress=bar)
+    except Exception as error:  # as in `probe`: training must go on
+        why = f"Which tensors may only be rescaled together could not be found out: {error} {how}"
+    if time.perf_counter() - started > LONG_SECONDS:
+        rank_zero_info(f"The probe for scaling symmetries took {time.perf_counter() - started:.0f} s.")
+    plain = trainer.strategy.broadcast(None if found is None else found.to_dict())
+    return (None, [why] if why else []) if plain is None else (Symmetries.load(plain), [])
 
 
 def same_on_all_ranks(trainer: Trainer, verdict: Verdict) -> Verdict:

@@ -47,7 +47,11 @@ def test_rows_agree_with_norms_groups_and_units(capsys: pytest.CaptureFixture[st
     assert json.loads(json.dumps(found.rows()))
     printed = capsys.readouterr().out
     assert printed.count("Before training") == 1
-    assert "What it does to head.weight, `reduce_decay` says." in " ".join(printed.split())
+    # The head's decay is that of the gain and shift in front of it, as in the paper's closing remark; rows of
+    # convolutions are scale-invariant by themselves.
+    assert "like decay of 0.1 on 2 tensors (norm2.weight, norm2.bias)" in " ".join(printed.split())
+    assert (conv["acts"], head["acts"]) == ("schedule", "acts through norm2.weight, norm2.bias")
+    assert (conv["removable"], head["removable"], gain["removable"]) == (True, True, None)
 
 
 def test_sentences_have_the_right_numbers() -> None:
@@ -57,7 +61,9 @@ def test_sentences_have_the_right_numbers() -> None:
     assert found.sentences() == [
         f"{invariant / (invariant + rest):.0%} of what you decay is scale-invariant: there decay only sets the "
         "learning rate.",
-        "What it does to head.weight, `reduce_decay` says.",
+        "Decay of 0.1 on 3 tensors trains this network like decay of 0.1 on 2 tensors (norm2.weight, norm2.bias); the "
+        "rest of it is a learning-rate schedule.",
+        "With these gains decayed by 0.1 as well it would be 2 times as much.",
         "At lr 0.01 and decay 0.1 it acts over 1/(lr·decay) = 1e+03 steps, 333 epochs.",
         "Gradients are clipped at 0.5: where that is active, a step no longer grows with them.",
     ]
