@@ -77,9 +77,7 @@ def _sentence(
         gains = sum(symmetries.roles[name] == "gamma" for name in names)
         what = "gain" if gains == len(names) else "tensor"
         parts.append(f"decay of {amount} on {len(names)} {what}{'s' * (len(names) > 1)} ({listed(names, 3)})")
-    grows = (
-        " (where it is negative, tensors grow beside a set of which they are a part)" if min(left.values()) < 0 else ""
-    )
+    grows = " (negative: these tensors grow beside the rest of a set)" if min(left.values()) < 0 else ""
     return f"{given} trains this network like {' and '.join(parts)}{grows}; the rest of it is a learning-rate schedule."
 
 

@@ -1,0 +1,141 @@
+"""NormSummary on what decay does: asked in a run, given, kept in checkpoints, and without a trace in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_normreg import NormSummary, Symmetries, find_symmetries
+from tests.symmetries._symmetry_case import log_loss
+from tests.symmetries._symmetry_cases import Residual
+
+WRITERS = {"net.embed.weight", "net.out1.weight", "net.out2.weight"}
+READERS = {"net.in1.weight": "norm1", "net.in2.weight": "norm2", "net.head.weight": "last"}
+
+
+class Stream(LightningModule):
+    """A pre-norm residual stream whose matrices are decayed, with dropout in front."""
+
+    def __init__(self, optimizer: Any = torch.optim.AdamW) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.drop, self.optimizer = Residual(lambda: nn.LayerNorm(6)), nn.Dropout(0.1), optimizer
+        self.calls = 0
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        """Cross entropy."""
+        self.calls += 1
+        return log_loss(nn.Sequential(self.drop, self.net), batch[0])
+
+    def configure_optimizers(self) -> Any:
+        """Decay of 0.1 on matrices."""
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        rest = [p for p in self.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        return self.optimizer(groups, lr=0.01)
+
+
+def fitted(summary: NormSummary, module: LightningModule, **fit: Any) -> tuple[Trainer, NormSummary]:
+    """Two steps."""
+    torch.manual_seed(1)
+    data = DataLoader(TensorDataset(torch.randn(8, 5)), batch_size=4)
+    trainer = Trainer(
+        max_epochs=fit.pop("epochs", 1), callbacks=[summary], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data, **fit)
+    return trainer, summary
+
+
+def test_labels_of_a_residual_stream() -> None:
+    """Decay of readers is that of the gain and shift in front; of writers a schedule, as they are a set.
+
+    Biases among the writers are not decayed, which makes the set's decay unequal, and is said.
+    """
+    _, summary = fitted(NormSummary(), Stream())
+    rows = {row["parameter"]: row for row in summary.rows()}
+    assert {rows[name]["acts"] for name in WRITERS} == {"acts through net.out1.bias, net.out2.bias"}
+    for name, norm in READERS.items():
+        assert rows[name]["acts"] == f"acts through net.{norm}.weight, net.{norm}.bias"
+        assert rows[name]["removable"] is True
+    assert rows["net.norm1.weight"]["acts"] == "not decayed"
+    said = " ".join(summary.sentences())
+    assert "Decay of 0.1 on 6 tensors trains this network like decay of 0.1 on 6 tensors" in said
+    assert "With these gains decayed by 0.1 as well it would be 2 times as much." in said
+    assert "net.out1.bias, net.out2.bias of them are decayed less or not at all" in said
+
+
+def test_adam_decays_through_its_gradient() -> None:
+    """Then nothing is claimed."""
+    _, summary = fitted(NormSummary(), Stream(torch.optim.Adam))
+    assert {row["acts"] for row in summary.rows()} == {""}
+    assert "What decay does through the gradient of Adam is not known here." in summary.sentences()
+
+
+def test_training_is_not_touched() -> None:
+    """Weights after training are those of a run that does not ask, bit for bit, dropout included."""
+    asked, silent = Stream(), Stream()
+    fitted(NormSummary(), asked)
+    fitted(NormSummary(symmetries=None), silent)
+    assert asked.calls == silent.calls
+    for a, b in zip(asked.parameters(), silent.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_given_in_a_file_or_not_asked(tmp_path: Path) -> None:
+    """The same answer; None leaves the column out."""
+    module = Stream()
+    found = find_symmetries(module.train(), [torch.randn(4, 5)])
+    found.save(tmp_path / "found.json")
+    assert Symmetries.load(tmp_path / "found.json") == found
+    _, given = fitted(NormSummary(symmetries=str(tmp_path / "found.json")), Stream())
+    _, asked = fitted(NormSummary(), Stream())
+    assert [row["acts"] for row in given.rows()] == [row["acts"] for row in asked.rows()]
+    _, silent = fitted(NormSummary(symmetries=None), Stream())
+    assert {row["acts"] for row in silent.rows()} == {""}
+
+
+def test_bad_symmetries(tmp_path: Path) -> None:
+    """In words, before the first step."""
+    (tmp_path / "empty.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"must be as Symmetries.save writes them, but '.*empty.json' is not"):
+        NormSummary(symmetries=str(tmp_path / "empty.json"))
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        NormSummary(symmetries=str(tmp_path / "none.json"))
+    other = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).train()
+    found = find_symmetries(other, torch.randn(4, 5), forward=log_loss)
+    with pytest.raises(ValueError, match=r"`symmetries` must be those of this model, but it has no 0\.bias, 0\.weight"):
+        fitted(NormSummary(symmetries=found), Stream())
+    broken = found.to_dict() | {"basis": [{"kind": "pair", "exponents": {"nowhere": 1}}]}
+    with pytest.raises(ValueError, match="the mapping is not .*nowhere"):
+        Symmetries.load(broken)
+
+
+def test_a_resumed_run_does_not_ask_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is in the checkpoint."""
+    trainer, first = fitted(NormSummary(), Stream())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr("lightning_normreg.callbacks._probing.find_symmetries", asked)
+    _, second = fitted(NormSummary(), Stream(), epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert [row["acts"] for row in second.rows()] == [row["acts"] for row in first.rows()]
+    assert "could not be found out" not in " ".join(second.sentences())
+
+
+def test_too_many_passes_are_not_taken() -> None:
+    """Of a model without layers of one kind: it is said how to get the answer."""
+    module = Stream()
+    for number in range(60):
+        setattr(module.net, f"extra_{number}", nn.Linear(1 + number, 1))
+    _, summary = fitted(NormSummary(), module)
+    assert {row["acts"] for row in summary.rows()} == {""}
+    assert "NormSummary(symmetries=path)" in summary.sentences()[-1]
