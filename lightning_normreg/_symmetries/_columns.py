@@ -97,11 +97,12 @@ def _seams(setup: Setup, measured: Measured) -> Iterator[tuple[str, tuple[int, l
     A part is scale-invariant by itself; or its Euler products are those of another tensor, as of values and the output
     of attention, up and down of a gated layer; or two parts have the same, as queries and keys.
     """
-    totals = {name: measured.of([Column(name, name)]) for name in setup.roles}
+    names = [*setup.roles]
+    totals, _ = measured.of([Column(name, name) for name in names])
     for name, shape in setup.shapes.items():
         if len(shape) != 2:
             continue
-        others = [total[0] for other, total in totals.items() if other != name]
+        others = totals[:, [place for place, other in enumerate(names) if other != name]]
         for axis, own in measured.whole(name).tables.items():
             biases = [measured.whole(b) for b in _beside(setup, name, own.sums.shape[1])]
             units = classify(EulerSums({axis: own}, own.squares.sum(1), is_vector=False), {}, setup.limits)
@@ -113,25 +114,27 @@ def _seams(setup: Setup, measured: Measured) -> Iterator[tuple[str, tuple[int, l
                 break
 
 
-def _cuts(table: Table, others: Sequence[Tensor], tol: float) -> list[int]:
-    """Places at which the sum of all slices before or behind is that of another tensor, or half of the sum before."""
+def _cuts(table: Table, others: Tensor, tol: float) -> list[int]:
+    """Places at which the sum of all slices before or behind is that of another tensor, or half of the sum before.
+
+    ``others`` has a column for each other tensor.
+    """
     prefix = torch.nn.functional.pad(table.sums.double().cumsum(dim=1), (1, 0))
     total, n = prefix[:, -1:], table.sums.shape[1]
     small = tol * table.squares.double().sum(dim=1, keepdim=True).sqrt()
 
-    def places(values: Tensor) -> list[int]:
+    def zeros(values: Tensor) -> list[int]:
         found: list[int] = (values.abs() <= small).all(dim=0).nonzero().flatten().tolist()
         return [] if {0, n} & {*found} else found  # next to neurons without a gradient
 
-    for other in others:
-        if bool((other.abs() <= small).all()):
-            continue
-        for values in (total - prefix - other, prefix - other):
-            first = places(values)[:1]
-            if first:
-                end = first[0]
-                return [*places((2 * prefix - prefix[:, end : end + 1])[:, :end])[:1], *first]
-    return places(2 * prefix - total)[:1]
+    for values in (total - prefix, prefix):
+        # In one point first, as most tensors have nothing to do with each other.
+        near = ((values[0, :, None] - others[0]).abs() <= small[0]).any(dim=0) & (others[0].abs() > small[0])
+        for other in others[:, near].T:
+            end = next(iter(zeros(values - other[:, None])), 0)
+            if end:
+                return [*zeros((2 * prefix - prefix[:, end : end + 1])[:, :end])[:1], end]
+    return zeros(2 * prefix - total)[:1]
 
 
 def chosen(

@@ -19,6 +19,8 @@ MOST = 60
 """Passes from which on layers are taken together."""
 MARGIN = 12
 """Points beyond the number of columns: that a tensor looks like a symmetry by accident has no chance then."""
+_BETWEEN = 6
+"""The same for neighbouring layers, where less is asked anew."""
 
 
 def kind_of(column: Column) -> object:
@@ -40,7 +42,8 @@ def plan_of(
     if len(groups) + MARGIN > MOST:
         groups = _alike(columns, shapes, 0)
     widest = max((len(w) for w in windows_of([c for c in columns if not c.with_one])), default=0)
-    return groups, MARGIN + max(len(groups), widest if widest + MARGIN <= MOST else 0)
+    wanted = [len(groups) + MARGIN, widest + _BETWEEN]
+    return groups, max(points for points in wanted if points <= MOST or points == wanted[0])
 
 
 def _alike(columns: Sequence[Column], shapes: Mapping[str, torch.Size], numbers: int) -> list[list[int]]:
@@ -118,7 +121,7 @@ class Layers:
             inside = torch.zeros(len(columns), dtype=torch.bool)
             inside[window] = True
             here = sum(1 for vector in known if not bool(vector[~inside].any()))
-            if len(window) + MARGIN > len(products):
+            if len(window) + _BETWEEN > len(products):
                 continue
             space = null_space(products[:, window], sizes[window], self._limits)
             if space.basis.shape[1] <= here:

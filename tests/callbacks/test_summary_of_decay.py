@@ -113,7 +113,7 @@ def test_bad_symmetries(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`symmetries` must be those of this model, but it has no 0\.bias, 0\.weight"):
         fitted(NormSummary(symmetries=found), Stream())
     broken = found.to_dict() | {"basis": [{"kind": "pair", "exponents": {"nowhere": 1}}]}
-    with pytest.raises(ValueError, match="the mapping is not .*nowhere"):
+    with pytest.raises(ValueError, match=r"the mapping is not .*nowhere"):
         Symmetries.load(broken)
 
 
