@@ -149,10 +149,17 @@ def _ask(setup: Setup, layers: LayersType, progress: bool) -> Symmetries:
             measured = Measured(drawn)
             columns = columns_of(setup, measured, order)  # of fused tensors there are more
             groups, points = plan_of(columns, setup.shapes, layers)
-    return _solved(setup, measured, columns, groups)
+    reaching = {name: set().union(*(draw.reaching[name] for draw in drawn)) for name in setup.roles}
+    return _solved(setup, measured, columns, groups, reaching)
 
 
-def _solved(setup: Setup, measured: Measured, columns: list[Column], groups: list[list[int]]) -> Symmetries:
+def _solved(
+    setup: Setup,
+    measured: Measured,
+    columns: list[Column],
+    groups: list[list[int]],
+    reaching: Mapping[str, set[int]],
+) -> Symmetries:
     products, sizes = measured.of(columns)
     names = {raw: clean for raw, (clean, _) in setup.names.items()}
     all_layers = Layers(columns, groups, names, measured, setup.limits)
@@ -185,7 +192,7 @@ def _solved(setup: Setup, measured: Measured, columns: list[Column], groups: lis
         inert=tuple(column.name for column in dead),
         smallest=space.smallest,
         largest=space.largest,
-        certificate=_certificate(setup, [exponents for _, exponents in found]),
+        certificate=_certificate(setup, [exponents for _, exponents in found], reaching),
         passes=setup.draws,
     )
 
@@ -219,7 +226,7 @@ def _in_order(setup: Setup) -> list[str]:
     return sorted(setup.roles, key=lambda name: uses.order.get(name, len(uses.order)))
 
 
-def _certificate(setup: Setup, symmetries: Sequence[Mapping[Column, int]]) -> float:
+def _certificate(setup: Setup, symmetries: Sequence[Mapping[Column, int]], reaching: Mapping[str, set[int]]) -> float:
     """Largest relative change of a loss when every symmetry acts at once, by powers of two.
 
     Raises:
@@ -233,16 +240,18 @@ def _certificate(setup: Setup, symmetries: Sequence[Mapping[Column, int]]) -> fl
         return call.run(leaves, lambda losses: losses.values(), seed=seed, shrink=setup.limits.shrink)
 
     base, largest = losses_at(point), 0.0
-    for _ in range(2 if symmetries else 0):
-        powers: Counter[Column] = Counter()
-        for exponents in symmetries:
-            sign = int(torch.randint(2, (), generator=generator)) * 2 - 1
-            powers.update({column: sign * power for column, power in exponents.items()})
-        moved = dict(point)
-        for column, power in powers.items():
-            moved[column.parameter] = _moved(moved[column.parameter].detach(), column, 2.0**power, call)
-        losses = losses_at(moved)
-        largest = max(largest, *(relative_change(losses, base, index) for index in range(len(base))))
+    for index in range(len(base)):
+        # Of the several losses of manual optimization a tensor has those whose gradient reaches it before it steps.
+        own = [e for e in symmetries if any(index in reaching[column.parameter] for column in e)]
+        for _ in range(2 if own else 0):
+            powers: Counter[Column] = Counter()
+            for exponents in own:
+                sign = int(torch.randint(2, (), generator=generator)) * 2 - 1
+                powers.update({column: sign * power for column, power in exponents.items()})
+            moved = dict(point)
+            for column, power in powers.items():
+                moved[column.parameter] = _moved(moved[column.parameter].detach(), column, 2.0**power, call)
+            largest = max(largest, relative_change(losses_at(moved), base, index))
     largest = call.largest(largest)
     if not largest <= setup.limits.certificate:
         raise ProbeError(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_normreg import find_scale_invariance
+from lightning_normreg import find_scale_invariance, find_symmetries
 from tests.symmetries._labels import differences
 from tests.symmetries.test_privacy import ProbeAtFirstBatch
 
@@ -286,3 +286,18 @@ def test_a_run_with_the_probe_is_that_without(model, tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(plain.state_dict().values(), probed.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("players", [TwoPlayers, Dropped, Penalized])
+def test_symmetries_of_several_losses(players):
+    """Each tensor has the losses that train it: the units that were reasoned above, and nothing besides.
+
+    Tanh hands no factor on, and logits have a scale. The penalty counts where the critic's optimizer sees it.
+    """
+    torch.manual_seed(0)
+    model = players().train()
+    found = find_symmetries(model, [torch.randn(8, 6)])
+    weights = {name for name, label in model.expected.items() if label != "inert"}
+    assert {(s.kind, *s.exponents) for s in found.basis} == {("unit", name) for name in weights}
+    assert set(found.inert) == {name for name, label in model.expected.items() if label == "inert"}
+    assert found.certificate < 1e-12
