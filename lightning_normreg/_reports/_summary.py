@@ -193,7 +193,7 @@ def sentences(
     if not verdict:
         found = ["Which weights are scale-invariant is not known."]
     elif not any(row.invariant for row in rows):
-        found = [summarize(verdict)]
+        found = ["No parameter is scale-invariant by itself."] if audited else [summarize(verdict)]
     elif not decayed:
         found = ["Nothing is decayed, so the norms of scale-invariant weights grow and their effective rates fall."]
     else:

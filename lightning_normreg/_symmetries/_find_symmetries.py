@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from lightning_normreg._symmetries._call import Call, Loss, PrivateCall, check_callable
 from lightning_normreg._symmetries._certificate import relative_change, scaled
 from lightning_normreg._symmetries._columns import Column, Measured, blocks_of, chosen, columns_of, gains_of
-from lightning_normreg._symmetries._euler import Draw
+from lightning_normreg._symmetries._euler import Draw, euler_draw
 from lightning_normreg._symmetries._in_place import InPlaceCall
 from lightning_normreg._symmetries._layers import Layers, LayersType, kind_of, plan_of
 from lightning_normreg._symmetries._losses import ProbeError
@@ -64,7 +65,7 @@ def find_symmetries(
 
     Returns:
         The symmetries. It costs a forward and a backward pass for each tensor, or each kind, and twelve more; a gain
-        counts twice, and each part of a fused tensor. Three forward passes are the proof.
+        counts twice, and each part of a fused tensor. One is for the shares of eps, three forward passes are the proof.
 
     Raises:
         ValueError: As :func:`find_scale_invariance`, and if nothing is trainable.
@@ -149,20 +150,21 @@ def _ask(setup: Setup, layers: LayersType, progress: bool) -> Symmetries:
             measured = Measured(drawn)
             columns = columns_of(setup, measured, order)  # of fused tensors there are more
             groups, points = plan_of(columns, setup.shapes, layers)
+        own = euler_draw(setup.call, setup.call.own_point(), setup.axes, seed=setup.seed, shrink=1.0, ones=gains)
     reaching = {name: set().union(*(draw.reaching[name] for draw in drawn)) for name in setup.roles}
-    return _solved(setup, measured, columns, groups, reaching)
+    return _solved(setup, _Seen(measured, Measured([own]), reaching), columns, groups)
 
 
-def _solved(
-    setup: Setup,
-    measured: Measured,
-    columns: list[Column],
-    groups: list[list[int]],
-    reaching: Mapping[str, set[int]],
-) -> Symmetries:
-    products, sizes = measured.of(columns)
+class _Seen(NamedTuple):
+    measured: Measured  # at generic points
+    own: Measured  # at the module's own weights, with its eps
+    reaching: Mapping[str, set[int]]  # numbers of the losses whose gradients count
+
+
+def _solved(setup: Setup, seen: _Seen, columns: list[Column], groups: list[list[int]]) -> Symmetries:
+    products, sizes = seen.measured.of(columns)
     names = {raw: clean for raw, (clean, _) in setup.names.items()}
-    all_layers = Layers(columns, groups, names, measured, setup.limits)
+    all_layers = Layers(columns, groups, names, seen.measured, setup.limits)
     try:
         kinds, products, sizes = chosen(
             [columns[group[0]] for group in groups],
@@ -186,20 +188,24 @@ def _solved(
     found.sort(key=lambda pair: KINDS.index(pair[0]))
     dead = (c for kind, flag in zip(kinds, live, strict=True) if not flag for c in all_layers.members(kind))
     return Symmetries(
-        basis=tuple(_symmetry(kind, exponents, measured, setup.limits.z) for kind, exponents in found),
+        basis=tuple(_symmetry(kind, exponents, seen, setup.limits.z) for kind, exponents in found),
         tensors=tuple(column.name for column in tensors),
         roles={column.name: setup.roles[column.parameter].role for column in tensors},
         inert=tuple(column.name for column in dead),
         smallest=space.smallest,
         largest=space.largest,
-        certificate=_certificate(setup, [exponents for _, exponents in found], reaching),
+        certificate=_certificate(setup, [exponents for _, exponents in found], seen.reaching),
         passes=setup.draws,
     )
 
 
-def _symmetry(kind: SymmetryKind, exponents: Mapping[Column, int], measured: Measured, tol: float) -> Symmetry:
-    blocks, dims = blocks_of(exponents, measured, tol)
-    return Symmetry(kind, {column.name: power for column, power in exponents.items()}, blocks, dims)
+def _symmetry(kind: SymmetryKind, exponents: Mapping[Column, int], seen: _Seen, tol: float) -> Symmetry:
+    blocks, dims = blocks_of(exponents, seen.measured, tol)
+    products, sizes = seen.own.of([*exponents])
+    powers = torch.tensor([*exponents.values()], dtype=torch.float64)
+    share = float((products @ powers).abs() / (sizes * powers).norm())
+    named = {column.name: power for column, power in exponents.items()}
+    return Symmetry(kind, named, blocks, dims, share if math.isfinite(share) else None)
 
 
 class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_normreg._symmetries._spaces import SymmetryKind
-from lightning_normreg._weights import listed
+from lightning_normreg._weights import RULED_BY_EPS, listed
 
 FORMAT = "lightning_normreg.symmetries"
 VERSION = 1
@@ -20,7 +21,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Symmetry:
-    """Exponents c such that multiplying each tensor by a^c leaves the loss alone, for every a > 0.
+    r"""Exponents c such that multiplying each tensor by a^c leaves the loss alone, for every a > 0.
 
     Attributes:
         kind: ``"unit"``: one tensor alone (whose neurons may be units by themselves, see
@@ -30,12 +31,26 @@ class Symmetry:
             of that form, which is multiplied together with its 1.
         blocks: It holds for each of so many equal blocks of slices by itself, as of each head, channel or neuron.
         dims: Name → the dimension of these slices; a fused tensor of whose parts all take part is named as a whole.
+        eps_share: How far from exact it is at the module's own weights and eps: :math:`|\sum_i c_iE_i|` of the Euler
+            products, in units of :math:`\sqrt{\sum_i c_i^2\sum w^2g^2}`, of which order it is if there is no symmetry.
+            None where there is no gradient.
     """
 
     kind: SymmetryKind
     exponents: Mapping[str, int]
     blocks: int = 1
     dims: Mapping[str, int] = field(default_factory=dict)
+    eps_share: float | None = None
+
+    @property
+    def least_factor(self) -> float | None:
+        r"""How small a unit or set may be made, as a factor, until its share of eps reaches 10 %; None for others.
+
+        :math:`\sqrt{s/0.1}` with the present share s, as eps counts beside a variance that goes with the square.
+        """
+        if self.eps_share is None or min(self.exponents.values()) < 1:
+            return None
+        return math.sqrt(self.eps_share / RULED_BY_EPS)
 
     def __str__(self) -> str:
         """One sentence.

@@ -36,6 +36,7 @@ from lightning_normreg._weights._table import norms_of as norms_of
 from lightning_normreg._weights._table import share as share
 from lightning_normreg._weights._verdict import EVIDENCE as EVIDENCE
 from lightning_normreg._weights._verdict import KINDS as KINDS
+from lightning_normreg._weights._verdict import RULED_BY_EPS as RULED_BY_EPS
 from lightning_normreg._weights._verdict import SHOWS_EPS as SHOWS_EPS
 from lightning_normreg._weights._verdict import Evidence as Evidence
 from lightning_normreg._weights._verdict import Kind as Kind

@@ -11,6 +11,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from lightning_normreg import find_scale_invariance, find_symmetries, parameter_
 from lightning_normreg._symmetries import ProbeError
 from lightning_normreg._weights import local
 from tests.symmetries import _symmetry_case
+from tests.symmetries import _symmetry_cases as _symmetry_cases
 from tests.symmetries._case import CASES, Case
 from tests.symmetries._cases import CASES as ALL
 from tests.symmetries._labels import label
@@ -158,8 +160,10 @@ def found_symmetries(spread: Callable[[nn.Module], nn.Module], names: list[str])
         how: dict[str, Any] = {"forward": _symmetry_case.log_loss, "progress": False}
         mine, one = (find_symmetries(m, labelled.batch, **how) for m in (module, alone))
         kept = all(torch.equal(before[key], t) for key, t in bits(module).items())
-        content = [{**s.to_dict(), "smallest": 0, "largest": 0, "certificate": 0} for s in (mine, one)]
-        found[name] = {"equal": content[0] == content[1], "kept": kept, "count": len(mine.basis)}
+        basis = [[replace(symmetry, eps_share=None) for symmetry in s.basis] for s in (mine, one)]
+        equal = basis[0] == basis[1] and (mine.tensors, mine.inert) == (one.tensors, one.inert)
+        shares = [[symmetry.eps_share for symmetry in s.basis] for s in (mine, one)]
+        found[name] = {"equal": equal, "kept": kept, "shares": shares}
     return found
 
 

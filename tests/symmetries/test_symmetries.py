@@ -15,7 +15,7 @@ from tests.symmetries import _symmetry_cases_attention as _symmetry_cases_attent
 from tests.symmetries import _symmetry_cases_pictures as _symmetry_cases_pictures
 from tests.symmetries import _symmetry_cases_sequences as _symmetry_cases_sequences
 from tests.symmetries._symmetry_case import CASES, Labelled, log_loss, vectors
-from tests.symmetries._symmetry_cases import batch_norm, fused_attention, pre_norm, relu
+from tests.symmetries._symmetry_cases import Residual, batch_norm, fused_attention, pre_norm, relu
 
 Basis = set[tuple[str, frozenset[tuple[str, int]]]]
 
@@ -236,3 +236,40 @@ def test_models_of_transformers(name: str) -> None:
         assert len(writers.exponents) == 5 + (name == "llama_tied")
     units = {n for s in symmetries.basis if s.kind == "unit" for n in s.exponents}
     assert units == {n for n in symmetries.tensors if n.split(".")[-2] in UNITS.get(name, "").split()}
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 1e-3])
+def test_the_share_of_eps_is_that_of_the_loss(eps: float) -> None:
+    """At the user's weights and eps: the derivative of the loss along the symmetry, by central differences.
+
+    With steps h = 1e-5 these are exact to h² and to u/h, 1e-10. Where the set is made smaller by the factor that is
+    said, the share is 10 %, up to the share's own size: eps/(variance + eps) instead of eps/variance.
+    """
+    torch.manual_seed(0)
+    model, batch = Residual(lambda: nn.LayerNorm(6, eps=eps)).double().train(), vectors().double()
+    symmetries = find_symmetries(model, batch, forward=log_loss, progress=False)
+    (writers,) = (s for s in symmetries.basis if s.kind == "set")
+    weights = [model.get_parameter(name) for name in writers.exponents]
+
+    def loss_at(factor: float) -> float:
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(factor)
+            loss = log_loss(model, batch).item()
+            for weight in weights:
+                weight.div_(factor)
+        return loss
+
+    slope = (loss_at(math.exp(1e-5)) - loss_at(math.exp(-1e-5))) / 2e-5
+    gradients = torch.autograd.grad(log_loss(model, batch), weights)
+    size = math.sqrt(sum((w * g).square().sum().item() for w, g in zip(weights, gradients, strict=True)))
+    assert writers.eps_share == pytest.approx(abs(slope) / size, rel=1e-4, abs=1e-9)
+    assert all((s.eps_share or 0.0) < 1e-14 for s in symmetries.basis if s.kind == "pair")
+    assert {s.least_factor for s in symmetries.basis if s.kind == "pair"} == {None}
+    if eps:
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(writers.least_factor)
+        again = find_symmetries(model, batch, forward=log_loss, progress=False)
+        (share,) = (s.eps_share for s in again.basis if s.kind == "set")
+        assert share == pytest.approx(0.1, rel=0.25)
