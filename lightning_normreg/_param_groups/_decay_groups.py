@@ -8,10 +8,11 @@ from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_normreg._param_groups._regroup import load_by_name
+from lightning_normreg._symmetries import Symmetries, audit_decay
 from lightning_normreg._weights import ROLES, clean_name, find_flat_pieces, is_vector, match, named_roles, whole_shape
 
 
@@ -25,6 +26,7 @@ def decay_groups(
     embedding: float | None = None,
     other: float | Literal["auto"] | None = "auto",
     overrides: Mapping[str, float | None] | None = None,
+    symmetries: Symmetries | Mapping[str, Any] | str | None = None,
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of a module into one optimizer group per role and decay.
 
@@ -43,6 +45,9 @@ def decay_groups(
             be a matrix that its layer unfolds. A model's ``no_weight_decay()`` goes first.
         overrides: Decay by glob over clean names, before every other rule. A glob that matches nothing, and two globs
             that give one parameter different decays, are errors.
+        symmetries: All scaling symmetries (:func:`find_symmetries`), or a file of :meth:`Symmetries.save`: then it is
+            said what this decay does to the function, and a warning names tensors that are scale-invariant together and
+            decayed unequally.
 
     Returns:
         Groups for any ``torch.optim`` optimizer that takes groups, each with ``params``, a unique ``name``,
@@ -52,7 +57,8 @@ def decay_groups(
     Raises:
         TypeError: If ``module`` is no ``torch.nn.Module``.
         ValueError: If a decay is negative or no number, nothing is trainable, a lazy module is not materialized, or an
-            override matches nothing.
+            override matches nothing, or the symmetries are those of another model.
+        FileNotFoundError: If there is no file of symmetries.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
@@ -100,6 +106,10 @@ def decay_groups(
         if role.role == "other" and (decay or is_free):
             (bare if decay else free).append(f"{name} ({'×'.join(map(str, whole_shape(parameter))) or 'scalar'})")
     _say(list(groups.values()), bare, free, [name for name, p, _ in found if not p.requires_grad])
+    if symmetries is not None:
+        known = Symmetries.load(symmetries)
+        known.check_names(name for name, _, _ in found)
+        _say_what_it_does(known, {n: g["weight_decay"] for g in groups.values() for n in g["param_names"]})
     return list(groups.values())
 
 
@@ -192,3 +202,12 @@ def _say(groups: list[dict[str, Any]], bare: list[str], free: list[str], frozen:
         )
     if frozen:
         rank_zero_info(f"Frozen, so in no decay group: {', '.join(frozen)}.")
+
+
+def _say_what_it_does(symmetries: Symmetries, decays: Mapping[str, float]) -> None:
+    """With one learning rate for all."""
+    found = audit_decay(symmetries, decays, dict.fromkeys(decays, 1.0))
+    for sentence in found.sentences:
+        rank_zero_info(sentence)
+    for sentence in found.unequal:
+        rank_zero_warn(f"{sentence} Give all of it one decay by overrides={{'<name>': …}}.")

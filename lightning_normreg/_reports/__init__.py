@@ -6,6 +6,7 @@ from lightning_normreg._reports._inspection import InspectedParameter as Inspect
 from lightning_normreg._reports._inspection import as_parameters as as_parameters
 from lightning_normreg._reports._inspection import inspect_parameters as inspect_parameters
 from lightning_normreg._reports._inspection import inspection_table as inspection_table
+from lightning_normreg._reports._inspection import with_what_decay_does as with_what_decay_does
 from lightning_normreg._reports._saved_optimizers import SavedGroup as SavedGroup
 from lightning_normreg._reports._saved_optimizers import match_parameters as match_parameters
 from lightning_normreg._reports._saved_optimizers import saved_groups as saved_groups

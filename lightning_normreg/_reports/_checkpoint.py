@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_normreg._symmetries import load_verdict
+from lightning_normreg._symmetries import Symmetries, load_verdict
 from lightning_normreg._weights import ScaleInvariance, clean_name
 
+T = TypeVar("T")
 _TRAINED = "current_model_state"  # where Lightning's averaging has put it, with the averages in its usual place
 _WEIGHTS = (_TRAINED, "state_dict", "model_state_dict", "model")
 _OPTIMIZERS = ("optimizer_states", "optimizer_state_dict", "optimizer")
@@ -37,6 +38,7 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()  # names of what is in the state but cannot be a parameter
     optimizers: tuple[dict[str, Any], ...] = ()  # the state of each
     verdict: dict[str, ScaleInvariance] | None = None  # where a callback of this package has noted it
+    symmetries: Symmetries | None = None  # where NormSummary has
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -51,7 +53,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     state = _state_dict(path, content)
     tensors, aliases, left_out = _split(state)
     optimizers = () if state is content else tuple(_optimizers(content))
-    return Checkpoint(_about(content), state, tensors, aliases, left_out, optimizers, _verdict(content))
+    return Checkpoint(
+        _about(content), state, tensors, aliases, left_out, optimizers, _verdict(content), _symmetries(content)
+    )
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -161,13 +165,21 @@ def _is_optimizer_state(state: object) -> bool:
 
 
 def _verdict(content: Mapping[str, Any]) -> dict[str, ScaleInvariance] | None:
+    return next(_noted(content, "invariance", load_verdict), None)
+
+
+def _symmetries(content: Mapping[str, Any]) -> Symmetries | None:
+    return next(_noted(content, "symmetries", Symmetries.load), None)
+
+
+def _noted(content: Mapping[str, Any], key: str, load: Callable[[Mapping[str, Any]], T]) -> Iterator[T]:
+    """What callbacks of this package have noted."""
     callbacks = content.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
-        if isinstance(state, Mapping) and isinstance(state.get("invariance"), Mapping):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             with suppress(ValueError):  # another callback's, or of another version
-                if verdict := load_verdict(state["invariance"]):
-                    return verdict
-    return None
+                if found := load(state[key]):
+                    yield found
 
 
 def _about(content: Mapping[str, Any]) -> str:

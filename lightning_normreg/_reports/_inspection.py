@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.nn.parameter import Parameter
 
 from lightning_normreg._optimizers import NoRule, UpdateRule
 from lightning_normreg._reports._saved_optimizers import SavedGroup
-from lightning_normreg._reports._summary import units_in_words
+from lightning_normreg._reports._summary import decay_rate, units_in_words
+from lightning_normreg._symmetries import Symmetries, audit_decay
 from lightning_normreg._weights import (
     ParameterRole,
     Verdict,
@@ -51,6 +52,8 @@ class InspectedParameter:
     effective_lr_not_invariant: float | None = None  # the same for that, where it means nothing by itself
     equilibrium_norm: float | None = None  # n at which decay settles
     equilibrium_rotation: float | None = None  # angle per step there, in radians
+    acts: str | None = None  # what its decay does to the function, where symmetries are known
+    removable: bool | None = None  # whether its penalty is removable in the limit
 
 
 def as_parameters(tensors: Mapping[str, Tensor]) -> list[tuple[str, Parameter, ParameterRole]]:
@@ -96,6 +99,31 @@ def inspect_parameters(
                 reasons.setdefault(blank, []).append(w.name)
         rows.append(InspectedParameter(**row))
     return rows, [f"{listed(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def with_what_decay_does(
+    rows: Sequence[InspectedParameter], owners: Mapping[str, SavedGroup], symmetries: Symmetries
+) -> tuple[list[InspectedParameter], list[str]]:
+    """The rows with what decay does to the function, and sentences about it.
+
+    Raises:
+        ValueError: If the symmetries are those of another model.
+    """
+    symmetries.check_names(row.parameter for row in rows)
+    rates: dict[str, float] = {}
+    for row in rows:
+        rules = owners[row.parameter].rules if row.parameter in owners else ()
+        found = {
+            decay_rate(rule, owners[row.parameter].settings, row.lr) if isinstance(rule, UpdateRule) else None
+            for rule in rules
+        }
+        rate = found.pop() if len(found) == 1 and row.lr is not None else None
+        if rate:
+            rates[row.parameter] = rate
+    audit = audit_decay(symmetries, rates, {row.parameter: row.lr or 0.0 for row in rows})
+    labels, removable = audit.labels, audit.removable
+    told = [replace(r, acts=labels.get(r.parameter), removable=removable.get(r.parameter)) for r in rows]
+    return told, [*audit.sentences, *audit.unequal]
 
 
 def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blanks: list[str]) -> dict[str, Any]:
@@ -173,6 +201,8 @@ def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:
             _cell(r.effective_lr) if r.effective_lr_not_invariant is None else f"({r.effective_lr_not_invariant:.4g})"
         ),
     }
+    if any(row.acts for row in rows):
+        columns["what decay does"] = lambda r: r.acts or ""
     if len({(row.optimizer, row.group) for row in rows if row.group is not None}) < 2:
         del columns["group"]
     for name in columns:

@@ -103,13 +103,14 @@ def summary_rows(
                 optimizer=type(optimizer).__name__ if optimizer is not None and parameter.requires_grad else "",
                 size=whole_shape(parameter).numel(),
                 invariant=known is not None and known.is_invariant,
-                decay_rate=_decay_rate(rule, group, lr),
+                decay_rate=decay_rate(rule, group, lr),
             )
         )
     return rows
 
 
-def _decay_rate(rule: UpdateRule | None, group: Mapping[str, Any], lr: Any) -> float | None:
+def decay_rate(rule: UpdateRule | None, group: Mapping[str, Any], lr: Any) -> float | None:
+    """Share that decay takes off in a step; None where it acts through the gradient, as Adam's L2."""
     decay = float(group.get("weight_decay", 0.0))
     if not decay or rule is None:
         return 0.0 if not decay else None
@@ -128,7 +129,7 @@ def with_audit(rows: Sequence[SummaryRow], symmetries: Symmetries) -> tuple[list
     return [
         replace(row, acts=found.labels.get(row.parameter, ""), removable=found.removable.get(row.parameter))
         for row in rows
-    ], [*found.sentences, *said]
+    ], [*found.sentences, *found.unequal, *said]
 
 
 def units_in_words(known: ScaleInvariance | None) -> str:

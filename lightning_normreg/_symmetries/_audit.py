@@ -19,6 +19,7 @@ class Audit(NamedTuple):
     labels: dict[str, str]  # parameter → what its decay does, as in ReducedDecay
     removable: dict[str, bool]  # of the decayed: whether the penalty is removable in the limit
     sentences: list[str]
+    unequal: list[str]  # of tensors that are scale-invariant together and decayed unequally, in sentences
 
 
 def audit_decay(symmetries: Symmetries, rates: Mapping[str, float], lrs: Mapping[str, float]) -> Audit:
@@ -32,7 +33,7 @@ def audit_decay(symmetries: Symmetries, rates: Mapping[str, float], lrs: Mapping
     known = {whole_name(name) for name in symmetries.tensors}
     rates = {name: rate for name, rate in rates.items() if name in known and rate > 0}
     if not rates:
-        return Audit({}, {}, [])
+        return Audit({}, {}, [], [])
     scale = _SMALL / max(rates.values())
     reduced = reduce_decay(symmetries, {name: rate * scale for name, rate in rates.items()})
     left = _left(reduced, scale, lrs)
@@ -46,7 +47,7 @@ def audit_decay(symmetries: Symmetries, rates: Mapping[str, float], lrs: Mapping
         factors = {round(again.get(name, 0.0) / left[name], 2) for name in left if whole_name(name) in gains}
         if len(factors) == 1:
             said.append(f"With these gains decayed by {usual:.3g} as well it would be {factors.pop():g} times as much.")
-    return Audit(_whole_labels(reduced), _whole_removable(reduced, rates), [*said, *_unequal(symmetries, rates)])
+    return Audit(_whole_labels(reduced), _whole_removable(reduced, rates), said, _unequal(symmetries, rates))
 
 
 def _left(reduced: ReducedDecay, scale: float, lrs: Mapping[str, float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from lightning_normreg import _reports
-from lightning_normreg._symmetries import load_verdict, save_verdict
+from lightning_normreg._symmetries import Symmetries, load_verdict, save_verdict
 from lightning_normreg._weights import Verdict, listed
 from lightning_normreg.cli._errors import ArgumentRefused, blamed_on, refusals_of
 from lightning_normreg.cli._parser import Parser, add_optional, console, parser_of
@@ -45,23 +45,29 @@ def inspect(args: list[str]) -> None:
             "ckpt_path: nothing to inspect. Give a checkpoint, or a model by --model and --data or by --config."
         )
     try:
-        report = inspect_checkpoint(options.ckpt_path, options.optimizer, options.invariance)
+        report = inspect_checkpoint(options.ckpt_path, options.optimizer, options.invariance, options.symmetries)
         show(report, options)
     except ArgumentRefused as error:
         parser.error(str(error))
 
 
-def inspect_checkpoint(path: str, optimizer: str | None, invariance: str | None) -> Report:
+def inspect_checkpoint(path: str, optimizer: str | None, invariance: str | None, symmetries: str | None) -> Report:
     """What a file alone says."""
     with refusals_of("ckpt_path"):
         checkpoint = _reports.read_checkpoint(path)
     with refusals_of("invariance"):
         verdict = checkpoint.verdict or {} if invariance is None else load_verdict(invariance)
+    with refusals_of("symmetries"):
+        known = checkpoint.symmetries if symmetries is None else Symmetries.load(symmetries)
     with blamed_on("ckpt_path"):  # what is in the file need make no sense
         with refusals_of("optimizer"):
             groups, said = _reports.saved_groups(checkpoint.optimizers, [w for w in (optimizer or "").split(",") if w])
         owners, matched = _reports.match_parameters(groups, checkpoint.tensors, checkpoint.aliases)
         rows, blanks = _reports.inspect_parameters(_reports.as_parameters(checkpoint.tensors), owners, verdict)
+    if known is not None and (checkpoint.optimizers or symmetries is not None):
+        with refusals_of("symmetries"):
+            rows, meaning = _reports.with_what_decay_does(rows, owners, known)
+        said = [*said, *meaning]
     notes = [*_about_weights(checkpoint, verdict, given=invariance is not None), *said, *matched, *blanks]
     return Report(rows, notes, verdict, f"{path}: {checkpoint.about}")
 
@@ -119,6 +125,8 @@ def add_output_arguments(parser: Any) -> None:
         group, "save", str, "FILE", "Write which units are scale-invariant; callbacks take the file as invariance=."
     )
     add_optional(group, "invariance", str, "FILE", "Such a file, in place of asking the model.")
+    symmetries_help = "A file of Symmetries.save, to say what weight decay does to the function."
+    add_optional(group, "symmetries", str, "FILE", symmetries_help)
 
 
 def show(report: Report, options: Any) -> None:

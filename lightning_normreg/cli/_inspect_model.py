@@ -10,6 +10,7 @@ from lightning_normreg._compat import pl
 from lightning_normreg._optimizers import find_rule
 from lightning_normreg._param_groups import load_by_name
 from lightning_normreg._reports import Checkpoint, SavedGroup, inspect_parameters, read_checkpoint, summary_table
+from lightning_normreg._symmetries import Symmetries
 from lightning_normreg._weights import Verdict
 from lightning_normreg.callbacks._base import StepCallback
 from lightning_normreg.callbacks._holding import held_norms
@@ -82,6 +83,8 @@ class _Inspection(Commands):
         options = self._settings("config_init")
         with refusals_of("invariance"):
             look = _Look(options["invariance"], self._checkpoint)
+        with refusals_of("symmetries"):
+            look.symmetries = None if options["symmetries"] is None else Symmetries.load(options["symmetries"])
         trainer: Any = self.trainer
         trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, NormProjection)] + [look]
         with suppress(_Seen):
@@ -101,6 +104,7 @@ class _Look(StepCallback):
     def __init__(self, invariance: str | None, checkpoint: Checkpoint | None) -> None:
         super().__init__(invariance)
         self._checkpoint = checkpoint
+        self.symmetries: Symmetries | None = None
         self.report: Report | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,10 +129,17 @@ class _Look(StepCallback):
             ) from error
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, verdict: Verdict) -> None:
-        summary, meaning = summary_of(trainer, verdict)
+        known = self.symmetries
+        if known is None and self._checkpoint is not None:
+            known = self._checkpoint.symmetries
+        if known is not None:
+            with refusals_of("symmetries"):
+                known.check_names(name for name, _, _ in run_of(trainer).named)
+        summary, meaning = summary_of(trainer, verdict, known)
         rows, blanks = inspect_parameters(run_of(trainer).named, _owners(trainer), verdict, held_norms(trainer))
         more = {
             r.parameter: {"role": r.role, "evidence": r.evidence or None, "eps_share": r.eps_share, "radius": r.radius}
+            | {"acts": r.acts or None, "removable": r.removable}
             for r in summary
         }
         of = "" if self._checkpoint is None else f" of a checkpoint: {self._checkpoint.about}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_normreg import NormSummary, Symmetries, find_symmetries
+from lightning_normreg import NormSummary, Symmetries, decay_groups, find_symmetries
+from lightning_normreg.cli import main
 from tests.symmetries._symmetry_case import log_loss
 from tests.symmetries._symmetry_cases import Residual
 
@@ -139,3 +141,43 @@ def test_too_many_passes_are_not_taken() -> None:
     _, summary = fitted(NormSummary(), module)
     assert {row["acts"] for row in summary.rows()} == {""}
     assert "NormSummary(symmetries=path)" in summary.sentences()[-1]
+
+
+def test_what_decay_groups_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same of a grouping; of biases in the set that are not decayed there is a warning, with a remedy that helps."""
+    module = Stream()
+    find_symmetries(module.train(), [torch.randn(4, 5)]).save(tmp_path / "found.json")
+    with (
+        caplog.at_level("INFO"),
+        pytest.warns(UserWarning, match=r"net\.out1\.bias, net\.out2\.bias of them .* overrid"),
+    ):
+        decay_groups(module, 0.1, symmetries=str(tmp_path / "found.json"))
+    assert "like decay of 0.1 on 6 tensors" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):  # and no warning
+        decay_groups(module, 0.1, overrides={"net.out?.bias": None}, symmetries=str(tmp_path / "found.json"))
+    assert "like decay of 0.1 on 6 tensors (net.norm1.weight, net.norm1.bias" in caplog.text
+    assert "-0.1" not in caplog.text
+    with pytest.raises(ValueError, match="`symmetries` must be those of this model, but it has no net"):
+        decay_groups(nn.Linear(2, 2), 0.1, symmetries=str(tmp_path / "found.json"))
+
+
+def test_inspect_says_it_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the symmetries in it, or those of a file; with none nothing is said."""
+    trainer, summary = fitted(NormSummary(), Stream())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    silent, _ = fitted(NormSummary(symmetries=None), Stream())
+    silent.save_checkpoint(tmp_path / "silent.ckpt")
+    find_symmetries(Stream().train(), [torch.randn(4, 5)]).save(tmp_path / "found.json")
+    expected = {row["parameter"]: row["acts"] for row in summary.rows()}
+    capsys.readouterr()
+    for words in (["last.ckpt"], ["silent.ckpt", "--symmetries", str(tmp_path / "found.json")]):
+        main(["inspect", str(tmp_path / words[0]), *words[1:], "--optimizer", "AdamW", "--json"])
+        told = json.loads(capsys.readouterr().out)
+        assert {row["parameter"]: row["acts"] for row in told["parameters"]} == expected
+        assert any("like decay of 0.1 on 6 tensors" in note for note in told["notes"])
+    main(["inspect", str(tmp_path / "silent.ckpt"), "--optimizer", "AdamW", "--json"])
+    assert {row["acts"] for row in json.loads(capsys.readouterr().out)["parameters"]} == {None}
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "silent.ckpt"), "--symmetries", str(tmp_path / "none.json")])
+    assert "symmetries" in capsys.readouterr().err
