@@ -57,7 +57,8 @@ def find_symmetries(
         layers: ``"apart"``: all symmetries that there are. ``"together"``, for deep models: tensors whose names differ
             only by the number of a layer are one kind; a symmetry of kinds is parted into one for each layer where that
             holds alone, and those of neighbouring layers are looked for besides. What only joins layers that are
-            further apart, and not all of a kind, is then not found. ``"auto"``: apart, up to 60 passes.
+            further apart, and not all of a kind, is then not found. ``"auto"``: apart, up to 60 passes
+            with those of :func:`find_scale_invariance`.
         dtype: ``"float64"``, ``"float32"``, or ``"auto"``: float64, and float32 where that fails.
         seed: Of everything that is drawn, at least 0.
         in_place: Ask the module itself, see :func:`find_scale_invariance`; a sharded one is in any case.

@@ -15,11 +15,11 @@ from lightning_normreg._symmetries._thresholds import Thresholds
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 LayersType = Literal["auto", "apart", "together"]
-MOST = 60
-"""Passes from which on layers are taken together."""
+MOST = 46
+"""Points above which layers are taken together: with the five other passes and nine for the units there are 60."""
 MARGIN = 12
 """Points beyond the number of columns: that a tensor looks like a symmetry by accident has no chance then."""
-_BETWEEN = 6
+_BETWEEN = 4
 """The same for neighbouring layers, where less is asked anew."""
 
 

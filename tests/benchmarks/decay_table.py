@@ -57,8 +57,8 @@ def left_of(rates: dict[str, float], roles: dict[str, str]) -> str:
             listed = symbols.setdefault((layer or own, f"{rate:.3g}".replace("-", "−")), [])
             listed += [] if what in listed else [what]
     layers: dict[tuple[str, str], list[str]] = {}
-    for (layer, rate), whats in symbols.items():
-        layers.setdefault((", ".join(whats), rate), []).append(layer)
+    for (layer, rate), kinds in symbols.items():
+        layers.setdefault((", ".join(kinds), rate), []).append(layer)
     return "; ".join(f"{what} of {', '.join(_without_numbers(own))}: {rate}" for (what, rate), own in layers.items())
 
 

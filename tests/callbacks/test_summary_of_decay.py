@@ -144,7 +144,7 @@ def test_too_many_passes_are_not_taken() -> None:
 
 
 def test_what_decay_groups_say(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The same of a grouping; of biases in the set that are not decayed there is a warning, with a remedy that helps."""
+    """The same of a grouping; of biases in the set that are not decayed there is a warning, whose remedy helps."""
     module = Stream()
     find_symmetries(module.train(), [torch.randn(4, 5)]).save(tmp_path / "found.json")
     with (

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_normreg import find_scale_invariance
+from lightning_normreg import find_scale_invariance, find_symmetries
 from lightning_normreg.demos import DemoConvNet
+from tests.symmetries import _small_models
 from tests.symmetries._labels import label
 
 # Four draws, the certificate's base and two rescalings, and the eps shares with and without eps.
@@ -32,6 +33,29 @@ def test_the_loss_is_called_nine_times():
 
     find_scale_invariance(DemoConvNet(), (torch.rand(4, 1, 8, 8), torch.arange(4)), forward=counted)
     assert calls == [4] * CALLS
+
+
+@pytest.mark.parametrize("kind", ["LLAMA", "GPT"])
+def test_symmetries_cost_no_more_in_deep_models(kind):
+    """Units and symmetries together call the loss at most 60 times, as often in four layers as in eight.
+
+    Symmetries: one call for the order of use, one at the own weights, three for the proof, and the points.
+    """
+    counts = []
+    for depth in (4, 8):
+        calls = []
+
+        def counted(module, batch, calls=calls):
+            calls.append(1)
+            return _small_models.log_loss(module, batch)
+
+        model, batch = _small_models.transformer(getattr(_small_models, kind), depth)()
+        find_scale_invariance(model.train(), batch, forward=counted, progress=False)
+        before = len(calls)
+        found = find_symmetries(model, batch, forward=counted, progress=False)
+        assert len(calls) - before == found.passes + 5
+        counts.append(len(calls))
+    assert counts[0] == counts[1] <= 60
 
 
 class Words(nn.Module):
