@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_normreg import Symmetries, find_symmetries
 from tests.symmetries import _symmetry_cases_attention as _symmetry_cases_attention
+from tests.symmetries import _symmetry_cases_fused as _symmetry_cases_fused
 from tests.symmetries import _symmetry_cases_pictures as _symmetry_cases_pictures
 from tests.symmetries import _symmetry_cases_sequences as _symmetry_cases_sequences
 from tests.symmetries._symmetry_case import CASES, Labelled, log_loss, vectors
@@ -67,7 +68,7 @@ def test_bases_reasoned_by_hand(name: str, seed: int, dtype: Literal["float64", 
 
 def test_enough_architectures_are_labelled() -> None:
     """None is lost by an import that is left out."""
-    assert len(CASES) >= 34
+    assert len(CASES) >= 36
 
 
 @pytest.mark.parametrize("case", [pre_norm, batch_norm, fused_attention], ids=lambda case: case.__name__)
