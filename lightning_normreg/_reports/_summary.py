@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any, Literal
 
 from rich.table import Table
@@ -171,9 +172,12 @@ def markdown_summary(rows: Sequence[SummaryRow]) -> str:
 
 
 def _cells(rows: Sequence[SummaryRow]) -> tuple[list[str], list[list[str]]]:
-    """What decay does has a column where it is known."""
+    """Columns that say something of some row; what decay does has one where it is known."""
     audited = any(row.acts for row in rows)
-    return [*_COLUMNS, *(["what decay does"] if audited else [])], [row.cells(audited) for row in rows]
+    lines = [row.cells(audited) for row in rows]
+    names = [*_COLUMNS, *(["what decay does"] if audited else [])]
+    filled = [name == "parameter" or any(line[i] for line in lines) for i, name in enumerate(names)]
+    return list(compress(names, filled)), [list(compress(line, filled)) for line in lines]
 
 
 def sentences(

@@ -31,13 +31,16 @@ def audit_decay(symmetries: Symmetries, rates: Mapping[str, float], lrs: Mapping
         lrs: Parameter → learning rate, to write what is left as decay again.
     """
     known = {whole_name(name) for name in symmetries.tensors}
+    inert = {whole_name(name) for name in symmetries.inert}
+    unknown = [name for name, rate in rates.items() if rate > 0 and name not in known | inert]
+    about = [f"Of {listed(unknown, 4)} it is not known: the symmetries were asked without."] if unknown else []
     rates = {name: rate for name, rate in rates.items() if name in known and rate > 0}
     if not rates:
-        return Audit({}, {}, [], {})
+        return Audit({}, {}, about, {})
     scale = _SMALL / max(rates.values())
     reduced = reduce_decay(symmetries, {name: rate * scale for name, rate in rates.items()})
     left = _left(reduced, scale, lrs)
-    said = [_sentence(symmetries, len(rates), rates, lrs, left)]
+    said = [_sentence(symmetries, len(rates), rates, lrs, left), *about]
     gains = {whole_name(name) for name in left if symmetries.roles[name] == "gamma"} - rates.keys()
     if gains:
         lr = max(lrs.get(name, 0.0) for name in gains)

@@ -21,7 +21,7 @@ from lightning_normreg._symmetries._in_place import InPlaceCall
 from lightning_normreg._symmetries._layers import Layers, LayersType, kind_of, plan_of
 from lightning_normreg._symmetries._losses import ProbeError
 from lightning_normreg._symmetries._probe import MOMENT, TYPES, ProbeType, check_type, is_first_rank
-from lightning_normreg._symmetries._setup import Setup
+from lightning_normreg._symmetries._setup import ATTEMPTS, Setup
 from lightning_normreg._symmetries._slices import Axis
 from lightning_normreg._symmetries._spaces import SymmetryKind, null_space, rational, readable_basis
 from lightning_normreg._symmetries._symmetry import Symmetries, Symmetry
@@ -239,14 +239,13 @@ def _certificate(setup: Setup, symmetries: Sequence[Mapping[Column, int]], reach
     Raises:
         ProbeError: If it is more than roundoff.
     """
-    call, (point, seed) = setup.call, setup.certificate_point((), 0)
+    call, largest = setup.call, 0.0
+    for attempt in range(ATTEMPTS):
+        point, seed = setup.certificate_point((), attempt)
+        base = _losses_at(setup, point, seed)
+        if not call.largest(float(not all(map(math.isfinite, base)))):
+            break
     generator = torch.Generator().manual_seed(seed)
-
-    def losses_at(where: Mapping[str, Tensor]) -> list[float]:
-        leaves = {name: t.detach().requires_grad_(point[name].requires_grad) for name, t in where.items()}
-        return call.run(leaves, lambda losses: losses.values(), seed=seed, shrink=setup.limits.shrink)
-
-    base, largest = losses_at(point), 0.0
     for index in range(len(base)):
         # Of the several losses of manual optimization a tensor has those whose gradient reaches it before it steps.
         own = [e for e in symmetries if any(index in reaching[column.parameter] for column in e)]
@@ -258,7 +257,7 @@ def _certificate(setup: Setup, symmetries: Sequence[Mapping[Column, int]], reach
             moved = dict(point)
             for column, power in powers.items():
                 moved[column.parameter] = _moved(moved[column.parameter].detach(), column, 2.0**power, call)
-            largest = max(largest, relative_change(losses_at(moved), base, index))
+            largest = max(largest, relative_change(_losses_at(setup, moved, seed), base, index))
     largest = call.largest(largest)
     if not largest <= setup.limits.certificate:
         raise ProbeError(
@@ -266,6 +265,11 @@ def _certificate(setup: Setup, symmetries: Sequence[Mapping[Column, int]], reach
             "`training_step` that keeps state, or one that draws random numbers of its own, may be behind it."
         )
     return largest
+
+
+def _losses_at(setup: Setup, point: Mapping[str, Tensor], seed: int) -> list[float]:
+    leaves = {name: t.detach().requires_grad_(name in setup.roles) for name, t in point.items()}
+    return setup.call.run(leaves, lambda losses: losses.values(), seed=seed, shrink=setup.limits.shrink)
 
 
 def _moved(tensor: Tensor, column: Column, factor: float, call: Call) -> Tensor:

@@ -70,6 +70,12 @@ class NormSummary(StepCallback):
         """What stands under the table."""
         return list(self._sentences)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See :class:`StepCallback`; what was found of another model is forgotten."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.symmetries == "auto":
+            self._known = None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the arguments against the model."""
         super().on_fit_start(trainer, pl_module)

@@ -26,6 +26,7 @@ from lightning_normreg import (
     CorrectedDecay,
     EffectiveLRMonitor,
     NormProjection,
+    NormSummary,
     RotationControl,
     WeightNormMonitor,
     decay_groups,
@@ -146,6 +147,8 @@ def _callbacks(verdict: Any, optimizer: str, unit: Any, project: str) -> list[An
     chosen: Any = {"invariance": verdict, "unit": unit, "include": named, "on_not_invariant": "allow"}
     if project in ("project", "asked"):
         callbacks.append(NormProjection(**chosen))
+    if project == "asked":
+        callbacks.append(NormSummary())
     if project.startswith("rotate"):
         callbacks.append(
             RotationControl(0.03, **chosen, **({"per": "unit", "hold": "mean"} if "mean" in project else {}))
@@ -203,7 +206,14 @@ def main() -> None:
     weights = whole_weights(trainer, model)
     history = callbacks[1].history().to_dict("records") + callbacks[0].history().to_dict("records")
     with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump({"history": history, "weights": weights, "held": held, "collectives": collectives}, file)
+        found = {"history": history, "weights": weights, "held": held, "collectives": collectives}
+        json.dump(found | {"acts": _acts(callbacks)}, file)
+
+
+def _acts(callbacks: list[Any]) -> list[dict[str, str]]:
+    """What decay does to each parameter, by each NormSummary."""
+    summaries = [c for c in callbacks if isinstance(c, NormSummary)]
+    return [{row["parameter"]: row["acts"] for row in summary.rows()} for summary in summaries]
 
 
 def whole_weights(trainer: Trainer, model: LightningModule) -> dict[str, Any]:

@@ -163,6 +163,16 @@ def test_a_controlled_step_has_one_reduction(strategy: str) -> None:
     assert first["collectives"] == dimensions * (LOGGED + 12 + 4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_decay_does_is_said_alike(strategy: str) -> None:
+    """Symmetries asked on a copy or in place: the labels of a single device, on every process."""
+    ((expected,),) = (result["acts"] for result in run("single", ASKED))
+    assert {"schedule", "acts itself"} <= set(expected.values())
+    for result in run(strategy, ASKED):
+        assert result["acts"] == [expected]
+
+
 def main() -> None:
     """The table."""
     from rich.console import Console

@@ -181,3 +181,26 @@ def test_inspect_says_it_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path / "silent.ckpt"), "--symmetries", str(tmp_path / "none.json")])
     assert "symmetries" in capsys.readouterr().err
+
+
+def test_another_model_is_asked_anew() -> None:
+    """A callback that is used again does not speak of the model before."""
+    summary = NormSummary()
+    fitted(summary, Stream())
+    other = Stream()
+    other.net.last = nn.Identity()  # a stream that is not normalized at its end is read by the head, which undoes it
+    _, summary = fitted(summary, other)
+    rows = {row["parameter"]: row["acts"] for row in summary.rows()}
+    assert "schedule" not in rows.values()
+    assert rows["net.in1.weight"] == "acts through net.norm1.weight, net.norm1.bias"
+    assert "net.head.weight" in rows["net.embed.weight"]
+
+
+def test_what_was_frozen_when_asked_is_named(tmp_path: Path) -> None:
+    """Symmetries without a tensor say nothing of its decay, and that is said."""
+    frozen = Stream()
+    frozen.net.head.weight.requires_grad_(requires_grad=False)
+    find_symmetries(frozen.train(), [torch.randn(4, 5)]).save(tmp_path / "found.json")
+    _, summary = fitted(NormSummary(symmetries=str(tmp_path / "found.json")), Stream())
+    assert "Of net.head.weight it is not known: the symmetries were asked without." in summary.sentences()
+    assert {row["parameter"]: row["acts"] for row in summary.rows()}["net.head.weight"] == ""
