@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -46,8 +47,8 @@ def decay_groups(
         overrides: Decay by glob over clean names, before every other rule. A glob that matches nothing, and two globs
             that give one parameter different decays, are errors.
         symmetries: All scaling symmetries (:func:`find_symmetries`), or a file of :meth:`Symmetries.save`: then it is
-            said what this decay does to the function, and a warning names tensors that are scale-invariant together and
-            decayed unequally.
+            said what this decay does to the function, at one learning rate for all, and a warning names tensors that
+            are scale-invariant together and decayed unequally, with ``overrides`` that decay them equally.
 
     Returns:
         Groups for any ``torch.optim`` optimizer that takes groups, each with ``params``, a unique ``name``,
@@ -209,5 +210,16 @@ def _say_what_it_does(symmetries: Symmetries, decays: Mapping[str, float]) -> No
     found = audit_decay(symmetries, decays, dict.fromkeys(decays, 1.0))
     for sentence in found.sentences:
         rank_zero_info(sentence)
-    for sentence in found.unequal:
-        rank_zero_warn(f"{sentence} Give all of it one decay by overrides={{'<name>': …}}.")
+    for sentence, members in found.unequal.items():
+        rank_zero_warn(f"{sentence} Give all of it one decay by overrides={_one_decay(members, decays)!r}.")
+
+
+def _one_decay(members: tuple[str, ...], decays: Mapping[str, float]) -> dict[str, float]:
+    """Overrides that give all members the largest decay among them, or none where one of them is frozen."""
+    decay = max(map(decays.__getitem__, members)) if decays.keys() >= {*members} else 0.0
+    others = {name for name in members if decays.get(name, decay) != decay}
+    globs = {name: re.sub(r"\d+", "*", name) for name in members if name in others}
+    return {
+        glob if all(name in others for name in decays if fnmatchcase(name, glob)) else name: decay
+        for name, glob in globs.items()
+    }

@@ -104,26 +104,29 @@ def inspect_parameters(
 def with_what_decay_does(
     rows: Sequence[InspectedParameter], owners: Mapping[str, SavedGroup], symmetries: Symmetries
 ) -> tuple[list[InspectedParameter], list[str]]:
-    """The rows with what decay does to the function, and sentences about it.
-
-    Raises:
-        ValueError: If the symmetries are those of another model.
-    """
-    symmetries.check_names(row.parameter for row in rows)
-    rates: dict[str, float] = {}
-    for row in rows:
-        rules = owners[row.parameter].rules if row.parameter in owners else ()
-        found = {
-            decay_rate(rule, owners[row.parameter].settings, row.lr) if isinstance(rule, UpdateRule) else None
-            for rule in rules
-        }
-        rate = found.pop() if len(found) == 1 and row.lr is not None else None
-        if rate:
-            rates[row.parameter] = rate
-    audit = audit_decay(symmetries, rates, {row.parameter: row.lr or 0.0 for row in rows})
+    """The rows with what decay does to the function, and sentences about it."""
+    of_one = {row.parameter: _rate_of_one(owners.get(row.parameter), row.lr) for row in rows}
+    decayed = {row.parameter: row.weight_decay for row in rows if row.weight_decay}
+    rates = {name: decay * (of_one[name] or 0.0) for name, decay in decayed.items()}
+    audit = audit_decay(symmetries, rates, {name: rate or 0.0 for name, rate in of_one.items()})
     labels, removable = audit.labels, audit.removable
     told = [replace(r, acts=labels.get(r.parameter), removable=removable.get(r.parameter)) for r in rows]
-    return told, [*audit.sentences, *audit.unequal]
+    said = [*audit.sentences, *audit.unequal]
+    if unknown := [name for name in decayed if of_one[name] is None]:
+        why = "it acts through the gradient, or it is not known which optimizer this is"
+        said.append(f"What decay does to {listed(unknown)} is not known here: {why}.")
+    if resting := [name for name in decayed if of_one[name] == 0]:
+        said.append(f"At a learning rate of 0, as of {listed(resting)}, decay does nothing in the next step.")
+    return told, said
+
+
+def _rate_of_one(group: SavedGroup | None, lr: float | None) -> float | None:
+    """Share that a decay of 1 takes off in a step, momentum included; None where that is not known."""
+    if group is None or lr is None:
+        return None
+    settings = {**group.settings, "weight_decay": 1.0}
+    found = {decay_rate(rule, settings, lr) if isinstance(rule, UpdateRule) else None for rule in group.rules}
+    return found.pop() if len(found) == 1 else None
 
 
 def _rates(watched: Watched, group: SavedGroup, norm: float, held: bool, blanks: list[str]) -> dict[str, Any]:
@@ -203,10 +206,12 @@ def inspection_table(rows: Sequence[InspectedParameter], title: str) -> Table:
     }
     if any(row.acts for row in rows):
         columns["what decay does"] = lambda r: r.acts or ""
+        columns["removable"] = lambda r: "" if r.removable is None else str(r.removable).lower()
     if len({(row.optimizer, row.group) for row in rows if row.group is not None}) < 2:
         del columns["group"]
     for name in columns:
-        table.add_column(name, justify="left" if name in ("parameter", "shape", "group") else "right")
+        is_text = name in ("parameter", "shape", "group", "what decay does")
+        table.add_column(name, justify="left" if is_text else "right")
     for row in rows:
         table.add_row(*(cell(row) for cell in columns.values()))
     return table

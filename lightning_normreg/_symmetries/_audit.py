@@ -19,7 +19,7 @@ class Audit(NamedTuple):
     labels: dict[str, str]  # parameter → what its decay does, as in ReducedDecay
     removable: dict[str, bool]  # of the decayed: whether the penalty is removable in the limit
     sentences: list[str]
-    unequal: list[str]  # of tensors that are scale-invariant together and decayed unequally, in sentences
+    unequal: dict[str, tuple[str, ...]]  # of sets that are decayed unequally: sentence → their parameters
 
 
 def audit_decay(symmetries: Symmetries, rates: Mapping[str, float], lrs: Mapping[str, float]) -> Audit:
@@ -36,7 +36,7 @@ def audit_decay(symmetries: Symmetries, rates: Mapping[str, float], lrs: Mapping
     about = [f"Of {listed(unknown, 4)} it is not known: the symmetries were asked without."] if unknown else []
     rates = {name: rate for name, rate in rates.items() if name in known and rate > 0}
     if not rates:
-        return Audit({}, {}, about, [])
+        return Audit({}, {}, about, {})
     scale = _SMALL / max(rates.values())
     reduced = reduce_decay(symmetries, {name: rate * scale for name, rate in rates.items()})
     left = _left(reduced, scale, lrs)
@@ -85,19 +85,20 @@ def _sentence(
     return f"{given} trains this network like {' and '.join(parts)}{grows}; the rest of it is a learning-rate schedule."
 
 
-def _unequal(symmetries: Symmetries, rates: Mapping[str, float]) -> list[str]:
+def _unequal(symmetries: Symmetries, rates: Mapping[str, float]) -> dict[str, tuple[str, ...]]:
     """Sets whose members are decayed by different rates."""
-    found = []
+    found = {}
     for symmetry in symmetries.basis:
         own = {name: rates.get(whole_name(name), 0.0) for name in symmetry.exponents}
         if symmetry.kind == "set" and set(symmetry.exponents.values()) == {1} and any(own.values()):
             least = [name for name, rate in own.items() if rate < 0.999 * max(own.values())]
             if least:
-                found.append(
+                sentence = (
                     f"{listed([*own], 3)} are scale-invariant together, but {listed(least, 3)} of them "
                     f"{'is' if len(least) == 1 else 'are'} decayed less or not at all: only decay that is equal on all "
                     "of a set is a learning-rate schedule."
                 )
+                found[sentence] = tuple(dict.fromkeys(map(whole_name, own)))
     return found
 
 

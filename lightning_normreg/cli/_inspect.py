@@ -65,11 +65,23 @@ def inspect_checkpoint(path: str, optimizer: str | None, invariance: str | None,
         owners, matched = _reports.match_parameters(groups, checkpoint.tensors, checkpoint.aliases)
         rows, blanks = _reports.inspect_parameters(_reports.as_parameters(checkpoint.tensors), owners, verdict)
     if known is not None and (checkpoint.optimizers or symmetries is not None):
-        with refusals_of("symmetries"):
-            rows, meaning = _reports.with_what_decay_does(rows, owners, known)
+        rows, meaning = _what_decay_does(rows, owners, known, given=symmetries is not None)
         said = [*said, *meaning]
     notes = [*_about_weights(checkpoint, verdict, given=invariance is not None), *said, *matched, *blanks]
     return Report(rows, notes, verdict, f"{path}: {checkpoint.about}")
+
+
+def _what_decay_does(
+    rows: list[_reports.InspectedParameter], owners: Mapping[str, _reports.SavedGroup], known: Symmetries, given: bool
+) -> tuple[list[_reports.InspectedParameter], list[str]]:
+    """The rows with it, and sentences. A checkpoint need not hold all weights that its run has asked."""
+    try:
+        known.check_names(row.parameter for row in rows)
+    except ValueError as error:
+        if given:
+            raise ArgumentRefused("symmetries", error) from error
+        return rows, ["What decay does is not said: symmetries noted in the checkpoint are of weights not in it."]
+    return _reports.with_what_decay_does(rows, owners, known)
 
 
 def _about_weights(checkpoint: _reports.Checkpoint, verdict: Verdict, given: bool) -> list[str]:
