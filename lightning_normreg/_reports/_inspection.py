@@ -14,7 +14,7 @@ from torch.nn.parameter import Parameter
 
 from lightning_normreg._optimizers import NoRule, UpdateRule
 from lightning_normreg._reports._saved_optimizers import SavedGroup
-from lightning_normreg._reports._summary import decay_rate, units_in_words
+from lightning_normreg._reports._summary import rate_of_one, units_in_words
 from lightning_normreg._symmetries import Symmetries, audit_decay
 from lightning_normreg._weights import (
     ParameterRole,
@@ -121,11 +121,7 @@ def with_what_decay_does(
 
 
 def _rate_of_one(group: SavedGroup | None, lr: float | None) -> float | None:
-    """Share that a decay of 1 takes off in a step, momentum included; None where that is not known."""
-    if group is None or lr is None:
-        return None
-    settings = {**group.settings, "weight_decay": 1.0}
-    found = {decay_rate(rule, settings, lr) if isinstance(rule, UpdateRule) else None for rule in group.rules}
+    found = set() if group is None else {rate_of_one(rule, group.settings, lr) for rule in group.rules}
     return found.pop() if len(found) == 1 else None
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
-from lightning_normreg._optimizers import UpdateRule, update_rule
+from lightning_normreg._optimizers import NoRule, UpdateRule, update_rule
 from lightning_normreg._symmetries import Symmetries, audit_decay
 from lightning_normreg._weights import (
     ParameterRole,
@@ -47,7 +47,7 @@ class SummaryRow:
     optimizer: str  # class of its optimizer
     size: int  # number of its entries
     invariant: bool  # whether its units are scale-invariant
-    decay_rate: float | None = 0.0  # share that decay takes off it per step; None where it acts through Adam's gradient
+    rate_of_one: float | None = None  # share that a decay of 1 takes off per step; None where it is in Adam's gradient
     acts: str = ""  # what its decay does to the function, "" where symmetries are not known
     removable: bool | None = None  # whether its penalty is removable in the limit; None where that is not known
 
@@ -104,28 +104,27 @@ def summary_rows(
                 optimizer=type(optimizer).__name__ if optimizer is not None and parameter.requires_grad else "",
                 size=whole_shape(parameter).numel(),
                 invariant=known is not None and known.is_invariant,
-                decay_rate=decay_rate(rule, group, lr),
+                rate_of_one=rate_of_one(rule, group, lr),
             )
         )
     return rows
 
 
-def decay_rate(rule: UpdateRule | None, group: Mapping[str, Any], lr: Any) -> float | None:
-    """Share that decay takes off in a step; None where it acts through the gradient, as Adam's L2."""
-    decay = float(group.get("weight_decay", 0.0))
-    if not decay or rule is None:
-        return 0.0 if not decay else None
+def rate_of_one(rule: UpdateRule | NoRule | None, group: Mapping[str, Any], lr: Any) -> float | None:
+    """Share that a decay of 1 takes off in a step, with momentum; None where it is in the gradient, as Adam's."""
+    if not isinstance(rule, UpdateRule) or lr is None:
+        return None
     if rule.decay == "decoupled":
-        return float(lr) * decay
-    return float(lr) * decay * rule.momentum_gain(dict(group)) if rule.family == "sgd" else None
+        return float(lr)
+    return float(lr) * rule.momentum_gain(dict(group)) if rule.family in ("sgd", "nesterov") else None
 
 
 def with_audit(rows: Sequence[SummaryRow], symmetries: Symmetries) -> tuple[list[SummaryRow], list[str]]:
     """The rows with what decay does, and sentences about it."""
     decayed = [row for row in rows if row.optimizer and row.weight_decay > 0]
-    rates = {row.parameter: row.decay_rate for row in decayed if row.decay_rate}
-    found = audit_decay(symmetries, rates, {row.parameter: row.lr for row in rows})
-    through = sorted({row.optimizer for row in decayed if row.decay_rate is None})
+    rates = {row.parameter: row.weight_decay * (row.rate_of_one or 0.0) for row in decayed}
+    found = audit_decay(symmetries, rates, {row.parameter: row.rate_of_one or row.lr for row in rows})
+    through = sorted({row.optimizer for row in decayed if row.rate_of_one is None})
     said = [f"What decay does through the gradient of {listed(through)} is not known here."] if through else []
     return [
         replace(row, acts=found.labels.get(row.parameter, ""), removable=found.removable.get(row.parameter))

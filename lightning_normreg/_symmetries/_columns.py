@@ -129,7 +129,7 @@ def _cuts(table: Table, others: Tensor, tol: float) -> list[int]:
 
     for values in (total - prefix, prefix):
         # In one point first, as most tensors have nothing to do with each other.
-        near = ((values[0, :, None] - others[0]).abs() <= small[0]).any(dim=0) & (others[0].abs() > small[0])
+        near = ((values[0, :, None] - others[0]).abs() <= small[0]).any(dim=0) & (others.abs() > small).any(dim=0)
         for other in others[:, near].T:
             end = next(iter(zeros(values - other[:, None])), 0)
             if end:

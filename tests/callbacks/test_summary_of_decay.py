@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,10 @@ def test_what_was_frozen_when_asked_is_named(tmp_path: Path) -> None:
     _, summary = fitted(NormSummary(symmetries=str(tmp_path / "found.json")), Stream())
     assert "Of net.head.weight it is not known: the symmetries were asked without." in summary.sentences()
     assert {row["parameter"]: row["acts"] for row in summary.rows()}["net.head.weight"] == ""
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_does_not_change_the_unit(nesterov: bool) -> None:
+    """Momentum sums the decay up as it does the gradients; it is written in the unit that was given."""
+    _, summary = fitted(NormSummary(), Stream(partial(torch.optim.SGD, momentum=0.9, nesterov=nesterov)))
+    assert "Decay of 0.1 on 6 tensors trains this network like decay of 0.1 on 6" in " ".join(summary.sentences())
