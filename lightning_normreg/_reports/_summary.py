@@ -122,10 +122,15 @@ def rate_of_one(rule: UpdateRule | NoRule | None, group: Mapping[str, Any], lr: 
 def with_audit(rows: Sequence[SummaryRow], symmetries: Symmetries) -> tuple[list[SummaryRow], list[str]]:
     """The rows with what decay does, and sentences about it."""
     decayed = [row for row in rows if row.optimizer and row.weight_decay > 0]
-    rates = {row.parameter: row.weight_decay * (row.rate_of_one or 0.0) for row in decayed}
-    found = audit_decay(symmetries, rates, {row.parameter: row.rate_of_one or row.lr for row in rows})
+    # At the start of a warm-up every learning rate is 0; what decay does goes by its share, the same along a schedule.
+    rest = not any(row.rate_of_one for row in decayed)
+    of_one = {row.parameter: 1.0 if rest and row.rate_of_one == 0 else row.rate_of_one for row in rows}
+    rates = {row.parameter: row.weight_decay * (of_one[row.parameter] or 0.0) for row in decayed}
+    found = audit_decay(symmetries, rates, {row.parameter: of_one[row.parameter] or row.lr for row in rows})
     through = sorted({row.optimizer for row in decayed if row.rate_of_one is None})
     said = [f"What decay does through the gradient of {listed(through)} is not known here."] if through else []
+    if found.sentences and any(row.rate_of_one not in (None, row.lr) for row in decayed):
+        said.append("That is of decay that acts at once; in SGD's gradient, momentum spreads it over further steps.")
     return [
         replace(row, acts=found.labels.get(row.parameter, ""), removable=found.removable.get(row.parameter))
         for row in rows

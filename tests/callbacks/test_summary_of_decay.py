@@ -211,4 +211,23 @@ def test_what_was_frozen_when_asked_is_named(tmp_path: Path) -> None:
 def test_momentum_does_not_change_the_unit(nesterov: bool) -> None:
     """Momentum sums the decay up as it does the gradients; it is written in the unit that was given."""
     _, summary = fitted(NormSummary(), Stream(partial(torch.optim.SGD, momentum=0.9, nesterov=nesterov)))
-    assert "Decay of 0.1 on 6 tensors trains this network like decay of 0.1 on 6" in " ".join(summary.sentences())
+    said = " ".join(summary.sentences())
+    assert "Decay of 0.1 on 6 tensors trains this network like decay of 0.1 on 6" in said
+    assert "momentum spreads it over further steps" in said
+
+
+def test_a_warm_up_from_zero_changes_nothing() -> None:
+    """Before the first step every learning rate is 0; labels are those of the schedule that follows."""
+
+    class Warm(Stream):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    _, warm = fitted(NormSummary(), Warm())
+    _, plain = fitted(NormSummary(), Stream())
+    assert [row["lr"] for row in warm.rows()] == [0.0] * len(warm.rows())
+    assert [row["acts"] for row in warm.rows()] == [row["acts"] for row in plain.rows()]
+    assert warm.sentences()[1] == plain.sentences()[1]
+    assert "momentum" not in " ".join(plain.sentences())
