@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_normreg import cli
+from lightning_normreg import cli, find_symmetries
+from lightning_normreg.demos import DemoConvNet, DigitsDataModule
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "cli.md").read_text()
@@ -40,6 +41,9 @@ def test_yaml_of_the_page(number: int, folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:No seed found")
 def test_commands_of_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In their order: the first trains, and others show what the page shows, but for the digits."""
+    data = DigitsDataModule()
+    data.setup("fit")
+    find_symmetries(DemoConvNet(), next(iter(data.train_dataloader()))).save("found.json")
     for command, shown in COMMANDS:
         words = shlex.split(command)
         capsys.readouterr()
