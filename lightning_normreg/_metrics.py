@@ -40,6 +40,7 @@ ROTATION_FACTOR = Curve(
     "1",
     "rotation / √(mean_u (‖Δ_u⊥‖/‖w_u‖)²) with the optimizer's own Δ: by what RotationControl has multiplied it",
 )
+SET_SHARE = Curve("set_share", "‖w‖²/‖w_S‖²", "1", "of a weight in a set S, its share of the square of the set's norm")
 RELATIVE_UPDATE = Curve("relative_update", "‖Δ‖/‖w‖", "1", "√(mean_u (‖Δ_u‖ / ‖w_u‖)²)")
 GRADIENT_NORM = Curve("gradient_norm", "‖g‖", "loss / w", "‖g‖ of the tensor of that name alone, before clipping")
 GRADIENT_ALIGNMENT = Curve("gradient_alignment", "|cos(w, g)|", "1", "√(mean_u (⟨w_u, g_u⟩ / (‖w_u‖ ‖g_u‖))²)")

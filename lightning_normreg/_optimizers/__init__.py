@@ -6,6 +6,7 @@ from lightning_normreg._optimizers._lookup import find_rule as find_rule
 from lightning_normreg._optimizers._lookup import group_of as group_of
 from lightning_normreg._optimizers._lookup import named_rules as named_rules
 from lightning_normreg._optimizers._lookup import register_update_rule as register_update_rule
+from lightning_normreg._optimizers._lookup import unequal as unequal
 from lightning_normreg._optimizers._lookup import update_rule as update_rule
 from lightning_normreg._optimizers._lookup import why_no_rule as why_no_rule
 from lightning_normreg._optimizers._rule import Group as Group

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -33,6 +34,20 @@ def why_no_rule(optimizer: Optimizer, group: Group | None = None) -> str:
 
 def group_of(optimizer: Optimizer, parameter: Tensor) -> Group | None:
     return next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
+
+
+def unequal(optimizer: Optimizer, parameters: Iterable[Tensor], *keys: str) -> list[str]:
+    """Settings that some parameters do not have in common, or ``"optimizer"``; tensors on a device are not read."""
+    found = [group_of(optimizer, p) for p in parameters]
+    groups = [g for g in found if g is not None]
+    if len(groups) < len(found):
+        return ["optimizer"]
+    return [key for key in keys if not all(_same(g.get(key), groups[0].get(key)) for g in groups)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    unread = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in (a, b))
+    return a is b or unread or bool(a == b)
 
 
 def find_rule(optimizer: Optimizer, group: Group | None = None) -> UpdateRule | NoRule | None:

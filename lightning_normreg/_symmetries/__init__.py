@@ -20,6 +20,8 @@ from lightning_normreg._symmetries._probe import find_in_place as find_in_place
 from lightning_normreg._symmetries._probe import find_scale_invariance as find_scale_invariance
 from lightning_normreg._symmetries._reduce_decay import ReducedDecay as ReducedDecay
 from lightning_normreg._symmetries._reduce_decay import reduce_decay as reduce_decay
+from lightning_normreg._symmetries._sets import set_names as set_names
+from lightning_normreg._symmetries._sets import watch_sets as watch_sets
 from lightning_normreg._symmetries._slices import Axis as Axis
 from lightning_normreg._symmetries._symmetry import Symmetries as Symmetries
 from lightning_normreg._symmetries._symmetry import Symmetry as Symmetry

@@ -73,7 +73,7 @@ def columns_of(setup: Setup, measured: Measured, order: Sequence[str]) -> list[C
         if name in seams:
             dim, places = seams[name]
             ends = [0, *places, setup.shapes[name][dim]]
-            columns += [Column(f"{clean}[{a}:{b}]", name, (dim, a, b - a)) for a, b in pairwise(ends)]
+            columns += [Column(f"{clean}[{':,' * dim}{a}:{b}]", name, (dim, a, b - a)) for a, b in pairwise(ends)]
             continue
         columns.append(Column(clean, name))
         if role.role == "gamma":

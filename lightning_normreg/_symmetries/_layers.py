@@ -25,7 +25,12 @@ _BETWEEN = 4
 
 def kind_of(column: Column) -> object:
     """The same for columns that are the same but for numbers in their names."""
-    return _NUMBER.sub("*", column.parameter), column.part, column.with_one
+    return in_all_layers(column.parameter), column.part, column.with_one
+
+
+def in_all_layers(name: str) -> str:
+    """A name without the numbers in it."""
+    return _NUMBER.sub("*", name)
 
 
 def plan_of(

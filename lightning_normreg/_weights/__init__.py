@@ -44,6 +44,7 @@ from lightning_normreg._weights._verdict import ScaleInvariance as ScaleInvarian
 from lightning_normreg._weights._verdict import about_masks as about_masks
 from lightning_normreg._weights._verdict import strong as strong
 from lightning_normreg._weights._verdict import summarize as summarize
+from lightning_normreg._weights._watched import Part as Part
 from lightning_normreg._weights._watched import Watched as Watched
 
 know_rank()  # what all rooms that warn are built on

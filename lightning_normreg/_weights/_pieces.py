@@ -26,9 +26,13 @@ class Piece:
     see: See  # how its rows are seen
     units: Tensor  # for each row the number of its unit in the weight, -1 for none
     is_own: bool = True  # whether the tensor is the weight itself, and not joined to it
-    groups: tuple[dist.ProcessGroup, ...] = ()  # process groups over which it is spread
+    mine: tuple[dist.ProcessGroup, ...] = ()  # process groups over which its tensor is spread
     counts: bool = True  # whether sums over it are added: one process does that for what several have
     _seen: dict[str, tuple[int, View, Tensor]] = field(default_factory=dict)
+
+    def counts_in(self, groups: tuple[dist.ProcessGroup, ...]) -> bool:
+        """Whether this process adds it where sums go through some groups, in which all may have the same of it."""
+        return all(dist.get_rank(group) == 0 for group in groups if group not in self.mine)
 
     def now(self) -> tuple[View, Tensor]:
         """View and rows of the parameter as it stands."""
@@ -62,6 +66,8 @@ def groups_of(watched: Watched) -> tuple[dist.ProcessGroup, ...]:
 
 def lies_whole(watched: Watched) -> bool:
     """Whether no unit is spread over processes, which all of them know from the placements alone."""
+    if watched.members:
+        return not groups_of(watched)
     shards = [shard_of(p, watched.name) if is_sharded(p) else None for p in watched.tensors()]
     own = shards[0]
     if own is None or own.entries is not None:
@@ -71,18 +77,19 @@ def lies_whole(watched: Watched) -> bool:
     return not own.groups or (neurons and alike and own.split_dims <= {watched.parts[0].dim})
 
 
-def pieces_of(watched: Watched) -> list[Piece]:
-    """All that this process holds of the units of a weight."""
-    groups = groups_of(watched)
+def pieces_of(watched: Watched, groups: tuple[dist.ProcessGroup, ...] | None = None) -> list[Piece]:
+    """All that this process holds of the units of a weight, which are spread over some process groups."""
+    groups = groups_of(watched) if groups is None else groups
+    if watched.members:
+        found = [piece for member in watched.members for piece in pieces_of(member, groups)]
+        return [replace(piece, units=piece.units.clamp(max=0)) for piece in found]
     found = []
     for parameter in watched.tensors():
         is_own = parameter is watched.parameter
         shard = shard_of(parameter, watched.name) if is_sharded(parameter) else None
-        mine = () if shard is None else shard.groups
-        others = [group for group in groups if group not in mine]
-        counts = all(dist.get_rank(group) == 0 for group in others)
         for see, units in _rows(watched, parameter, shard, is_own):
-            found.append(Piece(parameter, see, units, is_own, groups, counts))
+            piece = Piece(parameter, see, units, is_own, () if shard is None else shard.groups)
+            found.append(replace(piece, counts=piece.counts_in(groups)))
     return found
 
 

@@ -14,7 +14,7 @@ from lightning_normreg._weights._sharding import shard_of
 from lightning_normreg._weights._verdict import ScaleInvariance, fitted
 from lightning_normreg._weights._watched import Part, Watched
 
-UnitArgument = Literal["auto", "neuron", "column", "layer"]
+UnitArgument = Literal["auto", "neuron", "column", "layer", "set"]
 Verdict = Mapping[str, ScaleInvariance]
 
 
@@ -43,7 +43,7 @@ def watch(
         include: Globs, or None.
         exclude: Globs.
         unit: ``"auto"``: the units that the verdict found, the whole tensor where it found none (rows of an embedding
-            with sparse gradients), and neurons where there is no verdict.
+            with sparse gradients), and neurons where there is no verdict. ``"set"`` is the same here: sets come later.
         verdict: Which units are scale-invariant, if that is known.
 
     Raises:
@@ -94,7 +94,7 @@ def _units(
     """Parts, bias and invariance of a parameter, from what the user asked for and what is known."""
     if known is None or known.is_unknown:
         return (_asked_for(role, unit),), None, None
-    if unit != "auto":
+    if unit not in ("auto", "set"):
         return (_asked_for(role, unit),), None, _supports(known, role, unit)
     if not known.has_units and role.sparse:  # most rows do not move in a step
         return (_asked_for(role, unit),), None, known.is_invariant
@@ -110,7 +110,7 @@ def _units(
 def _asked_for(role: ParameterRole, unit: UnitArgument) -> Part:
     if unit == "column":  # what one input feeds into all neurons
         return Part("neuron", 1 - role.dim)
-    return Part("neuron" if unit == "auto" else unit, role.dim, role.groups)
+    return Part("layer" if unit == "layer" else "neuron", role.dim, role.groups)
 
 
 def _supports(known: ScaleInvariance, role: ParameterRole, unit: UnitArgument) -> bool:

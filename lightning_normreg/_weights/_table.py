@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.parameter import Parameter
 from lightning_normreg._weights._gradients import Beside, beside, gradient_of, is_sparse, with_rest
 from lightning_normreg._weights._pieces import Piece, groups_of, lies_whole, pieces_of
 from lightning_normreg._weights._plans import Plans
+from lightning_normreg._weights._routes import made_of, routes_of
 from lightning_normreg._weights._watched import Watched
 from lightning_normreg.functional._device import accumulator, number_type, way_of
 from lightning_normreg.functional._lengths import (
@@ -65,7 +65,8 @@ class Table:
     def __init__(self, watched: Sequence[Watched]) -> None:
         self.watched = list(watched)
         self.sizes = [w.units() for w in self.watched]
-        found = [(number, piece) for number, w in enumerate(self.watched) for piece in pieces_of(w)]
+        made = made_of(self.watched)
+        found = [(number, piece) for number, w in enumerate(watched) if number not in made for piece in pieces_of(w)]
         self._pieces = [piece for _, piece in found]
         (_, rows) = self._pieces[0].now()
         self.device, self.dtype = rows.device, number_type(rows)
@@ -81,20 +82,18 @@ class Table:
     def _place(self, found: Sequence[tuple[int, Piece]]) -> None:
         """Note what does not change: the place of each row, and what is spread over which processes."""
         self.spread: dict[dist.ProcessGroup, tuple[Tensor, Tensor]] = {}
-        starts, count, none = list(accumulate(self.sizes, initial=0)), sum(self.sizes), len(self.sizes)
-        places = torch.cat([torch.where(p.units < 0, count, p.units + starts[number]) for number, p in found])
-        adds = torch.cat([torch.full_like(p.units, p.counts) for _, p in found]).bool()
-        owners = torch.cat([torch.full_like(p.units, number if p.is_own and p.counts else none) for number, p in found])
-        layer = torch.arange(none).repeat_interleave(torch.tensor(self.sizes))
-        rows = [sum(len(p.units) for number, p in found if number == place) for place in range(none)]
+        count, places, units, wholes = sum(self.sizes), *routes_of(self.watched, found)
+        layer = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        rows = [sum(len(p.units) for number, p in found if number == place) for place in range(len(self.sizes))]
         # Rows of a weight come in the order of its units; there are as many only if each row is a unit by itself.
-        self._is_plain = rows == self.sizes and all(piece.counts for _, piece in found)
-        self._places, self._owners = places.to(self.device), owners.to(self.device)
-        self._adds = torch.where(adds, places, count).to(self.device)
+        self._is_plain = units.rows is None and rows == self.sizes and all(piece.counts for _, piece in found)
+        self._places, self._units, self._wholes = places.to(self.device), units.to(self.device), wholes.to(self.device)
         self.layer = layer.to(self.device)
         # A weight that is one unit has a row here even where its shard is empty.
         here = torch.cat([torch.full_like(p.units, p.now()[1].numel()) for _, p in found]).bool()
-        self.present = torch.zeros(count + 1, dtype=torch.bool).index_fill_(0, places[here], True)[:-1].to(self.device)
+        present = torch.zeros(count + 1, dtype=torch.bool).index_fill_(0, places[here], True)
+        here = here if units.rows is None else here[units.rows]
+        self.present = present.index_fill_(0, units.places[here], True)[:-1].to(self.device)
         bounds = [Limits.of(w.parameter.dtype.to_real(), w.longest()) for w in self.watched]
         self.limits = Limits(*(self.column([float(b) for b in bound]) for bound in zip(*bounds, strict=True)))
         groups = [groups_of(w) for w in self.watched]
@@ -180,10 +179,11 @@ class Table:
 
     def _joined(self, rows: Tensor, sums: Tensor, at: Tensor | None) -> Tensor:
         """Add what is across between rows of a unit, by their shares: as a difference of sums it would lose digits."""
-        count, adds = sum(self.sizes), self._adds if at is None else self._adds[at]
+        count, units = sum(self.sizes), self._units.at(at, self._rows[-1].stop)
         mine, all_of_it = (x[1] / torch.where(x[0] > 0, x[0], 1.0) for x in (rows, sums[:, :count]))
-        between = rows[0] * (mine - torch.cat([all_of_it, all_of_it.new_zeros(1)])[adds]).square()
-        sums[2, :count] += between.new_zeros(count + 1).index_add_(0, adds, between)[:-1]
+        apart = units.of(mine) - torch.cat([all_of_it, all_of_it.new_zeros(1)])[units.places]
+        between = units.of(rows[0]) * apart.square()
+        sums[2, :count] += between.new_zeros(count + 1).index_add_(0, units.places, between)[:-1]
         sums[:, :count] = with_radial(sums[:4, :count])
         return sums
 
@@ -202,14 +202,9 @@ class Table:
 
     def _added(self, rows: Tensor, wholes: bool = True, at: Tensor | None = None) -> Tensor:
         """Sums over the rows of each unit, and over those of each tensor; of those with numbers ``at``, or of all."""
-        count, tensors = sum(self.sizes), len(self.sizes)
-        adds, owners = (self._adds, self._owners) if at is None else (self._adds[at], self._owners[at])
-        plain = self._is_plain and at is None
-        units = rows if plain else rows.new_zeros(len(rows), count + 1).index_add_(1, adds, rows)[:, :-1]
-        if not wholes:
-            return units
-        all_rows = rows.new_zeros(len(rows), tensors + 1).index_add_(1, owners, rows)[:, :-1]
-        return torch.cat([units, all_rows], dim=1)
+        total = self._rows[-1].stop
+        units = rows if self._is_plain and at is None else self._units.at(at, total).add(rows)
+        return torch.cat([units, self._wholes.at(at, total).add(rows)], dim=1) if wholes else units
 
     def project(self, radius: float | Tensor) -> Tensor:
         """Put every unit at a radius; the norms before, which of units of other processes may be 0."""

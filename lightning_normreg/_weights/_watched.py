@@ -59,6 +59,7 @@ class Watched:
     joined: tuple[Parameter, ...] = ()
     invariant: bool | None = None  # whether the units are scale-invariant; None where nobody knows
     standardized: bool = False  # whether a normalization divides its rows by their own standard deviation
+    members: tuple[Watched, ...] = ()  # of a set, which is one unit, the weights in it; the first stands for it above
 
     @property
     def shape(self) -> torch.Size:
@@ -68,24 +69,35 @@ class Watched:
     @property
     def key(self) -> tuple[object, ...]:
         """The same for whoever watches the same units of the same tensors."""
-        return (*map(id, self.tensors()), self.parts)
+        return (*(m.key for m in self.members), "set") if self.members else (*map(id, self.tensors()), self.parts)
 
     def tensors(self) -> list[Parameter]:
-        """The parameter, and what belongs to its units."""
-        return [self.parameter, *self.joined]
+        """The parameter, and what belongs to its units; all of a set."""
+        return [p for m in self.members for p in m.tensors()] if self.members else [self.parameter, *self.joined]
+
+    def shapes(self) -> list[torch.Size]:
+        """Of the whole parameter, or of the parameters in a set, of which parts are counted as parts."""
+        return [shape for m in self.members for shape in m.shapes()] if self.members else [self.shape]
+
+    def entries(self) -> int:
+        """Entries in all units, on all processes."""
+        if self.members:
+            return sum(m.entries() for m in self.members)
+        share = sum(stop - start for start, stop in (part.slices(self.shape) for part in self.parts)) / self.slices()
+        return round(share * sum(whole_shape(p).numel() for p in self.tensors()))
 
     def units(self) -> int:
         """Number of units."""
         return sum(part.units(self.shape) for part in self.parts)
 
     def is_one_unit(self) -> bool:
-        """Whether all of it is one unit."""
-        return len(self.parts) == 1 and self.parts[0].start is None and self.units() == 1
+        """Whether all of it is one unit, and one tensor but for what is joined to it."""
+        return not self.members and len(self.parts) == 1 and self.parts[0].start is None and self.units() == 1
 
     def longest(self) -> int:
         """Entries of the longest unit, on all processes."""
-        if self.is_one_unit():
-            return sum(whole_shape(p).numel() for p in self.tensors())
+        if self.members or self.is_one_unit():
+            return self.entries()
         largest = max(part.size(self.shape) for part in self.parts)
         return largest * (math.prod(self.shape) // max(1, self.slices()) + len(self.joined))
 

@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_normreg._compat import CallbackBase
-from lightning_normreg._symmetries import load_verdict, verdict_to_dict
+from lightning_normreg._symmetries import Symmetries, load_verdict, verdict_to_dict
 from lightning_normreg._weights import Verdict, fitted_to
 from lightning_normreg.callbacks._knowledge import without
 from lightning_normreg.callbacks._probing import same_on_all_ranks
@@ -35,10 +35,16 @@ class StepCallback(CallbackBase):
     waits_for_observer = False
     """Whether it has use for what gradients of training show, and does not begin before."""
 
-    def __init__(self, invariance: str | Mapping[str, Any] | None) -> None:
+    _symmetries: Symmetries | None
+    """All scaling symmetries, where they were looked for."""
+
+    def __init__(
+        self, invariance: str | Mapping[str, Any] | None, symmetries: str | Mapping[str, Any] | Symmetries | None = None
+    ) -> None:
         super().__init__()
-        self.invariance = invariance
+        self.invariance, self.symmetries = invariance, symmetries
         self._given = None if invariance is None else load_verdict(invariance)
+        self._given_symmetries = None if symmetries in ("auto", None) else Symmetries.load(symmetries)
         self._reset()
 
     @abstractmethod
@@ -47,6 +53,14 @@ class StepCallback(CallbackBase):
 
         Called again when more is known: then weights are taken up that were left out before.
         """
+
+    def _all_symmetries(self, trainer: Trainer) -> tuple[Symmetries | None, list[str]]:
+        """All scaling symmetries, as given or found on the coming batch; with words where they could not be found."""
+        if self.symmetries != "auto":
+            return self._given_symmetries, []
+        found, why = run_of(trainer).symmetries(trainer)
+        self._symmetries = found
+        return found, why
 
     def _subscribe(self, trainer: Trainer, subscriber: S) -> S:
         """Let a subscriber go on where a checkpoint was written, and be told of steps."""
@@ -59,6 +73,7 @@ class StepCallback(CallbackBase):
         """Forget what a fit before this one has left."""
         self._verdict: Verdict | None = None
         self._acted_on: Verdict | None = None
+        self._symmetries = None
         self._subscribers: list[StepSubscriber] = []
         self._restored: dict[str, Any] = {}
 
@@ -77,6 +92,10 @@ class StepCallback(CallbackBase):
         run.prepare(trainer, pl_module, self)
         run.knowledge.verdict = run.knowledge.verdict or self._verdict
         self._given = self._given and fitted_to(self._given, run.knowledge.named)
+        if self._symmetries is not None:
+            run.know(self._symmetries)
+        if self._given_symmetries is not None:
+            self._given_symmetries.check_names(name for name, _, _ in run.named)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the optimizers."""
@@ -97,7 +116,9 @@ class StepCallback(CallbackBase):
         if known is not self._acted_on:
             self._acted_on = self._verdict = known
             run.guard(trainer, known)
+            run.batch = (batch, batch_idx)
             self._begin(trainer, pl_module, known)
+            run.batch = (None, 0)
             run.unseen.forget()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -134,16 +155,19 @@ class StepCallback(CallbackBase):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The verdict, so that a resumed run does not ask again, and the subscribers' states: plain types, tensors."""
+        """Verdict and symmetries, so that a resumed run does not ask again, and subscribers' states; plain types."""
         state = {} if self._subscribers else dict(self._restored)  # a callback that waits keeps what it was given
         for subscriber in self._subscribers:
             state |= subscriber.state_dict()
-        return state | {"invariance": verdict_to_dict(self._verdict or {})}
+        found = {} if self._symmetries is None else {"symmetries": self._symmetries.to_dict()}
+        return state | found | {"invariance": verdict_to_dict(self._verdict or {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written."""
         self._restored = dict(state_dict)
         self._verdict = load_verdict(state_dict["invariance"]) or None
+        if self.symmetries == "auto" and "symmetries" in state_dict:
+            self._symmetries = Symmetries.load(state_dict["symmetries"])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hooks off."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._param_groups import highest_rates
+from lightning_normreg._symmetries import Symmetries
 from lightning_normreg._weights import Verdict, counted, listed, strong
 from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.callbacks._selecting import WeightCallback
@@ -71,12 +72,14 @@ class CorrectedDecay(WeightCallback):
         self,
         peak_lr: float | Literal["auto"] = "auto",
         *,
+        unit: Literal["auto", "set"] = "auto",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         invariance: str | Mapping[str, Any] | None = None,
+        symmetries: str | Mapping[str, Any] | Symmetries | None = "auto",
         on_not_invariant: OnNotInvariant = "raise",
     ) -> None:
-        super().__init__("auto", include, exclude, invariance)
+        super().__init__(unit, include, exclude, invariance, symmetries)
         if peak_lr != "auto" and not (isinstance(peak_lr, (int, float)) and 0 < peak_lr < math.inf):
             raise ValueError(f"`peak_lr` must be 'auto' or a positive number, got {peak_lr!r}.")
         if on_not_invariant not in get_args(OnNotInvariant):

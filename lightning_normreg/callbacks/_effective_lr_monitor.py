@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg import _metrics
+from lightning_normreg._symmetries import Symmetries
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
 from lightning_normreg.callbacks._run import optimizers_of, run_of
@@ -110,6 +111,7 @@ class EffectiveLRMonitor(Monitor):
         exclude: Sequence[str] = (),
         unit: UnitArgument = "auto",
         invariance: str | Mapping[str, Any] | None = None,
+        symmetries: str | Mapping[str, Any] | Symmetries | None = "auto",
         gradient: bool = False,
         equilibrium: bool = True,
         momentum_gain: bool = False,
@@ -127,6 +129,7 @@ class EffectiveLRMonitor(Monitor):
             exclude=exclude,
             unit=unit,
             invariance=invariance,
+            symmetries=symmetries,
             per_layer=per_layer,
             logging_interval=logging_interval,
             prefix=prefix,

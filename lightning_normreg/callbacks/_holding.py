@@ -11,7 +11,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._compat import is_named
-from lightning_normreg._symmetries import OwnStep
+from lightning_normreg._symmetries import OwnStep, Symmetries
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed, reshard, strong
 from lightning_normreg.callbacks._averaged import AveragedWeights, find_averaging
 from lightning_normreg.callbacks._first_projection import Twins, keep_the_function, twins_of
@@ -41,12 +41,13 @@ class NormHolder(WeightCallback):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         invariance: str | Mapping[str, Any] | None = None,
+        symmetries: str | Mapping[str, Any] | Symmetries | None = "auto",
         on_not_invariant: OnNotInvariant = "raise",
         on_lost: OnLost = "stop",
         twins: Twins = "follow",
         project_averaged: bool = False,
     ) -> None:
-        super().__init__(unit, include, exclude, invariance)
+        super().__init__(unit, include, exclude, invariance, symmetries)
         check_radius_argument(radius)
         if on_not_invariant not in ("raise", "skip", "allow"):
             raise ValueError(f"`on_not_invariant` must be 'raise', 'skip' or 'allow', got {on_not_invariant!r}.")

@@ -15,6 +15,7 @@ from lightning_normreg import _metrics
 from lightning_normreg._compat import is_named
 from lightning_normreg._metrics import Curve
 from lightning_normreg._plot import History
+from lightning_normreg._symmetries import Symmetries
 from lightning_normreg._weights import UnitArgument, Verdict, Watched
 from lightning_normreg.callbacks._epoch_means import EpochMeans
 from lightning_normreg.callbacks._hyperparameters import MERGING, hyperparameters
@@ -52,12 +53,13 @@ class Monitor(WeightCallback):
         exclude: Sequence[str] = (),
         unit: UnitArgument = "auto",
         invariance: str | Mapping[str, Any] | None = None,
+        symmetries: str | Mapping[str, Any] | Symmetries | None = "auto",
         histograms: bool = False,
         per_layer: PerLayer = "auto",
         logging_interval: Literal["step", "epoch"] = "step",
         prefix: str = _metrics.PREFIX,
     ) -> None:
-        super().__init__(unit, include, exclude, invariance)
+        super().__init__(unit, include, exclude, invariance, symmetries)
         for name, every in {"every_n_steps": every_n_steps, "every_n_updates": every_n_updates}.items():
             if every is not None and not (isinstance(every, int) and every > 0):
                 raise ValueError(f"`{name}` must be a positive integer or None, got {every!r}. "
@@ -81,6 +83,7 @@ class Monitor(WeightCallback):
     def _reset(self) -> None:
         super()._reset()
         self._tracker: Tracker | None = None
+        self._beside: frozenset[str] = frozenset()
         self._history = History()
         self._means = EpochMeans()
         self._first: dict[str, float] = {}
@@ -119,6 +122,11 @@ class Monitor(WeightCallback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         watched = self._known(trainer, verdict)
+        sets, beside = self._sets(trainer, watched, verdict)
+        self._beside = frozenset(w.name for w in beside)
+        if sets and self.per_layer is not False:
+            self._shown |= {one.name for one in sets}
+        watched = [*watched, *sets, *beside]
         if self._tracker is None:
             self._tracker = self._subscribe(trainer, self._make_tracker(watched))
             self._tracker.every = self.every_n_updates
@@ -191,6 +199,7 @@ class Monitor(WeightCallback):
     def _take(self, trainer: Trainer, row: Row, beside: dict[str, float], later: int = 0) -> None:
         self._logged_once = True
         self._complete(trainer, row, later)
+        row = {name: layer for name, layer in row.items() if name not in self._beside}
         values = {
             _metrics.tag(curve, name, self.prefix): value
             for name, layer in row.items()

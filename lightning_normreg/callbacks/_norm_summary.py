@@ -13,7 +13,6 @@ from lightning_normreg._symmetries import Symmetries
 from lightning_normreg._weights import Verdict
 from lightning_normreg.callbacks._base import StepCallback
 from lightning_normreg.callbacks._holding import held_norms
-from lightning_normreg.callbacks._probing import probe_symmetries
 from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.steps._subscriber import StepSubscriber
 
@@ -55,10 +54,7 @@ class NormSummary(StepCallback):
         invariance: str | Mapping[str, Any] | None = None,
         symmetries: str | Mapping[str, Any] | Symmetries | None = "auto",
     ) -> None:
-        super().__init__(invariance)
-        self.symmetries = symmetries
-        self._known = None if symmetries in ("auto", None) else Symmetries.load(symmetries)
-        self._batch: tuple[Any, int] = (None, 0)
+        super().__init__(invariance, symmetries)
         self._rows: list[SummaryRow] = []
         self._sentences: list[str] = []
 
@@ -70,47 +66,16 @@ class NormSummary(StepCallback):
         """What stands under the table."""
         return list(self._sentences)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See :class:`StepCallback`; what was found of another model is forgotten."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self.symmetries == "auto":
-            self._known = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the arguments against the model."""
-        super().on_fit_start(trainer, pl_module)
-        if self._known is not None and self.symmetries != "auto":
-            self._known.check_names(name for name, _, _ in run_of(trainer).named)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin when it is known what is scale-invariant."""
-        self._batch = (batch, batch_idx)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._batch = (None, 0)
-
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         if self._subscribers:
             return
-        why: list[str] = []
-        if self.symmetries == "auto" and self._known is None and verdict:
-            self._known, why = probe_symmetries(trainer, pl_module, *self._batch)
-        self._subscribe(trainer, _BeforeFirstStep(lambda: self._make(trainer, verdict, why)))
+        known, why = self._all_symmetries(trainer) if verdict else (self._given_symmetries, [])
+        self._subscribe(trainer, _BeforeFirstStep(lambda: self._make(trainer, verdict, known, why)))
 
-    def _make(self, trainer: Trainer, verdict: Verdict, why: list[str]) -> None:
-        self._rows, self._sentences = summary_of(trainer, verdict, self._known, why)
+    def _make(self, trainer: Trainer, verdict: Verdict, known: Symmetries | None, why: list[str]) -> None:
+        self._rows, self._sentences = summary_of(trainer, verdict, known, why)
         if trainer.is_global_zero:
             self._show(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`StepCallback`; with the symmetries, so that a resumed run does not ask again."""
-        state = super().state_dict()
-        return state if self._known is None else state | {"symmetries": self._known.to_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :class:`StepCallback`."""
-        super().load_state_dict(state_dict)
-        if self.symmetries == "auto" and "symmetries" in state_dict:
-            self._known = Symmetries.load(state_dict["symmetries"])
 
     def _show(self, trainer: Trainer) -> None:
         console = Console()

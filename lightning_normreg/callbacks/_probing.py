@@ -81,7 +81,7 @@ def probe_symmetries(
     passes = passes_needed(pl_module)
     how = (
         "Write find_symmetries(module, batch).save(path) on this model or a small copy, and pass the path as "
-        "NormSummary(symmetries=path)."
+        "`symmetries`, as in NormSummary(symmetries=path)."
     )
     if passes > MOST:
         return None, [f"Which tensors may only be rescaled together was not asked, as that is {passes} passes. {how}"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_normreg._symmetries import Symmetries
 from lightning_normreg._weights import UnitArgument, Verdict, Watched
 from lightning_normreg.callbacks._first_projection import Twins
 from lightning_normreg.callbacks._holding import NormHolder, OnLost
@@ -110,6 +111,7 @@ class RotationControl(NormHolder):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         invariance: str | Mapping[str, Any] | None = None,
+        symmetries: str | Mapping[str, Any] | Symmetries | None = "auto",
         on_not_invariant: OnNotInvariant = "raise",
         on_lost: OnLost = "stop",
         twins: Twins = "follow",
@@ -121,6 +123,7 @@ class RotationControl(NormHolder):
             include=include,
             exclude=exclude,
             invariance=invariance,
+            symmetries=symmetries,
             on_not_invariant=on_not_invariant,
             on_lost=on_lost,
             twins=twins,

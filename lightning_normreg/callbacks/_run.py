@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_normreg._param_groups import load_by_name
+from lightning_normreg._symmetries import Symmetries
 from lightning_normreg._weights import ParameterRole, Verdict, about_masks, find_flat_pieces, named_roles
 from lightning_normreg.callbacks._knowledge import Knowledge
-from lightning_normreg.callbacks._probing import observer_limits, say_lost
+from lightning_normreg.callbacks._probing import observer_limits, probe_symmetries, say_lost
 from lightning_normreg.callbacks._unseen import BackwardGuard, UnseenSteps
 from lightning_normreg.steps._observer import InvarianceWatchdog
 from lightning_normreg.steps._step_hooks import StepDispatcher, torch_optimizer
@@ -35,6 +36,8 @@ class Run:
         self.lost: set[str] = set()
         self._masked: set[str] = set()
         self.leader: object = None
+        self.batch: tuple[Any, int] = (None, 0)
+        self._symmetries: tuple[Symmetries | None, list[str]] | None = None
         self._watchdog: InvarianceWatchdog | None = None
         self._guarded: Verdict = {}
         self._backward: BackwardGuard | None = None
@@ -81,6 +84,16 @@ class Run:
             say_lost(lost)
             self.lost |= lost.keys()
             self.knowledge.lose(self.lost)
+
+    def know(self, symmetries: Symmetries) -> None:
+        """Note all scaling symmetries, which a checkpoint has."""
+        self._symmetries = self._symmetries or (symmetries, [])
+
+    def symmetries(self, trainer: Trainer) -> tuple[Symmetries | None, list[str]]:
+        """All scaling symmetries, asked once for all callbacks, of the coming batch; with words where that failed."""
+        if self._symmetries is None:
+            self._symmetries = probe_symmetries(trainer, trainer.lightning_module, *self.batch)
+        return self._symmetries
 
     def warn_of_masks(self, verdict: Verdict) -> None:
         """Say once that norms count what a mask hides."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_normreg._weights import UnitArgument, Verdict, Watched, check_selection, listed, watch
+from lightning_normreg._symmetries import Symmetries, watch_sets
+from lightning_normreg._weights import UnitArgument, Verdict, Watched, check_selection, listed, match, watch
 from lightning_normreg.callbacks._base import StepCallback
 from lightning_normreg.callbacks._run import run_of
 from lightning_normreg.steps._targets import OnNotInvariant, choose_targets
@@ -25,8 +26,9 @@ class WeightCallback(StepCallback):
         include: Sequence[str] | None,
         exclude: Sequence[str],
         invariance: str | Mapping[str, Any] | None,
+        symmetries: str | Mapping[str, Any] | Symmetries | None,
     ) -> None:
-        super().__init__(invariance)
+        super().__init__(invariance, symmetries)
         check_selection(unit, include, exclude)
         self.unit = unit
         self.include = include
@@ -35,6 +37,7 @@ class WeightCallback(StepCallback):
     def _reset(self) -> None:
         super()._reset()
         self._waiting: list[str] = []
+        self._told = False
 
     @property
     def state_key(self) -> str:
@@ -58,6 +61,27 @@ class WeightCallback(StepCallback):
             )
         return [w for w in watched if w.name not in waiting]
 
+    def _sets(self, trainer: Trainer, watched: list[Watched], verdict: Verdict) -> tuple[list[Watched], list[Watched]]:
+        """Sets that some of the weights are in, and what else is in these; none where all are units by themselves.
+
+        Raises:
+            ValueError: If sets are asked for, and cannot be known.
+        """
+        known = [w for w in watched if w.name in verdict]
+        if self.unit not in ("auto", "set") or self.symmetries is None or all(w.invariant for w in known):
+            return [], []
+        symmetries, why = self._all_symmetries(trainer)
+        if symmetries is None:
+            if self.unit == "set":
+                raise ValueError(f"`unit='set'` must know which tensors are scale-invariant together. {why[0]}")
+            if not self._told:
+                self._told = True
+                rank_zero_info(why[0])
+            return [], []
+        named = run_of(trainer).named
+        unwanted = [n for glob in self.exclude for n in match(glob, {n: r.aliases for n, _, r in named}, "exclude")]
+        return watch_sets(watched, named, symmetries, verdict, unwanted)
+
     def _choose(self, trainer: Trainer, verdict: Verdict, otherwise: OnNotInvariant, *, named: bool) -> list[Watched]:
         """What to act on of the selected weights, which the user has ``named`` or not; nothing while all have to wait.
 
@@ -70,6 +94,10 @@ class WeightCallback(StepCallback):
             watched = self._known(trainer, verdict)
             if self._waiting and not (any(w.invariant for w in watched) or (named and watched)):
                 return []
+        if self.unit == "set":
+            sets, _ = self._sets(trainer, watched, verdict)
+            inside = {p for one in sets for p in one.tensors()}
+            watched = [*(w for w in watched if w.invariant or w.parameter not in inside), *sets]
         if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
             otherwise = "skip"
         return choose_targets(watched, verdict, named=named, otherwise=otherwise, callback=type(self).__name__)

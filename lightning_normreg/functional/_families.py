@@ -119,7 +119,7 @@ def _muon(
     *,
     lr: float,
     weight_decay: float,
-    shape: tuple[int, int],
+    shape: tuple[int, int] | tuple[tuple[int, int], ...],
     momentum: float,
     nesterov: bool,
     ns_coefficients: tuple[float, float, float],
@@ -127,13 +127,18 @@ def _muon(
     adjust_lr_fn: str | None,
 ) -> Balance:
     response = Filter.average(momentum, nesterov)
-    correlation = _balance.update_correlation(shape, response, 1 - lr * weight_decay, ns_coefficients, ns_steps)
-    if adjust_lr_fn == "match_rms_adamw":
-        adjusted = 0.2 * lr * math.sqrt(max(shape))
-    else:
-        adjusted = lr * math.sqrt(max(1.0, shape[0] / shape[1]))
-    update_sq = adjusted**2 * _balance.update_power(shape, ns_coefficients, ns_steps)
-    return decoupled(1, lr * weight_decay, update_sq, correlation)
+    update_sq = correlated = 0.0
+    for rows, columns in (shape,) if isinstance(shape[0], int) else shape:
+        if adjust_lr_fn == "match_rms_adamw":
+            adjusted = 0.2 * lr * math.sqrt(max(rows, columns))
+        else:
+            adjusted = lr * math.sqrt(max(1.0, rows / columns))
+        power = adjusted**2 * _balance.update_power((rows, columns), ns_coefficients, ns_steps)
+        correlated += power * _balance.update_correlation(
+            (rows, columns), response, 1 - lr * weight_decay, ns_coefficients, ns_steps
+        )
+        update_sq += power
+    return decoupled(1, lr * weight_decay, update_sq, correlated / update_sq)
 
 
 def _sgdp(

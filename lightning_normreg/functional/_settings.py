@@ -91,6 +91,8 @@ def _checked(name: str, value: Any) -> Any:
     if name in _NUMBERS:
         check(name, value, _NUMBERS[name])
         return float(value)
+    if name == "shape" and value and not isinstance(value[0], (int, float)):  # of several matrices
+        return tuple(_checked(name, each) for each in value)
     if name in _PAIRS:
         if len(value) != 2:
             raise ValueError(f"`{name}` must have 2 numbers, got {value!r}.")

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normreg._optimizers import Group, update_rule
+from lightning_normreg._optimizers import Group, unequal, update_rule
 from lightning_normreg._weights import Watched, counted, listed
 from lightning_normreg.functional import equilibrium_rotation
 from lightning_normreg.functional._rotation import check_angle
@@ -91,6 +91,12 @@ class Angles:
     def check(self, stepping: Stepping) -> None:
         """Raise a ``ValueError`` where the angle cannot be had. Reads the device."""
         for watched, group, optimizer in stepping:
+            keys = {"lr": ["lr"], "equilibrium": ["lr", "weight_decay"]}.get(str(self._angle), [])
+            if apart := unequal(optimizer, watched.tensors(), *keys) if watched.members else []:
+                raise ValueError(
+                    f"`unit='set'` must have one angle for all of {watched.name!r}, but its tensors have unequal "
+                    f"{' and '.join(apart)}. Put them in one group of one optimizer, or give `angle` a number."
+                )
             if self._angle == "lr" and not 0 <= float(group["lr"]) < math.pi:
                 raise ValueError(_too_large(float(group["lr"]), group))
             lr = group.get("lr")
@@ -116,12 +122,14 @@ class Angles:
         said: dict[str, list[str]] = {}
         for watched, group, optimizer in stepping:
             if group.get("weight_decay"):
-                said.setdefault(self._about_decay(optimizer, group), []).append(watched.name)
+                said.setdefault(self._about_decay(watched, optimizer, group), []).append(watched.name)
         for words, names in said.items():
             say = rank_zero_info if "without effect" in words else rank_zero_warn
             say(f"Weight decay of {listed(names)}: {words}")
 
-    def _about_decay(self, optimizer: Optimizer, group: Group) -> str:
+    def _about_decay(self, watched: Watched, optimizer: Optimizer, group: Group) -> str:
+        if watched.members and unequal(optimizer, watched.tensors(), "lr", "weight_decay"):
+            return "still turns the set under RotationControl, because that of its tensors is unequal. Make it equal."
         rule, name = update_rule(optimizer, group), type(optimizer).__name__
         if rule is None:
             return f"whether that of {name} still turns the weights under RotationControl is not known. Set it to 0."

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
 from lightning_normreg._metrics import Curve
-from lightning_normreg._optimizers import Group, group_of, update_rule
+from lightning_normreg._optimizers import Group, group_of, unequal, update_rule
 from lightning_normreg._weights import Watched
 from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1, Formulas, Rates
-from lightning_normreg.steps._step_hooks import has_gradient
+from lightning_normreg.steps._step_hooks import by_parameter, of_mine
 from lightning_normreg.steps._subscriber import StepSubscriber
 
 _Written = tuple[float | Tensor, float, int]
@@ -82,22 +82,22 @@ class Equilibria(StepSubscriber):
     def watch(self, watched: Sequence[Watched]) -> None:
         """Follow these weights from now on."""
         self._watched = {w.name: w for w in watched if w.invariant}
-        self._names = {w.parameter: w.name for w in self._watched.values()}
+        self._by_parameter = by_parameter(self._watched.values())
         self._steps = {name: steps for name, steps in self._steps.items() if name in self._watched}
         self.courses = {name: course for name, course in self.courses.items() if name in self._watched}
 
     def after_step(self, index: int, optimizer: Optimizer, skipped: Tensor | None) -> None:
         """Write down learning rate and decay, which a scheduler may change before anything else is asked."""
         self._count += 1
-        for group in optimizer.param_groups:
-            names = [self._names[p] for p in group["params"] if p in self._names and has_gradient(p)]
-            rule = update_rule(optimizer, group) if names else None
-            if rule is not None and rule.family:
-                lr = rule.lr(group)
+        made: dict[int, _Written | None] = {}
+        for watched, group, _ in of_mine([optimizer], self._by_parameter, ready=True):
+            if id(group) not in made:
+                rule = update_rule(optimizer, group)
+                lr = rule.lr(group) if rule is not None and rule.family else None
                 lr = lr.detach().clone() if isinstance(lr, Tensor) else lr
-                step = (lr, float(group.get("weight_decay", 0.0)), self._count)
-                for name in names:
-                    self._steps.setdefault(name, []).append(step)
+                made[id(group)] = None if lr is None else (lr, float(group.get("weight_decay", 0.0)), self._count)
+            if (step := made[id(group)]) is not None:
+                self._steps.setdefault(watched.name, []).append(step)
 
     def update(
         self, row: Mapping[str, dict[Curve, float]], optimizers: Sequence[Optimizer], step: int, later: int = 0
@@ -112,14 +112,19 @@ class Equilibria(StepSubscriber):
         """
         for optimizer in optimizers:
             for name in [name for name in row if name in self._steps]:
-                parameter = self._watched[name].parameter
+                parameter, tensors = self._watched[name].parameter, self._watched[name].tensors()
                 group = group_of(optimizer, parameter)
+                apart = unequal(optimizer, tensors, "lr", "weight_decay") if self._watched[name].members else []
+                if apart and group is not None:
+                    self._failed[name] = f"Its tensors have unequal {' and '.join(apart)}, and a set needs the same."
+                    del self._steps[name][:-1]
+                    continue
                 if sum(group_of(each, parameter) is not None for each in optimizers) > 1:
                     self._failed[name] = "It is updated by several optimizers, and the formulas are of one."
                     del self._steps[name][:-1]
                     continue
                 rule = None if group is None else update_rule(optimizer, group)
-                if group is None or rule is None or self._is_held(parameter) or not self._steps[name][-1][1]:
+                if group is None or rule is None or any(map(self._is_held, tensors)) or not self._steps[name][-1][1]:
                     if name not in self.courses:
                         del self._steps[name][:-1]  # nothing is followed that they would count for
                     continue

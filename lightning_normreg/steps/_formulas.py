@@ -10,7 +10,7 @@ from typing import Any
 from lightning_normreg import _metrics, functional
 from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, UpdateRule
-from lightning_normreg._weights import Watched, whole_shape
+from lightning_normreg._weights import Watched
 from lightning_normreg.functional._families import FAMILIES
 from lightning_normreg.functional._settings import family_of
 
@@ -20,6 +20,7 @@ Rates = tuple[float, float]
 GRADIENT_AT_NORM_1 = Curve("gradient_at_norm_1", "G", "loss", "mean_u √⟨(‖g_u‖ ‖w_u‖)²⟩, smoothed over logged steps")
 """What is measured for the predictions alone, and not logged."""
 
+_BY_TENSOR = ("sgdp", "adamp", "lamb", "adafactor")
 _SAME = 0.01
 """Relative change of the learning rate below which neighbouring steps are integrated as one stretch."""
 
@@ -32,10 +33,12 @@ class Formulas:
 
     def __init__(self, rule: UpdateRule, group: Group, watched: Watched, gradient: float | None) -> None:
         self.family = family_of(rule.family)
+        if watched.members and self.family.name in _BY_TENSOR:
+            raise ValueError(f"{self.family.name!r} scales the step of each tensor by its own norm, so a set has none.")
         units = watched.units()
-        entries = sum(whole_shape(p).numel() for p in watched.tensors()) / units
-        shape = (watched.shape[0], watched.shape.numel() // watched.shape[0])
-        given = {"gradient_norm": gradient, "entries": entries, "shape": shape}
+        shapes = [(shape[0], shape.numel() // shape[0]) for shape in watched.shapes()]
+        shape = tuple(shapes) if watched.members else shapes[0]
+        given = {"gradient_norm": gradient, "entries": watched.entries() / units, "shape": shape}
         names = [name for name in self.family.settings if name not in ("lr", "weight_decay")]
         values = {name: given.get(name, group.get(name)) for name in names}
         self.settings: dict[str, Any] = {name: value for name, value in values.items() if value is not None}

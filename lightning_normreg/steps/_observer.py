@@ -61,8 +61,8 @@ class GradientWatch(StepSubscriber, ABC):
         if not self.is_due(index):
             return
         self._noted[index] = {}
-        mine = {p: (p, *looked_at) for p, looked_at in self._looked_at.items()}
-        for (parameter, name, axes), _, _ in of_mine([optimizer], mine):
+        for parameter, _, _ in of_mine([optimizer], {p: [p] for p in self._looked_at}):
+            name, axes = self._looked_at[parameter]
             if has_gradient(parameter):
                 seen = Observed.of(local(parameter), gradient_of(parameter), axes, self._shards.get(name))
                 self._noted[index][name] = seen

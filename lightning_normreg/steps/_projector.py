@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_normreg._optimizers import group_of, update_rule
 from lightning_normreg._weights import Table, Watched, counted, listed, norms_of, share
 from lightning_normreg.functional._projection import check_radius
-from lightning_normreg.steps._step_hooks import of_mine
+from lightning_normreg.steps._step_hooks import by_parameter, of_mine
 from lightning_normreg.steps._subscriber import Phase, StepSubscriber
 
 Radius = float | Literal["auto", "initial"]
@@ -45,6 +45,7 @@ class Projector(StepSubscriber):
         super().__init__()
         self._argument = radius
         self._radius: dict[str, Tensor] = {}
+        self._measured: set[str] = set()
         self._columns: dict[Table, Tensor] = {}
         self._norms: dict[Table, Tensor] = {}
         self._starts: dict[Table, Tensor] = {}
@@ -59,16 +60,16 @@ class Projector(StepSubscriber):
     def aim(self, targets: Sequence[Watched]) -> None:
         """Hold these from now on."""
         self.targets = list(targets)
-        self._by_parameter = {t.parameter: t for t in self.targets}
+        self._by_parameter = by_parameter(self.targets)
 
     def state_dict(self) -> dict[str, Any]:
         """Radii that were measured at the start; none for the other kinds of radius."""
-        measured = self._radius if self._argument == "initial" else {}
-        return {"initial": {name: radius.cpu() for name, radius in measured.items()}}
+        return {"initial": {name: radius.cpu() for name, radius in self._radius.items() if name in self._measured}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Hold the radii that were measured then."""
         self._radius |= state.get("initial", {})
+        self._measured |= state.get("initial", {}).keys()
 
     def optimized(self, optimizers: Iterable[Optimizer]) -> list[Watched]:
         """Targets that these optimizers update, as their groups stand now; what is frozen may be in a group as well."""
@@ -229,8 +230,11 @@ class Projector(StepSubscriber):
                 radii = table.column([float(self._argument)] * len(table.watched))
             else:
                 new = [w for w in table.watched if w.name not in self._radius]
-                norms = norms_of(new) if self._argument == "initial" else [w.natural_norms() for w in new]
-                for w, norm in zip(new, norms, strict=True):
+                measured = [w for w in new if self._argument == "initial" or w.members]
+                self._measured |= {w.name for w in measured}
+                norms = dict(zip(measured, norms_of(measured), strict=True))
+                for w in new:
+                    norm = norms[w] if w in norms else w.natural_norms()
                     # A unit that is zero at the start has no radius yet: infinity leaves it free.
                     held = (norm > 0) & norm.isfinite()
                     self._radius[w.name] = torch.where(held, norm, float("inf"))
@@ -276,6 +280,10 @@ def _let_state_follow(optimizer: Optimizer, target: Watched, factors: Tensor) ->
     rule = update_rule(optimizer, group_of(optimizer, target.parameter))
     known = rule is not None and rule.state_degrees is not None
     odd = [] if known else ["state"]
+    if target.members:
+        for member in target.members:
+            _let_state_follow(optimizer, member, factors.expand(member.units()))
+        return
     for key, power in (rule.state_powers(target.parameter.ndim) if rule is not None else {}).items():
         entries = [optimizer.state[p].get(key) for p in target.tensors()]
         if all(isinstance(e, Tensor) and e.shape == p.shape for e, p in zip(entries, target.tensors(), strict=True)):

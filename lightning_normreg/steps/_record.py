@@ -43,13 +43,13 @@ class StepRecord:
 
     Attributes:
         copies: Parameter → what this process held of it before the step, in memory that is kept for the next one.
-        factors: Parameter → by what a controller has multiplied the tangential part of its update.
+        factors: Key of a weight → by what a controller has multiplied the tangential part of its update.
         seen: Index of an optimizer, and who wants them → its gradients before clipping.
     """
 
     def __init__(self) -> None:
         self.copies: dict[Parameter, Tensor] = {}
-        self.factors: dict[Parameter, Tensor] = {}
+        self.factors: dict[object, Tensor] = {}
         self.seen: dict[tuple[int, object], SeenGradients] = {}
         self._tables: dict[tuple[object, ...], Table] = {}
         self._fresh: set[Parameter] = set()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
 from lightning_normreg._metrics import Curve
-from lightning_normreg._optimizers import Group, UpdateRule, scale_exponent, update_rule, why_no_rule
+from lightning_normreg._optimizers import Group, UpdateRule, scale_exponent, unequal, update_rule, why_no_rule
 from lightning_normreg._weights import Table, Watched
 from lightning_normreg.functional import effective_lr
 from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1, needs_gradient
@@ -83,7 +83,7 @@ class RotationTracker(Tracker):
         table, lengths = look.table, look.lengths
         by_key = {watched.key: (watched, group, optimizer) for watched, group, optimizer in stepping}
         mine = [by_key.get(w.key) for w in table.watched]
-        rules = [None if one is None else update_rule(one[2], one[1]) for one in mine]
+        rules = [None if one is None or _has_many_rates(one) else update_rule(one[2], one[1]) for one in mine]
         everything = frozenset(watched.name for watched, _, _ in stepping)
         norm = table.root_mean_squares(lengths.norm)
         reached = table.reached(look.gradients)
@@ -91,8 +91,9 @@ class RotationTracker(Tracker):
             Measured(_metrics.ROTATION, table, table.root_mean_squares(lengths.rotation(), reached), everything),
             Measured(_metrics.RELATIVE_UPDATE, table, table.root_mean_squares(lengths.relative(), reached), everything),
             *self._rates(table, mine, rules, norm),
+            *_shares(table, lengths.norm),
         ]
-        factors = [self.record.factors.get(w.parameter) for w in table.watched]
+        factors = [self.record.factors.get(w.key) for w in table.watched]
         found += _stacked(_metrics.ROTATION_FACTOR, table, factors)
         if self in look.seen:
             seen, gradient, norms = look.seen[self]
@@ -181,6 +182,23 @@ class RotationTracker(Tracker):
 
 
 _Mine = tuple[Watched, Group, Optimizer] | None
+
+
+def _has_many_rates(one: tuple[Watched, Group, Optimizer]) -> bool:
+    watched, _, optimizer = one
+    return bool(watched.members and unequal(optimizer, watched.tensors(), "lr"))
+
+
+def _shares(table: Table, norms: Tensor) -> list[Measured]:
+    """Of the square of a set's norm, what its members have."""
+    numbers = {w.key: number for number, w in enumerate(table.watched)}
+    within = {numbers[m.key]: n for n, w in enumerate(table.watched) for m in w.members if m.key in numbers}
+    if not within:
+        return []
+    squares = table.totals(norms.square())
+    sets = squares[torch.tensor([within.get(n, n) for n in range(len(squares))], device=squares.device)]
+    names = frozenset(table.watched[n].name for n in within)
+    return [Measured(_metrics.SET_SHARE, table, squares / torch.where(sets > 0, sets, 1.0), names)]
 
 
 def _names(mine: Sequence[_Mine], flags: Sequence[bool]) -> frozenset[str]:

@@ -132,7 +132,7 @@ class Rotator(Projector):
         self._note(table, lengths, torch.stack([counted, capped & moved, lengths.shaky(eps) & counted, still]))
         factors = _layer_speeds(table, torch.where(counted, angles, 0.0), counted) / layers
         factors = torch.where(layers > 0, factors, 0.0)
-        self.record.factors.update((w.parameter, factor) for w, factor in zip(table.watched, factors, strict=True))
+        self.record.factors.update((w.key, factor) for w, factor in zip(table.watched, factors, strict=True))
         self._stepped.update(w.name for w in ready)
 
     def _typical(self, table: Table, speeds: Tensor, layers: Tensor, stepping: Stepping, moved: Tensor) -> Tensor:

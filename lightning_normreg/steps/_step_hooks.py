@@ -12,7 +12,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_normreg._weights import is_flat
+from lightning_normreg._weights import Watched, is_flat
 from lightning_normreg.steps._record import StepRecord
 from lightning_normreg.steps._subscriber import StepSubscriber
 
@@ -243,22 +243,32 @@ def _with_inner(optimizer: Optimizer, known: Sequence[Optimizer]) -> list[Optimi
 
 
 def of_mine(
-    optimizers: Iterable[Optimizer], mine: Mapping[Parameter, T], *, ready: bool = False
+    optimizers: Iterable[Optimizer], mine: Mapping[Parameter, Sequence[T]], *, ready: bool = False
 ) -> list[tuple[T, dict[str, Any], Optimizer]]:
     """What of mine some optimizers have, by their group lists as they stand now, each with its group and optimizer.
 
     Args:
         optimizers: The optimizers.
-        mine: What belongs to each parameter.
+        mine: What each parameter belongs to; a set, to which several do, comes with the first of them.
         ready: Only what the coming or present step moves; before a closure has run, gradients may not be there yet.
     """
-    return [
-        (mine[p], group, optimizer)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p in mine and (not ready or has_gradient(p))
-    ]
+    found: dict[tuple[int, int], tuple[T, dict[str, Any], Optimizer]] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p in mine and (not ready or has_gradient(p)):
+                    for one in mine[p]:
+                        found.setdefault((id(optimizer), id(one)), (one, group, optimizer))
+    return [*found.values()]
+
+
+def by_parameter(watched: Iterable[Watched]) -> dict[Parameter, list[Watched]]:
+    """What each parameter belongs to, for :func:`of_mine`."""
+    found: dict[Parameter, list[Watched]] = {}
+    for w in watched:
+        for one in w.members or (w,):
+            found.setdefault(one.parameter, []).append(w)
+    return found
 
 
 def has_gradient(parameter: Tensor) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg import _metrics
@@ -20,7 +19,7 @@ from lightning_normreg._weights import Table, Watched
 from lightning_normreg.functional._device import accumulator
 from lightning_normreg.steps._health import SIGNS, Health, signs
 from lightning_normreg.steps._record import Look
-from lightning_normreg.steps._step_hooks import of_mine
+from lightning_normreg.steps._step_hooks import by_parameter, of_mine
 from lightning_normreg.steps._subscriber import StepSubscriber
 
 Stepping = Sequence[tuple[Watched, Group, Optimizer]]
@@ -84,7 +83,7 @@ class Tracker(StepSubscriber, ABC):
     def watch(self, watched: Sequence[Watched]) -> None:
         """Measure these weights from now on."""
         self.watched = list(watched)
-        self._by_parameter = {w.parameter: w for w in self.watched}
+        self._by_parameter = by_parameter(self.watched)
         self._by_key = {w.key: w for w in self.watched}
         self._by_name = {w.name: w for w in self.watched}
 
@@ -198,7 +197,7 @@ class NormTracker(Tracker):
 
     def __init__(self, watched: Sequence[Watched], health: Health | None = None) -> None:
         super().__init__(watched, health)
-        self._norms: dict[Parameter, tuple[Table, Tensor]] = {}
+        self._norms: dict[object, tuple[Table, Tensor]] = {}
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Ask for the norms: after the step they would describe the next one."""
@@ -208,7 +207,7 @@ class NormTracker(Tracker):
     def measure(self, look: Look, stepping: Stepping) -> tuple[list[Measured], Tensor]:
         """The four curves of norms."""
         table, norms = look.table, look.norms
-        self._norms.update({watched.parameter: (table, norms.units) for watched, _, _ in stepping})
+        self._norms.update({watched.key: (table, norms.units) for watched, _, _ in stepping})
         names = frozenset(watched.name for watched, _, _ in stepping)
         shortest, longest = table.extremes(norms.units)
         values = {
@@ -223,7 +222,7 @@ class NormTracker(Tracker):
         """Norm of each unit of some weights before their last measured update, on the host, by one transfer."""
         found = []
         for name in names:
-            table, norms = self._norms[self._by_name[name].parameter]
+            table, norms = self._norms[self._by_name[name].key]
             place = next(i for i, w in enumerate(table.watched) if w.key == self._by_name[name].key)
             found.append(table.split(norms)[place])
         if not found:

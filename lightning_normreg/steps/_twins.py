@@ -27,7 +27,7 @@ def find_twins(
     idle = {name: p for name, p in tensors.items() if p not in updated and not is_flat(p)}
     names = {p: name for name, p in tensors.items()}
     found = []
-    for target in targets:
+    for target in (t for t in targets if not t.members):
         for name, parameter in idle.items():
             if _kind(parameter) != _kind(target.parameter) or parameter is target.parameter:
                 continue

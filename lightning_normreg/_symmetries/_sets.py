@@ -1,0 +1,84 @@
+"""Sets, which are scale-invariant together, as units of the weights in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch.nn.parameter import Parameter
+
+from lightning_normreg._symmetries._layers import in_all_layers
+from lightning_normreg._symmetries._symmetry import Symmetries, Symmetry, whole_name
+from lightning_normreg._weights import RULED_BY_EPS, ParameterRole, Part, Verdict, Watched, watch
+
+Named = Sequence[tuple[str, Parameter, ParameterRole]]
+_PART = re.compile(r"\[(?P<before>(?::,)*)(?P<start>\d+):(?P<stop>\d+)\]$")
+
+
+def set_names(symmetries: Symmetries) -> dict[str, Symmetry]:
+    """The sets that one factor can multiply, by names to read.
+
+    ``residual_stream`` where a set holds an embedding, or the same tensor of several layers, numbered if there are more
+    of them; else the first of its tensors and how many more there are. Sets with unequal exponents are left out: they
+    are no unit with a norm.
+    """
+    found: dict[str, Symmetry] = {}
+    sets = [s for s in symmetries.basis if s.kind == "set" and set(s.exponents.values()) == {1}]
+    streams = [s for s in sets if _is_stream(s, symmetries.roles)]
+    for symmetry in sets:
+        names = [*symmetry.exponents]
+        if any(name.startswith("1 + ") for name in names):
+            continue  # a gain of the form 1 + γ is not multiplied by multiplying γ
+        number = f"_{streams.index(symmetry) + 1}" if len(streams) > 1 and symmetry in streams else ""
+        found[f"residual_stream{number}" if symmetry in streams else f"{names[0]}+{len(names) - 1}"] = symmetry
+    return found
+
+
+def _is_stream(symmetry: Symmetry, roles: Mapping[str, str]) -> bool:
+    kinds = [in_all_layers(name) for name in symmetry.exponents]
+    return len(set(kinds)) < len(kinds) or any(roles.get(name) == "embedding" for name in symmetry.exponents)
+
+
+def watch_sets(
+    watched: Sequence[Watched],
+    named: Named,
+    symmetries: Symmetries,
+    verdict: Verdict | None,
+    exclude: Sequence[str] = (),
+) -> tuple[list[Watched], list[Watched]]:
+    """Sets that some of the weights are in, and what else is in these, as weights.
+
+    Args:
+        watched: The weights.
+        named: All parameters.
+        symmetries: Of the same model.
+        verdict: Which units are scale-invariant, if that is known.
+        exclude: Names of parameters that are not to be in a set: then the set is left out.
+    """
+    by_name = {w.name: w for w in watched}
+    joined = {p for w in watched for p in w.joined}
+    parameters = {name: (p, role) for name, p, role in named}
+    sets, others = [], []
+    for title, symmetry in set_names(symmetries).items():
+        whole = {whole_name(name) for name in symmetry.exponents}
+        if not whole & by_name.keys() or whole & {*exclude} or not whole <= parameters.keys():
+            continue
+        members = []
+        for name in symmetry.exponents:
+            parameter, role = parameters[whole_name(name)]
+            if (part := _PART.search(name)) is not None:
+                dim = part["before"].count(":")
+                cut = Part("layer", dim, 1, int(part["start"]), int(part["stop"]))
+                members.append(Watched(name, parameter, role, (cut,)))
+            elif name in by_name:
+                members.append(by_name[name])
+            elif parameter not in joined:  # else it is in the units of another one
+                members.append(watch(named, [name], (), "auto", verdict)[0])
+        others += [m for m in members if m.name not in by_name]
+        by_name |= {m.name: m for m in members}
+        holds = symmetry.eps_share is None or symmetry.eps_share <= RULED_BY_EPS
+        first = members[0]
+        if len(members) > 1:
+            one = Watched(title, first.parameter, first.role, (Part("layer"),), (), holds, members=tuple(members))
+            sets.append(one)
+    return sets, others
