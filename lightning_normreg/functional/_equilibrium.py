@@ -45,9 +45,8 @@ def equilibrium_norm(family: FamilyName, **settings: Any) -> float:
         family: Which optimizer, see the table.
         **settings: Settings of that optimizer, called as in torch, and of the unit: ``lr`` η, ``weight_decay`` λ;
             ``gradient_norm`` G, the root mean square of ‖gradient‖·‖w‖, that is the norm of the gradient at norm 1;
-            ``entries`` C of the unit; ``shape`` of the matrix that Muon updates, or of all in a set; β is ``momentum`` or
-            ``betas[0]``,
-            τ ``dampening``, r ``wd_ratio``.
+            ``entries`` C of the unit; ``shape`` of the matrix that Muon updates, or the shapes of all in a set. β is
+            ``momentum`` or ``betas[0]``, τ ``dampening``, r ``wd_ratio``.
 
     Returns:
         L2 norm of the unit, positive.

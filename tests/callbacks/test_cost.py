@@ -146,7 +146,7 @@ def test_one_transfer_per_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:
         return tolist(self)
 
     monkeypatch.setattr(torch.Tensor, "tolist", counting)
-    run = trainer(EffectiveLRMonitor(invariance=verdict), log_every_n_steps=3)
+    run = trainer(EffectiveLRMonitor(invariance=verdict, symmetries=None), log_every_n_steps=3)
     with as_on("wide"):
         run.fit(Net(sgd()), loader())
     # Three layers: effective rates of two kinds, rotation, relative update, the size of the gradient and of the units,

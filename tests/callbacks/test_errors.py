@@ -28,7 +28,10 @@ INCLUDE = ["conv1.weight"]
             lambda: NormProjection(include=INCLUDE, unit="filter"),
             "`unit` must be one of 'auto', 'neuron', 'column', 'layer'",
         ),
-        (lambda: WeightNormMonitor(unit="row"), "`unit` must be one of 'auto', 'neuron', 'column', 'layer', got 'row'"),
+        (
+            lambda: WeightNormMonitor(unit="row"),
+            "`unit` must be one of 'auto', 'neuron', 'column', 'layer', 'set', got 'row'",
+        ),
         (lambda: WeightNormMonitor(0), "`every_n_steps` must be a positive integer or None, got 0"),
         (lambda: EffectiveLRMonitor(per_layer="all"), "`per_layer` must be True, False or 'auto', got 'all'"),
         (lambda: WeightNormMonitor(prefix="a/"), "`prefix` must be the first part of tags, without a slash around"),

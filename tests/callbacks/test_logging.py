@@ -54,10 +54,10 @@ def test_epoch_interval_logs_means() -> None:
 
 
 def test_every_curve_of_the_table_is_logged_and_no_other() -> None:
-    """Tags are the table of curves times the layers, and the summaries; without control its factor is not there."""
+    """Tags are the table of curves times the layers, and the summaries; without control or sets what is of these is not there."""
     run = trainer(WeightNormMonitor(), EffectiveLRMonitor(gradient=True, scale_exponent=True))
     run.fit(Net(sgd(weight_decay=0.1)), loader())
-    keys = {c.key for c in CURVES} - {"rotation_factor"}
+    keys = {c.key for c in CURVES} - {"rotation_factor", "set_share"}
     invariant = {f"weights/{key}/{n}" for key in keys if "not" not in key for n in ("conv1.weight", "up.weight")}
     others = {key for key in keys if key != "effective_lr" and not key.startswith("equilibrium")}
     layers = invariant | {f"weights/{key}/head.weight" for key in others}

@@ -1,0 +1,77 @@
+"""Several tensors that are scale-invariant together are one unit: its curves, and what holds and turns it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_normreg import EffectiveLRMonitor, WeightNormMonitor
+from tests.callbacks.sets import ANGLE, CONTROLS, STREAM, Stream, expected, fitted, writers
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Trainer has no logger")  # the history is read instead
+
+ROOT = Path(__file__).parent.parent.parent
+TOLERANCE = {"32": 1e-5, "64": 1e-12}
+"""Of sums over 8 to 1000 terms in another order. Rotations of single tensors are 0.01, measured to 1e-6."""
+STRATEGIES = {"fsdp": 2, "tp": 2, "hsdp": 4, "fsdp+tp": 4}
+
+
+@cache
+def run(strategy: str, control: str, bits: str) -> list[dict[str, Any]]:
+    """What each rank ends with."""
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tests.callbacks.sets", strategy, control, bits, folder]
+        subprocess.run(command, check=True, timeout=240, capture_output=True, cwd=ROOT)
+        return [json.loads((Path(folder) / f"{r}.json").read_text()) for r in range(STRATEGIES[strategy])]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("bits", TOLERANCE)
+def test_curves_are_those_of_the_concatenation(bits: str, seed: int) -> None:
+    """Norm, effective learning rate, rotation, and what the members have of them, at each step."""
+    torch.manual_seed(seed)
+    model = Stream().to(torch.float64 if bits == "64" else torch.float32)
+    monitors = [EffectiveLRMonitor(), WeightNormMonitor()]
+    fitted(model, *monitors)
+    rows = [monitor.history().to_dict("records") for monitor in monitors]
+    assert len(rows[0]) == len(model.steps) == 4
+    for step, *logged in zip(model.steps, *rows, strict=True):
+        values = logged[0] | logged[1]
+        for tag, value in expected(step, writers()).items():
+            assert values[tag] == pytest.approx(value, rel=TOLERANCE[bits]), tag
+        assert sum(v for tag, v in values.items() if "/set_share/" in tag) == pytest.approx(1, rel=TOLERANCE[bits])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", TOLERANCE)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sharded_curves_are_those_of_the_concatenation(strategy: str, bits: str) -> None:
+    """Members spread in different ways, or on every process: put together around each step, and alike on all ranks."""
+    first, *others = run(strategy, "free", bits)
+    assert all(json.dumps(other) == json.dumps(first) for other in others)
+    assert len(first["history"]) == 4
+    for values, step in zip(first["history"], first["expected"], strict=True):
+        for tag, value in step.items():
+            assert values[tag] == pytest.approx(value, rel=TOLERANCE[bits]), tag
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", ["project", "rotate"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sharded_sets_are_held_and_turned(strategy: str, control: str) -> None:
+    """At the norm of the start; by the angle, as the weights themselves say."""
+    first, *_ = run(strategy, control, "64")
+    assert first["norms"] == pytest.approx([first["norms"][0]] * 4, rel=1e-14)
+    rotations = [step[f"weights/rotation/{STREAM}"] for step in first["expected"]]
+    if control == "rotate":
+        assert rotations == pytest.approx([ANGLE] * 4, rel=1e-10)
+    logged = [values[f"weights/rotation/{STREAM}"] for values in first["history"]]
+    assert logged == pytest.approx(rotations, rel=1e-10)

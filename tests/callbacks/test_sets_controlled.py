@@ -1,0 +1,125 @@
+"""Norm and angle of a set under control: nothing else of the scale of its tensors is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from lion_pytorch import Lion
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
+
+from lightning_normreg import NormProjection, RotationControl, Symmetries, find_symmetries
+from tests.callbacks.sets import ANGLE, DECAY, Stream, angle, fitted, flat, samples, writers
+from tests.symmetries._small_models import GPT, LLAMA, QWEN, VIT, Kind
+
+KINDS = {"GPT-2": replace(GPT, tied=False), "Llama": LLAMA, "Qwen3": QWEN, "ViT": VIT}
+EPS = 1e-40
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "SGD": SGD,
+    "momentum": partial(SGD, momentum=0.9),
+    "AdamW": partial(AdamW, eps=EPS),
+    "Adam": partial(Adam, eps=EPS),
+    "NAdam": partial(NAdam, eps=EPS, decoupled_weight_decay=True),
+    "RAdam": partial(RAdam, eps=EPS, decoupled_weight_decay=True),
+    "RMSprop": partial(RMSprop, eps=EPS),
+    "Adagrad": partial(Adagrad, eps=EPS),
+    "Lion": Lion,
+}
+PROPORTIONAL = [OPTIMIZERS[name] for name in ("SGD", "momentum", "RAdam")]  # RAdam in its first steps
+QUICK = [("GPT-2", "SGD"), ("Llama", "AdamW"), ("Qwen3", "Lion"), ("ViT", "RMSprop")]
+PAIRS = [
+    pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
+    for pair in ((name, optimizer) for name in KINDS for optimizer in OPTIMIZERS)
+]
+DECOUPLED = ("AdamW", "NAdam", "RAdam", "Lion")
+
+
+@cache
+def symmetries(kind: Kind) -> Symmetries:
+    """Of a model, asked once."""
+    return find_symmetries(made(kind, AdamW).train(), next(iter(samples(kind))))
+
+
+def made(kind: Kind, make: Callable[..., Any], scale: float = 1.0, decay: float | None = None) -> Stream:
+    """A model in float64 whose writers are multiplied, and its optimizer; decay on the writers alone, if any."""
+    torch.manual_seed(0)
+    model = Stream(kind, depth=1).double()
+    mine = writers(kind, 1)
+    with torch.no_grad():
+        for name in mine:
+            model.get_parameter(name).mul_(scale)
+
+    factor = 1e4 if make in PROPORTIONAL else 1.0
+
+    def optimizer(parameters: Any, *, lr: float, weight_decay: float) -> Optimizer:
+        named = dict(model.named_parameters())
+        rest = [p for name, p in named.items() if name not in mine]
+        # Steps in proportion to gradients are a millionth of the weights, times the learning rate, at scale 1e3. That
+        # float64 keeps 11 digits of their direction, it has to be large; the angle is a number anyway.
+        groups = [
+            {"params": [named[name] for name in mine], "lr": lr * factor, "weight_decay": decay or 0.0},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        return make(groups, lr=lr)
+
+    model.make = optimizer
+    return model
+
+
+def logits(model: Stream) -> Tensor:
+    """Of the first samples."""
+    return model(next(iter(samples(model.kind)))).detach()
+
+
+def turned(kind: Kind, make: Callable[..., Any], **options: Any) -> Stream:
+    """After a run under control."""
+    model = made(kind, make, **options)
+    fitted(model, RotationControl(ANGLE, unit="set", symmetries=symmetries(kind)), loader=samples(kind, count=64))
+    return model
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_first_projection_keeps_the_logits(name: str) -> None:
+    """To 1e-10, at another norm; with no radius given nothing moves at all, and both hold."""
+    kind = KINDS[name]
+    for radius in ("auto", 7.0):
+        model = made(kind, AdamW)
+        expected, norm = logits(model), float(flat(model.whole(), writers(kind, 1)).norm())
+        fitted(model, NormProjection(radius, unit="set", symmetries=symmetries(kind)))  # type: ignore[arg-type]
+        held = norm if radius == "auto" else radius
+        for before, after in model.steps:
+            assert [float(flat(w, writers(kind, 1)).norm()) for w in (before, after)] == pytest.approx([held] * 2)
+        model.load_state_dict(model.steps[0][0])
+        assert float((logits(model) - expected).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("name, optimizer", PAIRS)
+def test_the_set_turns_by_the_angle_whatever_its_scale(name: str, optimizer: str) -> None:
+    """Multiplied by 1e-3 or 1e3 at the start, the run is the same in the logits: to 1e-9, after 8 steps in float64."""
+    kind, make = KINDS[name], OPTIMIZERS[optimizer]
+    runs = {scale: turned(kind, make, scale=scale) for scale in (1.0, 1e-3, 1e3)}
+    for model in runs.values():
+        for before, after in model.steps:
+            turn = angle(flat(before, writers(kind, 1)), flat(after, writers(kind, 1)))
+            assert abs(turn - ANGLE) <= 1e-10 * ANGLE
+    moved = (logits(runs[1.0]) - logits(made(kind, make))).abs().max()
+    assert float(moved) > 0.01
+    for scale in (1e-3, 1e3):
+        assert float((logits(runs[scale]) - logits(runs[1.0])).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("name, optimizer", [pair for pair in PAIRS if pair.values[1] in DECOUPLED])
+def test_decay_of_the_set_is_without_effect(name: str, optimizer: str) -> None:
+    """Decoupled, the same on all of it: to 1e-9. Without control it has one."""
+    kind, make = KINDS[name], OPTIMIZERS[optimizer]
+    plain, decayed = turned(kind, make), turned(kind, make, decay=DECAY)
+    assert float((logits(plain) - logits(decayed)).abs().max()) < 1e-9
+    free = [made(kind, make, decay=decay) for decay in (0.0, 1.0)]
+    for model in free:
+        fitted(model, loader=samples(kind, count=64))
+    assert float((logits(free[0]) - logits(free[1])).abs().max()) > 1e-3
