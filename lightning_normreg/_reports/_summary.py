@@ -13,7 +13,7 @@ from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import NoRule, UpdateRule, update_rule
-from lightning_normreg._symmetries import Symmetries, audit_decay
+from lightning_normreg._symmetries import Symmetries, audit_decay, set_names, sets_and_pairs, whole_name
 from lightning_normreg._weights import (
     ParameterRole,
     ScaleInvariance,
@@ -50,10 +50,12 @@ class SummaryRow:
     rate_of_one: float | None = None  # share that a decay of 1 takes off per step; None where it is in Adam's gradient
     acts: str = ""  # what its decay does to the function, "" where symmetries are not known
     removable: bool | None = None  # whether its penalty is removable in the limit; None where that is not known
+    set: str = ""  # the set that it is scale-invariant together with, if symmetries are known
 
     def cells(self, audited: bool = False) -> list[str]:
         shape = "×".join(map(str, self.shape))
         units = f"{self.units} ({self.evidence})" if self.evidence and self.units not in _WITHOUT_UNITS else self.units
+        units = f"in {self.set}" if self.set and self.units == "none" else units
         share = "" if self.eps_share is None else f"{self.eps_share:.1%}"
         radius = "" if self.radius is None else "not yet" if math.isnan(self.radius) else f"{self.radius:.4g}"
         decay = f"{self.weight_decay:g}" if self.optimizer else ""
@@ -131,10 +133,12 @@ def with_audit(rows: Sequence[SummaryRow], symmetries: Symmetries) -> tuple[list
     said = [f"What decay does through the gradient of {listed(through)} is not known here."] if through else []
     if found.sentences and any(row.rate_of_one not in (None, row.lr) for row in decayed):
         said.append("That is of decay that acts at once; in SGD's gradient, momentum spreads it over further steps.")
+    sets = {whole_name(name): title for title, s in set_names(symmetries).items() for name in s.exponents}
+    labels, removable = found.labels, found.removable
     return [
-        replace(row, acts=found.labels.get(row.parameter, ""), removable=found.removable.get(row.parameter))
+        replace(row, acts=labels.get(name := row.parameter, ""), removable=removable.get(name), set=sets.get(name, ""))
         for row in rows
-    ], [*found.sentences, *found.unequal, *said]
+    ], [*sets_and_pairs(symmetries), *found.sentences, *found.unequal, *said]
 
 
 def units_in_words(known: ScaleInvariance | None) -> str:

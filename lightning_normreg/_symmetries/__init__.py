@@ -21,10 +21,12 @@ from lightning_normreg._symmetries._probe import find_scale_invariance as find_s
 from lightning_normreg._symmetries._reduce_decay import ReducedDecay as ReducedDecay
 from lightning_normreg._symmetries._reduce_decay import reduce_decay as reduce_decay
 from lightning_normreg._symmetries._sets import set_names as set_names
+from lightning_normreg._symmetries._sets import sets_and_pairs as sets_and_pairs
 from lightning_normreg._symmetries._sets import watch_sets as watch_sets
 from lightning_normreg._symmetries._slices import Axis as Axis
 from lightning_normreg._symmetries._symmetry import Symmetries as Symmetries
 from lightning_normreg._symmetries._symmetry import Symmetry as Symmetry
+from lightning_normreg._symmetries._symmetry import whole_name as whole_name
 from lightning_normreg._symmetries._thresholds import NARROW_OBSERVER as NARROW_OBSERVER
 from lightning_normreg._symmetries._thresholds import WIDE_OBSERVER as WIDE_OBSERVER
 from lightning_normreg._symmetries._thresholds import ObserverThresholds as ObserverThresholds

@@ -9,7 +9,7 @@ from torch.nn.parameter import Parameter
 
 from lightning_normreg._symmetries._layers import in_all_layers
 from lightning_normreg._symmetries._symmetry import Symmetries, Symmetry, whole_name
-from lightning_normreg._weights import RULED_BY_EPS, ParameterRole, Part, Verdict, Watched, watch
+from lightning_normreg._weights import RULED_BY_EPS, ParameterRole, Part, Verdict, Watched, listed, watch
 
 Named = Sequence[tuple[str, Parameter, ParameterRole]]
 _PART = re.compile(r"\[(?P<before>(?::,)*)(?P<start>\d+):(?P<stop>\d+)\]$")
@@ -37,6 +37,23 @@ def set_names(symmetries: Symmetries) -> dict[str, Symmetry]:
 def _is_stream(symmetry: Symmetry, roles: Mapping[str, str]) -> bool:
     kinds = [in_all_layers(name) for name in symmetry.exponents]
     return len(set(kinds)) < len(kinds) or any(roles.get(name) == "embedding" for name in symmetry.exponents)
+
+
+def sets_and_pairs(symmetries: Symmetries) -> list[str]:
+    """Sentences about them; of layers of one kind once."""
+    said = [
+        f"{title}: {listed([*symmetry.exponents], 3)} are scale-invariant together."
+        for title, symmetry in set_names(symmetries).items()
+    ]
+    pairs: dict[str, int] = {}
+    for symmetry in (s for s in symmetries.basis if s.kind == "pair"):
+        sides = [[n for n, power in symmetry.exponents.items() if power == sign] for sign in (1, -1)]
+        words = " against ".join(listed([*dict.fromkeys(map(in_all_layers, side))], 3) for side in sides)
+        pairs.setdefault(words, symmetry.blocks)
+    if pairs:
+        found = [words + (f" (each of {blocks} blocks)" if blocks > 1 else "") for words, blocks in pairs.items()]
+        said.append(f"Only the product counts of what may grow against what shrinks: {'; '.join(found[:6])}.")
+    return said
 
 
 def watch_sets(

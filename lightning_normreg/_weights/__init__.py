@@ -46,5 +46,6 @@ from lightning_normreg._weights._verdict import strong as strong
 from lightning_normreg._weights._verdict import summarize as summarize
 from lightning_normreg._weights._watched import Part as Part
 from lightning_normreg._weights._watched import Watched as Watched
+from lightning_normreg._weights._watched import in_words as in_words
 
 know_rank()  # what all rooms that warn are built on

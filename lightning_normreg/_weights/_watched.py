@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from lightning_normreg._weights._flat_shards import whole_shape
+from lightning_normreg._weights._names import counted, listed
 from lightning_normreg._weights._roles import ParameterRole
 from lightning_normreg.functional._device import accumulator
 from lightning_normreg.functional._projection import dead_band
@@ -45,6 +47,14 @@ class Part:
         """Number of units in a tensor of some shape."""
         start, stop = self.slices(shape)
         return (stop - start) // self.size(shape)
+
+
+def in_words(watched: Sequence[Watched]) -> str:
+    """How many weights there are, and which sets."""
+    sets = [f"{w.name} ({len(w.members)} tensors)" for w in watched if w.members]
+    weights = len(watched) - len(sets)
+    together = f"the {'sets' if len(sets) > 1 else 'set'} {listed(sets, 3)}"
+    return " and ".join([counted(weights, "weight")] * (weights > 0 or not sets) + [together] * bool(sets))
 
 
 @dataclass(frozen=True, eq=False)

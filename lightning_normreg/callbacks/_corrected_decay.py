@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_normreg._optimizers import unequal
 from lightning_normreg._param_groups import highest_rates
 from lightning_normreg._symmetries import Symmetries
-from lightning_normreg._weights import Verdict, counted, listed, strong
+from lightning_normreg._weights import Verdict, in_words, listed, strong
 from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.callbacks._selecting import WeightCallback
 from lightning_normreg.steps._decay_corrector import DecayCorrector
@@ -47,11 +48,15 @@ class CorrectedDecay(WeightCallback):
             highest that the run will reach, by torch's own schedulers run ahead over it. Where that cannot be known
             (ReduceLROnPlateau, schedulers of your own or stepped by yourself, none, a run without an end), the highest
             so far: then decay is corrected from the peak on. Which it is, and why, is said.
+        unit: ``"auto"``: weights that are scale-invariant by themselves; ``"set"``: also those that are so together, as
+            the residual stream's writers of a transformer are.
         include: Globs over clean parameter names; by default all weights and embeddings that are scale-invariant, or
             all with ``on_not_invariant="allow"``. A glob that matches nothing is an error.
         exclude: Globs of parameters to leave out.
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
+        symmetries: For ``unit="set"``, all scaling symmetries as a file of :meth:`Symmetries.save` or what is in it; by
+            default they are looked for on the first batch (:func:`find_symmetries`), where 60 passes are enough.
         on_not_invariant: What to do with a weight that is not known to be scale-invariant by itself, as most are in
             transformers: ``"raise"`` if ``include`` names it, ``"skip"`` it, or ``"allow"``: correct its decay too. The
             sources do that with language models, for all that a normalization follows; leave out the head then.
@@ -79,6 +84,8 @@ class CorrectedDecay(WeightCallback):
         symmetries: str | Mapping[str, Any] | Symmetries | None = "auto",
         on_not_invariant: OnNotInvariant = "raise",
     ) -> None:
+        if unit not in ("auto", "set"):
+            raise ValueError(f"`unit` must be 'auto' or 'set', got {unit!r}.")
         super().__init__(unit, include, exclude, invariance, symmetries)
         if peak_lr != "auto" and not (isinstance(peak_lr, (int, float)) and 0 < peak_lr < math.inf):
             raise ValueError(f"`peak_lr` must be 'auto' or a positive number, got {peak_lr!r}.")
@@ -117,14 +124,21 @@ class CorrectedDecay(WeightCallback):
             self._corrector = self._subscribe(trainer, DecayCorrector(targets, peak))
         for index, optimizer in enumerate(optimizers_of(trainer)):
             mine = {p for group in optimizer.param_groups for p in group["params"]}
-            names = [t.name for t in targets if t.parameter in mine]
+            its = [t for t in targets if t.parameter in mine]
+            names = [t.name for t in its]
             if self._corrector is not None and names:
                 self._corrector.check(optimizer)
                 peaks = self._expect(self._corrector, trainer, pl_module, index)
+                apart = {t.name: unequal(optimizer, t.tensors(), "lr", "weight_decay") for t in its if t.members}
+                for name, keys in apart.items():
+                    if keys:
+                        rank_zero_warn(
+                            f"The tensors of {name!r} have unequal {' and '.join(keys)}: their decay is corrected, but "
+                            "the set has no equilibrium norm that stays put. Give them the same."
+                        )
                 others = [t.name for t in targets if t.name in names and not t.invariant]
                 rank_zero_info(
-                    f"CorrectedDecay: the decay of {counted(len(names), 'weight')} is proportional to "
-                    f"lr/lr_max, with lr_max {peaks}."
+                    f"CorrectedDecay: the decay of {in_words(its)} is proportional to lr/lr_max, with lr_max {peaks}."
                     + (f" Not scale-invariant by themselves: {listed(others, 5)}." if others else "")
                 )
 

@@ -34,14 +34,17 @@ class NormProjection(NormHolder):
         radius: ``"auto"``: 1 for a neuron or column, √k for a layer of k neurons, √fan_in for a neuron under weight
             standardization; ``"initial"``: the norm that each unit had at the start (kept in checkpoints; of a unit
             that was zero, the one that its first update gives it); a number: that norm for every unit.
-        unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"column"``: what one
-            input feeds into all neurons; ``"layer"``: the whole tensor.
+        unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"column"``: what one input
+            feeds into all neurons; ``"layer"``: the whole tensor; ``"set"``: the units that are scale-invariant, and
+            sets of tensors that are so together: one norm, by default that at the start, which changes nothing.
         include: Globs over clean parameter names; by default all weights and embeddings that are scale-invariant. A
             glob takes what is trained, and one that matches nothing is an error.
         exclude: Globs of parameters to leave out.
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks. Gradients of
             training alone are too weak as evidence.
+        symmetries: For ``unit="set"``, all scaling symmetries as a file of :meth:`Symmetries.save` or what is in it; by
+            default they are looked for on the first batch (:func:`find_symmetries`), where 60 passes are enough.
         on_not_invariant: What to do with a weight that ``include`` names and that is not known to be scale-invariant:
             ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the projection changes what the network computes.
         on_lost: What to do when gradients of training show that a weight is no longer scale-invariant: ``"stop"``

@@ -62,8 +62,10 @@ class RotationControl(NormHolder):
         angle: ``"lr"``: the live learning rate of the weight's parameter group, in radians; a number: that angle;
             ``"equilibrium"``: the rotation per step at which the live learning rate and decay would settle, for AdamW
             √(2ηλ(1−β₁)/(1+β₁)) (:func:`lightning_normreg.functional.equilibrium_rotation`).
-        unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"column"``: what one
-            input feeds into all neurons; ``"layer"``: the whole tensor.
+        unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"column"``: what one input
+            feeds into all neurons; ``"layer"``: the whole tensor; ``"set"``: the units that are scale-invariant, and
+            sets of tensors that are so together: one norm, by default that at the start, which changes nothing, and one
+            angle.
         per: ``"layer"``: the root mean square over a weight's units has the angle, and units keep their relative
             speeds, none above π/2; ``"unit"``: every unit has it.
         hold: ``"step"``: each step has the angle; ``"mean"``: steps have it on average (the root of a decaying mean of
@@ -76,6 +78,8 @@ class RotationControl(NormHolder):
         exclude: Globs of parameters to leave out.
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks.
+        symmetries: For ``unit="set"``, all scaling symmetries as a file of :meth:`Symmetries.save` or what is in it; by
+            default they are looked for on the first batch (:func:`find_symmetries`), where 60 passes are enough.
         on_not_invariant: What to do with a weight that ``include`` names and that is not known to be scale-invariant:
             ``"raise"``, ``"skip"`` it, or ``"allow"`` it: then the control changes what the network computes.
         on_lost: What to do when gradients of training show that a weight is no longer scale-invariant: ``"stop"``

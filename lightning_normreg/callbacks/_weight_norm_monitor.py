@@ -50,10 +50,14 @@ class WeightNormMonitor(Monitor):
             nothing is an error.
         exclude: Globs of parameters to leave out.
         unit: ``"auto"``: the units that are scale-invariant, and the whole tensor where none is; ``"neuron"``: one
-            output row; ``"column"``: what one input feeds into all neurons; ``"layer"``: the whole tensor.
+            output row; ``"column"``: what one input feeds into all neurons; ``"layer"``: the whole tensor; ``"set"``:
+            as ``"auto"``, and an error where sets cannot be known.
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks. Where that
             fails, the gradients of the first 33 optimizer steps are observed, and curves begin after them.
+        symmetries: All scaling symmetries, as a file of :meth:`Symmetries.save` or what is in it: what is invariant only
+            together has curves as a set. ``"auto"``: they are looked for on the first batch (:func:`find_symmetries`)
+            where some weight is not scale-invariant by itself, in 60 passes at most. None: no sets.
         histograms: Write histograms as well, of the layers that have curves, at the steps that are logged; with
             ``logging_interval="epoch"`` of an epoch's last logged step.
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,

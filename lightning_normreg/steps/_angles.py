@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import Group, unequal, update_rule
-from lightning_normreg._weights import Watched, counted, listed
+from lightning_normreg._weights import Watched, in_words, listed
 from lightning_normreg.functional import equilibrium_rotation
 from lightning_normreg.functional._rotation import check_angle
 from lightning_normreg.steps._formulas import Formulas
@@ -116,7 +116,7 @@ class Angles:
         now = " to ".join(dict.fromkeys(f"{angle:.3g}" for angle in (min(angles), max(angles))))
         source = {"lr": "the learning rate, in radians", "equilibrium": "that of the equilibrium of decay"}
         rank_zero_info(
-            f"RotationControl turns {counted(len(stepping), 'weight')} by an angle per step, "
+            f"RotationControl turns {in_words([w for w, _, _ in stepping])} by an angle per step, "
             f"{source.get(str(self._angle), 'constant')}: now {now}. Gradients and optimizer give the direction only."
         )
         said: dict[str, list[str]] = {}

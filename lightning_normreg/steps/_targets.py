@@ -102,5 +102,5 @@ def _nothing(verdict: Verdict, callback: str) -> str:
     )
     return (
         "There must be something to act on, but no selected weight is scale-invariant by itself, as in most "
-        f"transformers. {_CORRECT if corrects else hold}"
+        f"transformers. What several are together: {callback}(unit='set'). {_CORRECT if corrects else hold}"
     )

@@ -54,7 +54,7 @@ def test_epoch_interval_logs_means() -> None:
 
 
 def test_every_curve_of_the_table_is_logged_and_no_other() -> None:
-    """Tags are the table of curves times the layers, and the summaries; without control or sets what is of these is not there."""
+    """Tags are the table of curves times the layers, and the summaries; those of control and of sets are not there."""
     run = trainer(WeightNormMonitor(), EffectiveLRMonitor(gradient=True, scale_exponent=True))
     run.fit(Net(sgd(weight_decay=0.1)), loader())
     keys = {c.key for c in CURVES} - {"rotation_factor", "set_share"}

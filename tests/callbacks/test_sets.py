@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lightning_normreg import EffectiveLRMonitor, WeightNormMonitor
-from tests.callbacks.sets import ANGLE, CONTROLS, STREAM, Stream, expected, fitted, writers
+from tests.callbacks.sets import ANGLE, STREAM, Stream, expected, fitted, writers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Trainer has no logger")  # the history is read instead
 
