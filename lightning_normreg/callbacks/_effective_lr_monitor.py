@@ -73,9 +73,10 @@ class EffectiveLRMonitor(Monitor):
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks. Where that
             fails, the gradients of the first 33 optimizer steps are observed, and curves begin after them.
-        symmetries: All scaling symmetries, as a file of :meth:`Symmetries.save` or what is in it: what is invariant only
-            together has curves as a set. ``"auto"``: they are looked for on the first batch (:func:`find_symmetries`)
-            where some weight is not scale-invariant by itself, in 60 passes at most. None: no sets.
+        symmetries: All scaling symmetries, as a file of :meth:`Symmetries.save` or what is in it: tensors that are
+            scale-invariant only together have curves as a set. ``"auto"``: they are looked for on the first batch
+            (:func:`find_symmetries`) where some weight is not scale-invariant by itself, in 60 passes at most. None: no
+            sets.
         gradient: Log the gradients' norm and alignment as well. Needs Lightning's own call of the optimizer: with
             ``self.optimizers(use_pl_optimizer=False)`` these two curves stay empty.
         equilibrium: Predict the equilibrium of decay.

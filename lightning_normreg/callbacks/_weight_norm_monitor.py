@@ -55,9 +55,10 @@ class WeightNormMonitor(Monitor):
         invariance: Which units are scale-invariant, as a file of ``save_verdict`` or what is in it; by default the
             model is probed at the first batch (:func:`find_scale_invariance`), once for all callbacks. Where that
             fails, the gradients of the first 33 optimizer steps are observed, and curves begin after them.
-        symmetries: All scaling symmetries, as a file of :meth:`Symmetries.save` or what is in it: what is invariant only
-            together has curves as a set. ``"auto"``: they are looked for on the first batch (:func:`find_symmetries`)
-            where some weight is not scale-invariant by itself, in 60 passes at most. None: no sets.
+        symmetries: All scaling symmetries, as a file of :meth:`Symmetries.save` or what is in it: tensors that are
+            scale-invariant only together have curves as a set. ``"auto"``: they are looked for on the first batch
+            (:func:`find_symmetries`) where some weight is not scale-invariant by itself, in 60 passes at most. None: no
+            sets.
         histograms: Write histograms as well, of the layers that have curves, at the steps that are logged; with
             ``logging_interval="epoch"`` of an epoch's last logged step.
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,

@@ -75,7 +75,7 @@ class StepRecord:
 
     def copy(self, parameters: Iterable[Parameter]) -> None:
         """Copy parameters before the step, each once however many ask for it."""
-        new = [p for p in parameters if p not in self._fresh]
+        new = [p for p in dict.fromkeys(parameters) if p not in self._fresh]
         self.allocate(new)
         for parameter in new:
             self.copies[parameter].copy_(local(parameter), non_blocking=True)

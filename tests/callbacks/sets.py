@@ -51,10 +51,15 @@ class Stream(LightningModule):
     """A transformer that records all of its weights around each step, in float64."""
 
     def __init__(
-        self, kind: Kind = LLAMA, depth: int = 2, strategy: str = "single", make: Callable[..., Any] = AdamW
+        self,
+        kind: Kind = LLAMA,
+        depth: int = 2,
+        strategy: str = "single",
+        make: Callable[..., Any] = AdamW,
+        **sizes: int,
     ) -> None:
         super().__init__()
-        self.net = Transformer(kind, depth=depth)
+        self.net = Transformer(kind, depth=depth, **sizes)
         self.kind, self.strategy, self.make = kind, strategy, make
         self.steps: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 

@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_normreg import EffectiveLRMonitor, WeightNormMonitor
+from lightning_normreg.steps import StepDispatcher
 from tests.callbacks.sets import ANGLE, STREAM, Stream, expected, fitted, writers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Trainer has no logger")  # the history is read instead
@@ -21,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Trainer has no logger")  # t
 ROOT = Path(__file__).parent.parent.parent
 TOLERANCE = {"32": 1e-5, "64": 1e-12}
 """Of sums over 8 to 1000 terms in another order. Rotations of single tensors are 0.01, measured to 1e-6."""
+LARGE = 1000
 STRATEGIES = {"fsdp": 2, "tp": 2, "hsdp": 4, "fsdp+tp": 4}
 
 
@@ -48,6 +53,44 @@ def test_curves_are_those_of_the_concatenation(bits: str, seed: int) -> None:
         for tag, value in expected(step, writers()).items():
             assert values[tag] == pytest.approx(value, rel=TOLERANCE[bits]), tag
         assert sum(v for tag, v in values.items() if "/set_share/" in tag) == pytest.approx(1, rel=TOLERANCE[bits])
+
+
+class Reads(TorchDispatchMode):
+    """Counts the entries of large tensors that operations take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, then go on."""
+        sizes = [t.numel() for t in tree_leaves(args) if isinstance(t, Tensor) and t.numel() >= LARGE]
+        self.entries += 0 if func.is_view else sum(sizes)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watch", [EffectiveLRMonitor, WeightNormMonitor])
+def test_curves_of_sets_read_no_weight_again(watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many entries of large tensors are read with sets as without: these are all that is in the set."""
+    found = []
+    for symmetries in (None, "auto"):
+        reads = Reads()
+        for name in ("enter", "leave"):
+            plain = getattr(StepDispatcher, name)
+
+            def counting(self: Any, *args: Any, plain: Any = plain, reads: Reads = reads) -> Any:
+                with reads:
+                    return plain(self, *args)
+
+            monkeypatch.setattr(StepDispatcher, name, counting)
+        model = Stream(width=32, words=32)
+        assert min(model.get_parameter(name).numel() for name in writers()) >= LARGE
+        monitor = watch(symmetries=symmetries)
+        fitted(model, monitor)
+        found.append(reads.entries)
+        monkeypatch.undo()
+        assert any(STREAM in tag for tag in monitor.history()) == (symmetries == "auto")
+    assert found[0] == found[1] > 0
 
 
 @pytest.mark.slow
