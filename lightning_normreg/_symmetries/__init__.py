@@ -22,6 +22,7 @@ from lightning_normreg._symmetries._reduce_decay import ReducedDecay as ReducedD
 from lightning_normreg._symmetries._reduce_decay import reduce_decay as reduce_decay
 from lightning_normreg._symmetries._sets import set_names as set_names
 from lightning_normreg._symmetries._sets import sets_and_pairs as sets_and_pairs
+from lightning_normreg._symmetries._sets import units_and_sets as units_and_sets
 from lightning_normreg._symmetries._sets import watch_sets as watch_sets
 from lightning_normreg._symmetries._slices import Axis as Axis
 from lightning_normreg._symmetries._symmetry import Symmetries as Symmetries

@@ -9,7 +9,7 @@ from torch.nn.parameter import Parameter
 
 from lightning_normreg._symmetries._layers import in_all_layers
 from lightning_normreg._symmetries._symmetry import Symmetries, Symmetry, whole_name
-from lightning_normreg._weights import RULED_BY_EPS, ParameterRole, Part, Verdict, Watched, listed, watch
+from lightning_normreg._weights import RULED_BY_EPS, ParameterRole, Part, Verdict, Watched, listed, match, watch
 
 Named = Sequence[tuple[str, Parameter, ParameterRole]]
 _PART = re.compile(r"\[(?P<before>(?::,)*)(?P<start>\d+):(?P<stop>\d+)\]$")
@@ -70,15 +70,16 @@ def watch_sets(
         named: All parameters.
         symmetries: Of the same model.
         verdict: Which units are scale-invariant, if that is known.
-        exclude: Names of parameters that are not to be in a set: then the set is left out.
+        exclude: Globs of parameters that are not to be in a set: then the set is left out.
     """
     by_name = {w.name: w for w in watched}
+    unwanted = {n for glob in exclude for n in match(glob, {n: role.aliases for n, _, role in named}, "exclude")}
     joined = {p for w in watched for p in w.joined}
     parameters = {name: (p, role) for name, p, role in named}
     sets, others = [], []
     for title, symmetry in set_names(symmetries).items():
         whole = {whole_name(name) for name in symmetry.exponents}
-        if not whole & by_name.keys() or whole & {*exclude} or not whole <= parameters.keys():
+        if not whole & by_name.keys() or whole & unwanted or not whole <= parameters.keys():
             continue
         members = []
         for name in symmetry.exponents:
@@ -99,3 +100,9 @@ def watch_sets(
             one = Watched(title, first.parameter, first.role, (Part("layer"),), (), holds, members=tuple(members))
             sets.append(one)
     return sets, others
+
+
+def units_and_sets(watched: Sequence[Watched], sets: Sequence[Watched]) -> list[Watched]:
+    """Weights and sets, without the weights that are in a set and are not scale-invariant by themselves."""
+    inside = {p for one in sets for p in one.tensors()}
+    return [*(w for w in watched if w.invariant or w.parameter not in inside), *sets]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_normreg._symmetries import Symmetries, watch_sets
-from lightning_normreg._weights import UnitArgument, Verdict, Watched, check_selection, listed, match, watch
+from lightning_normreg._symmetries import Symmetries, units_and_sets, watch_sets
+from lightning_normreg._weights import UnitArgument, Verdict, Watched, check_selection, listed, watch
 from lightning_normreg.callbacks._base import StepCallback
 from lightning_normreg.callbacks._run import run_of
 from lightning_normreg.steps._targets import OnNotInvariant, choose_targets
@@ -79,8 +79,7 @@ class WeightCallback(StepCallback):
                 rank_zero_info(why[0])
             return [], []
         named = run_of(trainer).named
-        unwanted = [n for glob in self.exclude for n in match(glob, {n: r.aliases for n, _, r in named}, "exclude")]
-        return watch_sets(watched, named, symmetries, verdict, unwanted)
+        return watch_sets(watched, named, symmetries, verdict, self.exclude)
 
     def _choose(self, trainer: Trainer, verdict: Verdict, otherwise: OnNotInvariant, *, named: bool) -> list[Watched]:
         """What to act on of the selected weights, which the user has ``named`` or not; nothing while all have to wait.
@@ -95,9 +94,7 @@ class WeightCallback(StepCallback):
             if self._waiting and not (any(w.invariant for w in watched) or (named and watched)):
                 return []
         if self.unit == "set":
-            sets, _ = self._sets(trainer, watched, verdict)
-            inside = {p for one in sets for p in one.tensors()}
-            watched = [*(w for w in watched if w.invariant or w.parameter not in inside), *sets]
+            watched = units_and_sets(watched, self._sets(trainer, watched, verdict)[0])
         if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
             otherwise = "skip"
         return choose_targets(watched, verdict, named=named, otherwise=otherwise, callback=type(self).__name__)

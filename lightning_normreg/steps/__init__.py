@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_normreg import _metrics
+from lightning_normreg._symmetries import Symmetries, units_and_sets, watch_sets
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, named_roles
 from lightning_normreg._weights import watch as _watch
 from lightning_normreg.steps._projector import Projector as Projector
@@ -49,6 +50,7 @@ def watch(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     unit: UnitArgument = "auto",
+    symmetries: Symmetries | None = None,
 ) -> list[Watched]:
     """Select parameters of a module, each with the units that it is seen in.
 
@@ -59,19 +61,28 @@ def watch(
             error.
         exclude: Globs of parameters to leave out.
         unit: ``"auto"``: the units that are scale-invariant, the whole tensor where none is, and neurons without a
-            verdict; ``"neuron"``, ``"column"`` or ``"layer"``.
+            verdict; ``"neuron"``, ``"column"`` or ``"layer"``; ``"set"``, for a projector: units and sets.
+        symmetries: From :func:`find_symmetries`: its sets are added, and what else is in these; for ``"set"``
+            without the weights that are scale-invariant only in one.
 
     Returns:
         What the trackers and the projector take. Each has a ``name`` and says whether it is ``invariant``.
 
     Raises:
-        ValueError: If a glob matches nothing, or nothing is left.
+        ValueError: If a glob matches nothing, nothing is left, or ``unit="set"`` without ``symmetries``.
 
     Examples:
         >>> [w.name for w in watch(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), exclude=["1.*"])]
         ['0.weight']
     """
-    return _watch(named_roles(module), include, exclude, unit, verdict)
+    named = named_roles(module)
+    watched = _watch(named, include, exclude, unit, verdict)
+    if symmetries is None:
+        if unit == "set":
+            raise ValueError("`symmetries` must be given for unit='set': pass find_symmetries(module, batch).")
+        return watched
+    sets, beside = watch_sets(watched, named, symmetries, verdict, exclude)
+    return units_and_sets(watched, sets) if unit == "set" else [*watched, *sets, *beside]
 
 
 def tags(row: Row, prefix: str = _metrics.PREFIX) -> dict[str, float]:
