@@ -79,11 +79,11 @@ class DigitsDataModule(_InMemory):
 
 
 class TextDataModule(_InMemory):
-    """The help texts of Python's ``pydoc``, some 465 000 characters: the first 90 % to train on, the rest to validate on.
+    """The help texts of Python's ``pydoc``, some 465 000 characters: 90 % to train on, the end to validate on.
 
     Inputs and targets are both of shape ``(N, context)``: a target is the character after its input. A line break is
-    token 0, the characters from space to tilde are 1 to 95, and others are replaced by a question mark. Some passages
-    stand in the text more than once, so the validation loss tells recipes apart, but not how well a model generalizes.
+    token 0, the characters from space to tilde are 1 to 95, and what is not in ASCII becomes a question mark. Some
+    passages are in the text twice: the validation loss tells recipes apart, not how well a model generalizes.
 
     Args:
         batch_size: Sequences in a batch.

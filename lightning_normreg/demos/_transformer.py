@@ -18,9 +18,9 @@ LAST = 0.1  # learning rate at the end, as a share of the peak
 class DemoTransformer(DecayGroupsMixin, pl.LightningModule):
     """A language model of characters, as Llama is built: RMSNorm before each branch, rotary positions, no biases.
 
-    Trained by AdamW with a linear warm-up, then a cosine to a tenth of the learning rate. Matrices are decayed, the gains of
-    the norms are not. Embedding, attention outputs (``o``) and MLP outputs (``down``) write to the residual stream, which
-    is normalized wherever it is read: these matrices are scale-invariant together.
+    Trained by AdamW with a linear warm-up, then a cosine to a tenth of the learning rate. Matrices are decayed, the
+    gains of the norms are not. Embedding, attention outputs (``o``) and MLP outputs (``down``) write to the residual
+    stream, which is normalized wherever it is read: these matrices are scale-invariant together.
 
     Args:
         lr: Learning rate at its peak.
@@ -29,6 +29,9 @@ class DemoTransformer(DecayGroupsMixin, pl.LightningModule):
         width: Size of the residual stream.
         layers: Number of blocks of attention and MLP.
         heads: Attention heads, each of ``width / heads`` entries, an even number.
+
+    Raises:
+        ValueError: If ``width`` is no multiple of twice ``heads``.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class DemoTransformer(DecayGroupsMixin, pl.LightningModule):
         lr: float = 4e-3,
         weight_decay: float = 0.5,
         warm_up: int = 50,
+        *,
         width: int = 64,
         layers: int = 2,
         heads: int = 4,
@@ -78,8 +82,8 @@ class DemoTransformer(DecayGroupsMixin, pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW on groups in which the matrices decay, with a schedule by step."""
         optimizer = torch.optim.AdamW(self.decay_groups(self.weight_decay), lr=self.lr, betas=(0.9, 0.95))
-        steps = int(self.trainer.estimated_stepping_batches)
-        warm_up = max(1, min(self.warm_up, steps // 2))
+        steps: Any = self.trainer.estimated_stepping_batches  # infinite where nothing ends the run: then no cosine
+        warm_up = max(1, int(min(self.warm_up, steps / 2)))
         parts = [
             LinearLR(optimizer, start_factor=1 / warm_up, total_iters=warm_up),
             CosineAnnealingLR(optimizer, T_max=max(1, steps - warm_up), eta_min=LAST * self.lr),
