@@ -1,8 +1,8 @@
-"""``lightning-normreg demo`` with either model, in a few steps; from its start to its end it is in test_processes.py."""
+"""``lightning-normreg demo`` with either model, in a few steps. Whole runs are in test_processes.py."""
 
 from __future__ import annotations
 
-import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,18 @@ FEW = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--trainer.enab
 SMALL = ["--data.batch_size=4", "--data.context=16", "--model.width=16"]
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal in which no name is folded."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+
 def rows(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, list[str]]:
     """Cells of the table by layer."""
     cli.main(["demo", *FEW, *words])
-    lines = [re.split(r" *│ *", line.strip("│ ")) for line in capsys.readouterr().out.splitlines() if line[:1] == "│"]
-    return {layer: cells for layer, *cells in lines}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    return {layer: values for layer, *values in cells}
 
 
 @pytest.mark.parametrize("words", [["--model", "transformer"], ["--model=transformer"]])
@@ -63,3 +70,11 @@ def test_a_wrong_model(words: list[str], given: str, folder: Path, capsys: pytes
     said = refused(capsys, "demo", *words)
     assert said == f"--model: must be one of convnet, transformer, got {given!r}.\n"
     assert not Path("lightning_logs").exists()
+
+
+def test_a_python_without_the_text(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said in words, not by a traceback."""
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    assert "pydoc_data.topics, the text of TextDataModule" in refused(capsys, "demo", "--model=transformer", *FEW)
