@@ -118,10 +118,10 @@ class TextDataModule(_InMemory):
 def _pydoc_tokens() -> Tensor:
     try:
         topics = import_module("pydoc_data.topics").topics
-    except ModuleNotFoundError as error:
+    except ModuleNotFoundError:
         raise ModuleNotFoundError(
             "pydoc_data.topics, the text of TextDataModule, is a part of Python that this installation lacks. Use a "
             "complete Python (on Debian and Ubuntu: apt install libpython3-stdlib), or other data."
-        ) from error
+        ) from None
     codes = torch.frombuffer(bytearray("\n".join(topics.values()), "ascii", "replace"), dtype=torch.uint8).long()
     return (codes - (ord(" ") - 1)).clamp_min(0)

@@ -13,6 +13,8 @@ from lightning_normreg._param_groups import DecayGroupsMixin
 from lightning_normreg.demos._data import CHARACTERS
 
 LAST = 0.1  # learning rate at the end, as a share of the peak
+STD = 0.02  # of the initial matrices
+EPS = 1e-7  # of the norms: at first 0.025 % of the stream's mean square, STD². torch's own depends on the precision
 
 
 class DemoTransformer(DecayGroupsMixin, pl.LightningModule):
@@ -51,11 +53,11 @@ class DemoTransformer(DecayGroupsMixin, pl.LightningModule):
         self.lr, self.weight_decay, self.warm_up = lr, weight_decay, warm_up
         self.embedding = nn.Embedding(CHARACTERS, width)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.RMSNorm(width, EPS)
         self.head = nn.Linear(width, CHARACTERS, bias=False)
         for parameter in self.parameters():
-            if parameter.ndim > 1:  # then RMSNorm's eps, 1.2e-7, is 0.03 % of the stream's mean square at the start
-                nn.init.normal_(parameter, std=0.02)
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=STD)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next characters, shape ``(N, T, 96)``, for tokens of shape ``(N, T)``."""
@@ -98,7 +100,7 @@ class _Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.norm1, self.norm2 = nn.RMSNorm(width, EPS), nn.RMSNorm(width, EPS)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.gate, self.up = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
         self.down = nn.Linear(2 * width, width, bias=False)

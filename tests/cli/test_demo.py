@@ -63,7 +63,7 @@ def test_a_layer_with_any_curve_is_in_the_table(folder: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    "words, given", [(["--model=transfomer"], "transfomer"), (["--model", "gpt-2"], "gpt-2"), (["--model"], "")]
+    "words, given", [(["--model=resnet"], "resnet"), (["--model", "gpt-2"], "gpt-2"), (["--model"], "")]
 )
 def test_a_wrong_model(words: list[str], given: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The choices are named, in one line, and nothing is trained."""
