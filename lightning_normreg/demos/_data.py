@@ -124,4 +124,4 @@ def _pydoc_tokens() -> Tensor:
             "complete Python (on Debian and Ubuntu: apt install libpython3-stdlib), or other data."
         ) from None
     codes = torch.frombuffer(bytearray("\n".join(topics.values()), "ascii", "replace"), dtype=torch.uint8).long()
-    return (codes - (ord(" ") - 1)).clamp_min(0)
+    return (codes - (ord(" ") - 1)).clamp(0, CHARACTERS - 1)
