@@ -43,12 +43,12 @@ def test_the_transformer(words: list[str], folder: Path, capsys: pytest.CaptureF
 
 
 def test_the_default_is_the_convnet(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By name too; a file of its arguments still goes with ``--model``."""
+    """It has a name too, and a file of its arguments still goes with ``--model``."""
     Path("arguments.yaml").write_text("lr: 0.125")
-    for words in ([], ["--model", "convnet"], ["--model=arguments.yaml"]):
+    for words in ([], ["--model", "convnet", "--model=arguments.yaml"]):
         assert "block1.conv.weight" in rows(capsys, *words)
     rates = [yaml.safe_load(path.read_text())["model"]["lr"] for path in sorted(folder.rglob("config.yaml"))]
-    assert rates == [0.05, 0.05, 0.125]
+    assert rates == [0.05, 0.125]
 
 
 def test_a_layer_with_any_curve_is_in_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
