@@ -95,7 +95,7 @@ def _report(trainer: pl.Trainer) -> None:
 
 def _first_and_last_table(history: pd.DataFrame) -> Table:
     """Per layer the first and the last value of each curve."""
-    table = Table(title="What the run did to each layer, first → last logged step")
+    table = Table(title="What the run did to each layer, first → last logged step", show_edge=False)
     table.add_column("layer", overflow="fold")
     for title in SHOWN:
         table.add_column(title, justify="right")

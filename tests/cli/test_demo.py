@@ -17,16 +17,16 @@ SMALL = ["--data.batch_size=4", "--data.context=16", "--model.width=16"]
 
 
 @pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal in which no name is folded."""
-    monkeypatch.setenv("COLUMNS", "160")
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of the usual width, whoever runs the tests: no name is folded in it."""
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 def rows(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, list[str]]:
     """Cells of the table by layer."""
     cli.main(["demo", *FEW, *words])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in line.split("│")] for line in lines]
     return {layer: values for layer, *values in cells}
 
 
