@@ -80,7 +80,7 @@ PUBLIC_FUNCTIONAL = {
     "with_decay",
     "without_decay",
 }
-PUBLIC_DEMOS = {"DemoConvNet", "DigitsDataModule"}
+PUBLIC_DEMOS = {"DemoConvNet", "DemoTransformer", "DigitsDataModule", "TextDataModule"}
 PUBLIC_STEPS = {
     "NormTracker",
     "Projector",

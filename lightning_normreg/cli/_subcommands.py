@@ -15,7 +15,7 @@ SUMMARIES = {
     "validate": "Run one evaluation epoch over the validation set.",
     "test": "Run one evaluation epoch over the test set.",
     "predict": "Run inference on your data.",
-    "demo": "Train the demo network on the digits and show what happened to its layers.",
+    "demo": "Train a small network on embedded data and show what happened to its layers.",
     "inspect": "Show the norms and effective learning rates of a model or a checkpoint, without training.",
     "plot": "Draw the curves of one run, or of several side by side, on one page.",
     "convert": "Rewrite a recipe with weight decay as one with projection or a schedule, or back.",
@@ -36,7 +36,11 @@ EXAMPLES = {
     "validate": [_TRAINED],
     "test": [_TRAINED],
     "predict": [_TRAINED],
-    "demo": ["", "--projection true --model.weight_decay 0 --trainer.max_epochs 2"],
+    "demo": [
+        "",
+        "--projection true --model.weight_decay 0 --trainer.max_epochs 2",
+        "--model transformer --trainer.max_epochs 1",
+    ],
     "plot": [_RUN, "lightning_logs --layers 'block*' --output curves.svg"],
     "inspect": [
         f"{_RUN}/checkpoints/epoch=1-step=40.ckpt",

@@ -1,6 +1,8 @@
-"""Scikit-learn's handwritten digits as a data module."""
+"""Data that are there without a download: scikit-learn's handwritten digits, and a text that comes with Python."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -9,9 +11,38 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_normreg._compat import optional_import, pl
 
 TRAINING_IMAGES = 1000
+VALIDATION_SHARE = 0.1
+CHARACTERS = 96
+"""Of ASCII those that print, and the line break. Python's versions differ in the text, not in these."""
 
 
-class DigitsDataModule(pl.LightningDataModule):
+class _InMemory(pl.LightningDataModule):
+    """Loaders of two sets of tensors, which ``setup`` makes."""
+
+    batch_size: int
+    seed: int
+    train_set: TensorDataset
+    val_set: TensorDataset
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Shuffled batches, all of one size."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True, generator=generator)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """All of the validation set in order, in one batch."""
+        return DataLoader(self.val_set, batch_size=len(self.val_set))
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The validation set: nothing is tuned on it here."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The validation set."""
+        return self.val_dataloader()
+
+
+class DigitsDataModule(_InMemory):
     """1797 grey images of 8×8 pixels in 10 classes, embedded in scikit-learn: 1000 to train on, 797 to validate on.
 
     Args:
@@ -46,19 +77,51 @@ class DigitsDataModule(pl.LightningDataModule):
         self.train_set = TensorDataset(images[train], torch.where(noisy, random, labels[train]))
         self.val_set = TensorDataset(images[val], labels[val])
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Shuffled batches, all of one size."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True, generator=generator)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The validation images in order."""
-        return DataLoader(self.val_set, batch_size=len(self.val_set))
+class TextDataModule(_InMemory):
+    """The help texts of Python's ``pydoc``, some 465 000 characters: 90 % to train on, the end to validate on.
 
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The validation images: nothing is tuned on them here."""
-        return self.val_dataloader()
+    Inputs and targets are both of shape ``(N, context)``: a target is the character after its input. A line break is
+    token 0, the characters from space to tilde are 1 to 95, and what is not in ASCII becomes a question mark. Some
+    passages are in the text twice: the validation loss tells recipes apart, not how well a model generalizes.
 
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The validation images."""
-        return self.val_dataloader()
+    Args:
+        batch_size: Sequences in a batch.
+        context: Characters in a sequence.
+        seed: Seed of the order of the batches.
+
+    Raises:
+        ValueError: If ``context`` is not at least 1 and shorter than the validation text.
+        ModuleNotFoundError: If this Python came without its help texts.
+    """
+
+    def __init__(self, batch_size: int = 32, context: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        self.batch_size, self.context, self.seed = batch_size, context, seed
+
+    def setup(self, stage: str) -> None:
+        """Read the text, and cut it into sequences."""
+        tokens = _pydoc_tokens()
+        cut = round(len(tokens) * (1 - VALIDATION_SHARE))
+        if not 1 <= self.context < len(tokens) - cut:
+            raise ValueError(
+                f"`context` must be at least 1 and shorter than the {len(tokens) - cut} characters to validate on, "
+                f"got {self.context}. Use for example 64."
+            )
+        self.train_set, self.val_set = (self._sequences(part) for part in (tokens[:cut], tokens[cut:]))
+
+    def _sequences(self, tokens: Tensor) -> TensorDataset:
+        length = (len(tokens) - 1) // self.context * self.context
+        return TensorDataset(*(part.view(-1, self.context) for part in (tokens[:length], tokens[1 : length + 1])))
+
+
+def _pydoc_tokens() -> Tensor:
+    try:
+        topics = import_module("pydoc_data.topics").topics
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "pydoc_data.topics, the text of TextDataModule, is a part of Python that this installation lacks. Use a "
+            "complete Python (on Debian and Ubuntu: apt install libpython3-stdlib), or other data."
+        ) from None
+    codes = torch.frombuffer(bytearray("\n".join(topics.values()), "ascii", "replace"), dtype=torch.uint8).long()
+    return (codes - (ord(" ") - 1)).clamp(0, CHARACTERS - 1)
