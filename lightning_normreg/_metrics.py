@@ -15,6 +15,7 @@ class Curve:
     unit: str  # of the values; "w" stands for the unit of the weight
     formula: str  # how it is computed, with w_u a unit before the step, U the number of units, Δ = after − before
     summary: str = ""  # name of the summary over layers, or "" where there is none
+    of: str = "parameter"  # what it is of, which is the last part of the tag; "layers": only the summary is logged
 
 
 WEIGHT_NORM = Curve(
@@ -42,6 +43,21 @@ ROTATION_FACTOR = Curve(
 )
 SET_SHARE = Curve("set_share", "‖w‖²/‖w_S‖²", "1", "of a weight in a set S, its share of the square of the set's norm")
 RELATIVE_UPDATE = Curve("relative_update", "‖Δ‖/‖w‖", "1", "√(mean_u (‖Δ_u‖ / ‖w_u‖)²)")
+RADIAL_SHARE = Curve("radial_share", "Δ∥/‖Δ‖", "1", "mean_u ⟨w_u, Δ_u⟩/(‖w_u‖‖Δ_u‖), positive where weights grow")
+RADIAL_SHARE_DECAY = Curve(
+    "radial_share_decay", "−ηλ‖w‖/‖Δ‖", "1", "mean_u −lr·decay·‖w_u‖/‖Δ_u‖: of radial_share, what decoupled decay did"
+)
+RADIAL_SHARE_GRADIENT = Curve(
+    "radial_share_gradient", "", "1", "radial_share − radial_share_decay: what the gradients did"
+)
+ROTATION_SPIKE = Curve(
+    "rotation_spike",
+    "",
+    "1",
+    "rotation / effective learning rate, over its median at the last 20 logged steps",
+    summary="rotation_spike",
+    of="layers",
+)
 GRADIENT_NORM = Curve("gradient_norm", "‖g‖", "loss / w", "‖g‖ of the tensor of that name alone, before clipping")
 GRADIENT_ALIGNMENT = Curve("gradient_alignment", "|cos(w, g)|", "1", "√(mean_u (⟨w_u, g_u⟩ / (‖w_u‖ ‖g_u‖))²)")
 
@@ -62,6 +78,14 @@ EQUILIBRIUM_RATIO = Curve(
     "rotation / functional.predicted_rotation, at the norm that functional.predicted_norm gives for the schedule "
     "run so far",
     summary="equilibrium_ratio",
+)
+
+TIMESCALE = Curve(
+    "timescale",
+    "1/(ηλT)",
+    "1",
+    "1/(lr·decay) steps, over which decay acts, as a share of the T optimizer steps that are planned",
+    of="group",
 )
 
 CURVES = tuple(value for value in list(globals().values()) if isinstance(value, Curve))
@@ -124,8 +148,8 @@ def split_tag(logged: str) -> tuple[str, str] | None:
 def markdown_table() -> str:
     """The table as the documentation shows it."""
     lines = ["| tag | symbol | unit | formula |", "| --- | --- | --- | --- |"]
-    for c in CURVES:
-        cells = [f"`{tag(c, '<parameter>')}`", c.symbol, c.unit, c.formula]
+    for c in (c for c in CURVES if c.of != "layers"):
+        cells = [f"`{tag(c, f'<{c.of}>')}`", c.symbol, c.unit, c.formula]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     for curve in CURVES:
         if curve.summary:

@@ -70,6 +70,15 @@ class UpdateRule:
         gain = (1 - float(group.get("dampening", 0.0))) / (1 - beta)
         return 1 + beta * gain if group.get("nesterov") else gain
 
+    def decay_gain(self, group: Group) -> float | None:
+        """What decay takes off a weight in a step, over lr·decay; None in the gradient of Adam and its kind.
+
+        There it is divided by the gradient's size.
+        """
+        if self.decay == "decoupled":
+            return 1.0
+        return self.momentum_gain(group) if self.family in ("sgd", "nesterov") else None
+
     def state_powers(self, dimensions: int) -> dict[str, float]:
         """Degree of each entry of the state that a weight with so many dimensions has."""
         degrees = self.state_degrees or {}

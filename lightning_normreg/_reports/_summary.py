@@ -114,11 +114,8 @@ def summary_rows(
 
 def rate_of_one(rule: UpdateRule | NoRule | None, group: Mapping[str, Any], lr: Any) -> float | None:
     """Share that a decay of 1 takes off in a step, with momentum; None where it is in the gradient, as Adam's."""
-    if not isinstance(rule, UpdateRule) or lr is None:
-        return None
-    if rule.decay == "decoupled":
-        return float(lr)
-    return float(lr) * rule.momentum_gain(dict(group)) if rule.family in ("sgd", "nesterov") else None
+    gain = rule.decay_gain(dict(group)) if isinstance(rule, UpdateRule) else None
+    return None if gain is None or lr is None else float(lr) * gain
 
 
 def with_audit(rows: Sequence[SummaryRow], symmetries: Symmetries) -> tuple[list[SummaryRow], list[str]]:

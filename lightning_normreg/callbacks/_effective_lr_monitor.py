@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_normreg import _metrics
+from lightning_normreg._optimizers import update_rule
 from lightning_normreg._symmetries import Symmetries
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
@@ -21,6 +22,9 @@ from lightning_normreg.steps._tracker import Row
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
+
+
+Also = Literal["radial"]
 
 
 class EffectiveLRMonitor(Monitor):
@@ -126,6 +130,7 @@ class EffectiveLRMonitor(Monitor):
         logging_interval: Literal["step", "epoch"] = "step",
         prefix: str = _metrics.PREFIX,
         progress_bar: bool = False,
+        also: Sequence[Also] = (),
     ) -> None:
         super().__init__(
             every_n_steps=every_n_steps,
@@ -139,6 +144,8 @@ class EffectiveLRMonitor(Monitor):
             logging_interval=logging_interval,
             prefix=prefix,
         )
+        if isinstance(also, str) or not set(also) <= {*get_args(Also)}:
+            raise ValueError(f"`also` must be a list of {', '.join(map(repr, get_args(Also)))}, got {also!r}.")
         if on_unhealthy not in get_args(OnUnhealthy):
             raise ValueError(f"`on_unhealthy` must be 'warn', 'stop' or 'ignore', got {on_unhealthy!r}.")
         self.gradient = gradient
@@ -147,10 +154,12 @@ class EffectiveLRMonitor(Monitor):
         self.scale_exponent = scale_exponent
         self.on_unhealthy = on_unhealthy
         self.progress_bar = progress_bar
+        self.also = also
 
     def _reset(self) -> None:
         super()._reset()
         self._equilibria: Equilibria | None = None
+        self._steps_planned: float | None = None
 
     def _make_tracker(self, watched: list[Watched]) -> RotationTracker:
         return RotationTracker(
@@ -159,6 +168,7 @@ class EffectiveLRMonitor(Monitor):
             exponents=self.scale_exponent,
             equilibrium=self.equilibrium,
             gradient=self.gradient,
+            radial="radial" in self.also,
             health=Health(silent=self.on_unhealthy == "ignore"),
         )
 
@@ -191,6 +201,26 @@ class EffectiveLRMonitor(Monitor):
             trainer.should_stop = True
             found = "; ".join(f"{name!r}: {what}" for name, what in alarms.items())
             rank_zero_info(f"EffectiveLRMonitor(on_unhealthy='stop') stops the training. {found}.")
+
+    def _others(self, trainer: Trainer) -> dict[str, float]:
+        """How long decay takes, as a share of the run."""
+        found = {}
+        optimizers = optimizers_of(trainer)
+        for index, optimizer in enumerate(optimizers):
+            for number, group in enumerate(optimizer.param_groups):
+                rule = update_rule(optimizer, group)
+                gain = None if rule is None else rule.decay_gain(group)
+                if rule is not None and gain and group.get("weight_decay"):
+                    name = f"{index}." * (len(optimizers) > 1) + str(group.get("name", number))
+                    off = float(rule.lr(group)) * gain * float(group["weight_decay"]) * self._planned(trainer)
+                    found[_metrics.tag(_metrics.TIMESCALE, name, self.prefix)] = 1 / off if off > 0 else 0.0
+        return {tag: value for tag, value in found.items() if value > 0}
+
+    def _planned(self, trainer: Trainer) -> float:
+        """Optimizer steps of the whole run, inf where it has no end."""
+        if self._steps_planned is None:
+            self._steps_planned = float(trainer.estimated_stepping_batches)
+        return self._steps_planned
 
     def equilibrium_status(self) -> list[str]:
         """Which layers are at equilibrium and since when, which are not, and for which the run is too short."""

@@ -205,8 +205,9 @@ class Monitor(WeightCallback):
             for name, layer in row.items()
             if name in self._shown
             for curve, value in layer.items()
+            if curve.of != "layers"
         }
-        values |= self._summary_values(row) | beside
+        values |= self._summary_values(row) | self._others(trainer) | beside
         if self.logging_interval == "step":
             self._log(trainer, values)
         else:
@@ -214,6 +215,10 @@ class Monitor(WeightCallback):
 
     def _complete(self, trainer: Trainer, row: Row, later: int) -> None:
         """Add what follows from the measured values, since which there were some later updates."""
+
+    def _others(self, trainer: Trainer) -> dict[str, float]:
+        """Values of other things than weights, by tag."""
+        return {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's means."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
+from statistics import median
 from typing import Literal
 
 import torch
@@ -18,6 +20,9 @@ EXPLODED = 100.0
 """Times that a unit may be longer than the longest one was at first."""
 _SHORT = 0.1
 """Units that start shorter than this have grown, and not exploded, while they are no longer than EXPLODED times it."""
+
+SPIKE, LAST, FIRST = 5.0, 20, 10
+"""Times the median of the last logged steps that an update may be large, over so many of them, from so many on."""
 
 SIGNS = ("zero", "wild", "driven", "lost", "longest")
 
@@ -54,6 +59,7 @@ class Health:
         self._silent = silent
         self._first: dict[str, tuple[float, float]] = {}
         self._told: set[str] = set()
+        self._sizes: dict[str, deque[float]] = {}
         self.alarms: dict[str, str] = {}
         """Parameter → what is wrong with it; units that were zero from the start are not wrong."""
 
@@ -88,6 +94,23 @@ class Health:
                 f"a step: the update is below what {dtype} can add to the weight. Keep the weights in float32 (for "
                 "example precision='bf16-mixed'), or raise the learning rate.",
             )
+
+    def spike(self, name: str, size: float) -> float | None:
+        """The size of an update over its median at the last logged steps; None in the first of them."""
+        last = self._sizes.setdefault(name, deque(maxlen=LAST))
+        usual = median(last) if len(last) >= FIRST else 0.0
+        last.append(size)
+        if not usual > 0:
+            return None
+        if size > SPIKE * usual:
+            self._alarm(
+                name,
+                "update spike",
+                f"In a step {name!r} has turned {size / usual:.3g} times as far as usual, for its learning rate and "
+                f"norm (median of the last {LAST} logged steps). Spikes of updates come before spikes of the loss: "
+                "look at this batch, clip gradients, or warm up for longer.",
+            )
+        return size / usual
 
     def tell(self, topic: str, message: str) -> None:
         """Warn, unless the topic was warned about before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, UpdateRule, scale_exponent, unequal, update_rule, why_no_rule
 from lightning_normreg._weights import Table, Watched
 from lightning_normreg.functional import effective_lr
+from lightning_normreg.functional._lengths import Lengths
 from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1, needs_gradient
 from lightning_normreg.steps._health import Health, signs
 from lightning_normreg.steps._record import Look, SeenGradients
@@ -35,6 +37,7 @@ class RotationTracker(Tracker):
         equilibrium: Measure what the equilibrium of decay depends on as well.
         gradient: Measure the gradients before clipping as well, when a loop says that they are ready
             (``dispatcher.gradients_ready``).
+        radial: Say what part of the update is along the weight, and whose doing that is.
         health: Judges what is measured.
     """
 
@@ -46,6 +49,7 @@ class RotationTracker(Tracker):
         exponents: bool = False,
         equilibrium: bool = False,
         gradient: bool = False,
+        radial: bool = False,
         health: Health | None = None,
     ) -> None:
         super().__init__(watched, health)
@@ -53,6 +57,7 @@ class RotationTracker(Tracker):
         self._exponents = exponents
         self._equilibrium = equilibrium
         self._gradient = gradient
+        self._radial = radial
         self._explained: set[str] = set()
         self._powers: dict[str, tuple[Tensor, float]] = {}
 
@@ -100,6 +105,8 @@ class RotationTracker(Tracker):
             found.append(Measured(_metrics.GRADIENT_NORM, seen, norms, everything))
             aligned = seen.root_mean_squares(gradient.cosine(), seen.reached(gradient.update()))
             found.append(Measured(_metrics.GRADIENT_ALIGNMENT, seen, aligned, everything))
+        if self._radial:
+            found += _radial_shares(table, lengths, mine, rules)
         if self._exponents:
             exponents = [None if one is None else scale_exponent(one[2], one[0].parameter) for one in mine]
             found += _stacked(_metrics.SCALE_EXPONENT, table, exponents)
@@ -172,6 +179,13 @@ class RotationTracker(Tracker):
         super().load_state_dict(state)
         self._powers |= state.get("powers", {})
 
+    def _explain(self, name: str, values: dict[Curve, float]) -> None:
+        super()._explain(name, values)
+        rate = values.get(_metrics.EFFECTIVE_LR, values.get(_metrics.EFFECTIVE_LR_NOT_INVARIANT, 0.0))
+        size = values.get(_metrics.ROTATION, 0.0) / rate if 0 < rate < math.inf else 0.0
+        if 0 < size < math.inf and (spike := self.health.spike(name, size)) is not None:
+            values[_metrics.ROTATION_SPIKE] = spike
+
     def explain_rules(self, optimizers: Iterable[Optimizer]) -> None:
         """Say once why an optimizer's weights have no curve of the effective learning rate."""
         mine = of_mine(optimizers, self._by_parameter)
@@ -187,6 +201,31 @@ _Mine = tuple[Watched, Group, Optimizer] | None
 def _has_many_rates(one: tuple[Watched, Group, Optimizer]) -> bool:
     watched, _, optimizer = one
     return bool(watched.members and unequal(optimizer, watched.tensors(), "lr"))
+
+
+def _radial_shares(
+    table: Table, lengths: Lengths, mine: Sequence[_Mine], rules: Sequence[UpdateRule | None]
+) -> list[Measured]:
+    """The signed part of the update along the weight; what decoupled decay did of it, and what the gradients did."""
+    updates = lengths.update()
+    over = torch.where(updates > 0, 1 / torch.where(updates > 0, updates, 1.0), 0.0)
+    counts = table.column([float(size) for size in table.sizes])
+    everything = _names(mine, [True] * len(mine))
+    share = table.totals(lengths.radial * over / counts)
+    found = [Measured(_metrics.RADIAL_SHARE, table, share, everything)]
+    split = [rule is not None and rule.decay == "decoupled" for rule in rules]
+    if any(split):
+        rates = [
+            rule.lr(one[1]) * one[1].get("weight_decay", 0.0)
+            if is_split and rule is not None and one is not None
+            else 0.0
+            for is_split, rule, one in zip(split, rules, mine, strict=True)
+        ]
+        decay = -as_column(rates, share) * table.totals(lengths.norm * over / counts)
+        names = _names(mine, split)
+        found.append(Measured(_metrics.RADIAL_SHARE_DECAY, table, decay, names))
+        found.append(Measured(_metrics.RADIAL_SHARE_GRADIENT, table, share - decay, names))
+    return found
 
 
 def _shares(table: Table, norms: Tensor) -> list[Measured]:

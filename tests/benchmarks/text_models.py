@@ -23,23 +23,24 @@ from lightning_normreg.demos import DigitsDataModule, TextDataModule
 
 Batch = tuple[Tensor, Tensor]
 NAMES = ("gpt2", "llama", "qwen3", "vit")
-CHARACTERS, HEADS, LABEL_NOISE = 96, 4, 0.2
+CHARACTERS, HEADS, LABEL_NOISE, STD = 96, 4, 0.2, 0.1
 
 
 def make(name: str, seed: int, width: int = 64, layers: int = 2, *, eps: float = 1e-8, context: int = 64) -> nn.Module:
-    """A model with random weights, in training mode and without dropout; only GPT-2's embedding and head are one.
+    """A model with random weights, in training mode and without dropout; embedding and head are two.
 
-    Weights are drawn by the model's own rule (standard deviation 0.02). ``eps`` is that of all its norms: at the
-    initial weights, where the stream has a mean square of about 4e-4, it counts 1e-8 / 4e-4 = 0.0025 %. GPT-2 has a
-    table of ``context`` positions.
+    Weights have standard deviation 0.1, about 1/√width, as 0.02 is at the widths that these models were made for.
+    ``eps`` is that of all norms; at the start, where the stream has a mean square of about 0.01, it counts 1e-6 of it.
+    GPT-2 has a table of ``context`` positions.
     """
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": HEADS}
+    sizes |= {"initializer_range": STD}
     words = {"vocab_size": CHARACTERS, "bos_token_id": None, "eos_token_id": None}
     gated = sizes | words | {"intermediate_size": 2 * width, "num_key_value_heads": HEADS, "rms_norm_eps": eps,
                              "head_dim": width // HEADS, "tie_word_embeddings": False}  # fmt: skip
     makers: dict[str, Any] = {
         "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(
-            n_embd=width, tie_word_embeddings=False, n_layer=layers, n_head=HEADS, n_positions=context, layer_norm_epsilon=eps,
+            n_embd=width, initializer_range=STD, tie_word_embeddings=False, n_layer=layers, n_head=HEADS, n_positions=context, layer_norm_epsilon=eps,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **words)),
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**gated)),
         "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**gated)),
