@@ -38,9 +38,8 @@ def moved(writers: tuple[str, ...]) -> float:
 def test_what_writes_to_the_stream_is_scale_invariant_together() -> None:
     """And no kind of it alone.
 
-    What is left is roundoff, 1e-16 for each of some twenty operations in a row, whose sizes add as squares or at most as
-    they are, 2e-15; eps is 1e-16 of the stream's mean square. Alone, branches count three times as much in the stream,
-    or a third: they are some tenths of it.
+    What is left is roundoff, 1e-16 for each of some twenty operations in a row, at most 2e-15 together; eps is 1e-16 of
+    the stream's mean square. Alone, branches count three times as much in the stream, or a third: they are tenths.
     """
     assert moved(WRITERS) < 1e-14
     assert min(moved((writer,)) for writer in WRITERS) > 0.01
