@@ -109,7 +109,7 @@ class EffectiveLRMonitor(Monitor):
         van Laarhoven 2017, https://arxiv.org/abs/1706.05350.
     """
 
-    summaries = (_metrics.ROTATION, _metrics.EFFECTIVE_LR, _metrics.EQUILIBRIUM_RATIO)
+    summaries = (_metrics.ROTATION, _metrics.EFFECTIVE_LR, _metrics.EQUILIBRIUM_RATIO, _metrics.ROTATION_SPIKE)
 
     def __init__(
         self,

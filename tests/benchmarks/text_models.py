@@ -40,7 +40,8 @@ def make(name: str, seed: int, width: int = 64, layers: int = 2, *, eps: float =
                              "head_dim": width // HEADS, "tie_word_embeddings": False}  # fmt: skip
     makers: dict[str, Any] = {
         "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(
-            n_embd=width, initializer_range=STD, tie_word_embeddings=False, n_layer=layers, n_head=HEADS, n_positions=context, layer_norm_epsilon=eps,
+            n_embd=width, n_layer=layers, n_head=HEADS, n_positions=context, layer_norm_epsilon=eps,
+            initializer_range=STD, tie_word_embeddings=False,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **words)),
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**gated)),
         "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**gated)),

@@ -58,9 +58,8 @@ def test_every_curve_of_the_table_is_logged_and_no_other() -> None:
 
     Those of control and of sets are not there, nor what only decoupled decay has; spikes come with the 11th step.
     """
-    run = trainer(
-        WeightNormMonitor(), EffectiveLRMonitor(gradient=True, scale_exponent=True, also=["radial"]), max_epochs=12, log_every_n_steps=1
-    )
+    monitor = EffectiveLRMonitor(gradient=True, scale_exponent=True, also=["radial"])
+    run = trainer(WeightNormMonitor(), monitor, max_epochs=4)
     run.fit(Net(sgd(weight_decay=0.1)), loader())
     keys = {c.key for c in CURVES if c.of == "parameter"}
     keys -= {"rotation_factor", "set_share", "radial_share_decay", "radial_share_gradient"}
