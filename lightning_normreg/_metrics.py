@@ -80,6 +80,14 @@ EQUILIBRIUM_RATIO = Curve(
     summary="equilibrium_ratio",
 )
 
+BALANCE = Curve("balance", "ln(‖A‖/‖B‖)", "1", "of two tensors A, B of which only the product counts", of="pair")
+PRODUCT = Curve(
+    "product",
+    "‖Aγ‖·‖Bγ‖",
+    "w²",
+    "√(Σ_b ‖(Aγ)_b‖²‖(Bγ)_b‖²) over blocks b, as heads, γ the gain that both read; no scaling symmetry changes it",
+    of="pair",
+)
 TIMESCALE = Curve(
     "timescale",
     "1/(ηλT)",

@@ -62,6 +62,10 @@ class StepCallback(CallbackBase):
         self._symmetries = found
         return found, why
 
+    def _known_symmetries(self) -> Symmetries | None:
+        """All scaling symmetries, as far as they are known by now."""
+        return self._given_symmetries or self._symmetries
+
     def _subscribe(self, trainer: Trainer, subscriber: S) -> S:
         """Let a subscriber go on where a checkpoint was written, and be told of steps."""
         subscriber.load_state_dict(self._restored)

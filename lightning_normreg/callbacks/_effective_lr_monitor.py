@@ -202,7 +202,7 @@ class EffectiveLRMonitor(Monitor):
             found = "; ".join(f"{name!r}: {what}" for name, what in alarms.items())
             rank_zero_info(f"EffectiveLRMonitor(on_unhealthy='stop') stops the training. {found}.")
 
-    def _others(self, trainer: Trainer) -> dict[str, float]:
+    def _others(self, trainer: Trainer, row: Row) -> dict[str, float]:
         """How long decay takes, as a share of the run."""
         found = {}
         optimizers = optimizers_of(trainer)

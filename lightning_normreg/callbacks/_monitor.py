@@ -55,6 +55,7 @@ class Monitor(WeightCallback):
         invariance: str | Mapping[str, Any] | None = None,
         symmetries: str | Mapping[str, Any] | Symmetries | None = "auto",
         histograms: bool = False,
+        products: bool = False,
         per_layer: PerLayer = "auto",
         logging_interval: Literal["step", "epoch"] = "step",
         prefix: str = _metrics.PREFIX,
@@ -75,7 +76,7 @@ class Monitor(WeightCallback):
             raise ValueError(f"`prefix` must be the first part of tags, without a slash around it, got {prefix!r}. "
                              "Use for example 'generator', or '' for none.")  # fmt: skip
         self.every_n_steps, self.every_n_updates = every_n_steps, every_n_updates
-        self.histograms = histograms
+        self.histograms, self.products = histograms, products
         self.per_layer = per_layer
         self.logging_interval = logging_interval
         self.prefix = prefix
@@ -207,7 +208,7 @@ class Monitor(WeightCallback):
             for curve, value in layer.items()
             if curve.of != "layers"
         }
-        values |= self._summary_values(row) | self._others(trainer) | beside
+        values |= self._summary_values(row) | self._others(trainer, row) | beside
         if self.logging_interval == "step":
             self._log(trainer, values)
         else:
@@ -216,8 +217,8 @@ class Monitor(WeightCallback):
     def _complete(self, trainer: Trainer, row: Row, later: int) -> None:
         """Add what follows from the measured values, since which there were some later updates."""
 
-    def _others(self, trainer: Trainer) -> dict[str, float]:
-        """Values of other things than weights, by tag."""
+    def _others(self, trainer: Trainer, row: Row) -> dict[str, float]:
+        """Values of other things than weights, by tag, beside those of weights."""
         return {}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

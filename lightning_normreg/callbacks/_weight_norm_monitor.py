@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_normreg import _metrics
-from lightning_normreg._weights import Watched
+from lightning_normreg._weights import Verdict, Watched
 from lightning_normreg.callbacks._monitor import Monitor
+from lightning_normreg.callbacks._run import run_of
 from lightning_normreg.callbacks._tensorboard import takes_histograms, write_histograms
+from lightning_normreg.steps._products import Pair, Products, pairs_of
 from lightning_normreg.steps._tracker import NormTracker, Row, Tracker
 
 if TYPE_CHECKING:
@@ -27,6 +30,11 @@ class WeightNormMonitor(Monitor):
       ``unit_norm_max/…``. A bias that belongs to a unit counts in its norm, as in all curves of
       :class:`EffectiveLRMonitor`: ``effective_lr`` is :math:`\eta/n^p` with this n;
     * ``layers/unit_norm_rms_<min|median|max>``: over layers;
+    * ``balance/<pair>``: the logarithm of the ratio of norms within pairs of which only the product counts (query and
+      key, value and output, up and down of a gated layer), where scaling symmetries are known: no function sees it;
+    * with ``products=True`` for such pairs ``product/<pair>``,
+      :math:`\sqrt{\sum_b\lVert(A\gamma)_b\rVert^2\lVert(B\gamma)_b\rVert^2}` over blocks b and with the gain γ that
+      both read, where no scaling symmetry changes it. Unlike the balance it says something of the function;
     * with ``histograms=True`` the histogram ``unit_norms/<parameter>`` of the norms of its units, to loggers that take
       histograms (TensorBoard).
 
@@ -61,6 +69,9 @@ class WeightNormMonitor(Monitor):
             sets.
         histograms: Write histograms as well, of the layers that have curves, at the steps that are logged; with
             ``logging_interval="epoch"`` of an epoch's last logged step.
+        products: Log products of norms as well; of attention they have the size of queries times that of keys, gains
+            included, for each head, in one number. A further read of these weights at logged steps; none of sharded
+            ones.
         per_layer: ``True``: curves of every layer; ``False``: only the summaries; ``"auto"``: every layer up to 32,
             above that the summaries and 8 layers spread over the depth.
         logging_interval: ``"step"``, or ``"epoch"`` for the mean over an epoch's logged steps.
@@ -79,6 +90,8 @@ class WeightNormMonitor(Monitor):
     def _reset(self) -> None:
         super()._reset()
         self._units: dict[str, Tensor] = {}
+        self._pairs: list[Pair] = []
+        self._products: Products | None = None
 
     def _make_tracker(self, watched: list[Watched]) -> Tracker:
         return NormTracker(watched)
@@ -92,6 +105,29 @@ class WeightNormMonitor(Monitor):
                 "`histograms=True` needs a logger whose experiment has add_histogram, such as TensorBoardLogger. "
                 f"The Trainer's are: {names}. No histograms are written."
             )
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        super()._begin(trainer, pl_module, verdict)
+        known = self._known_symmetries()
+        self._pairs = [] if known is None else pairs_of(known)
+        if self.products and known is not None and self._products is None:
+            self._products = self._subscribe(trainer, Products(known, run_of(trainer).named))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Decide whether the updates of this batch are measured."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._products is not None and self._tracker is not None:
+            self._products.due = self._tracker.due
+
+    def _others(self, trainer: Trainer, row: Row) -> dict[str, float]:
+        """What of pairs no function sees, and what no symmetry changes."""
+        found = {}
+        for pair in self._pairs:
+            both = [row[name].get(_metrics.WEIGHT_NORM, 0.0) for name in (pair.first, pair.second) if name in row]
+            if {pair.first, pair.second} <= self._shown and len(both) == 2 and min(both) > 0:
+                found[_metrics.tag(_metrics.BALANCE, pair.name, self.prefix)] = math.log(both[0] / both[1])
+        products = {} if self._products is None else self._products.collect()
+        return found | {_metrics.tag(_metrics.PRODUCT, name, self.prefix): v for name, v in products.items()}
 
     def _complete(self, trainer: Trainer, row: Row, later: int) -> None:
         if self.histograms and trainer.is_global_zero:

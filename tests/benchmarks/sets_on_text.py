@@ -37,6 +37,7 @@ RECIPES: dict[str, tuple[Any, str, float, float]] = {
     "AdamW 0.003, 0.1": (_ADAMW, "adam_decoupled", 3e-3, 0.1),
     "AdamW 0.003, 0.5": (_ADAMW, "adam_decoupled", 3e-3, 0.5),
     "AdamW 0.001, 1": (_ADAMW, "adam_decoupled", 1e-3, 1.0),
+    "AdamW 0.002, 0.3": (_ADAMW, "adam_decoupled", 2e-3, 0.3),
     "AdamW 0.01, 0.1": (_ADAMW, "adam_decoupled", 1e-2, 0.1),
     "Lion 0.0005, 1": (Lion, "lion", 5e-4, 1.0),
 }
