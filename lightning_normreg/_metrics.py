@@ -35,6 +35,14 @@ EFFECTIVE_LR_NOT_INVARIANT = Curve(
     "effective_lr_not_invariant", "η / n^p", "lr / w^p", "as effective_lr, of weights that are not scale-invariant"
 )
 ROTATION = Curve("rotation", "θ", "rad", "√(mean_u atan2(‖Δ_u⊥‖, ‖w_u‖ + ⟨w_u, Δ_u⟩/‖w_u‖)²)", summary="rotation")
+ROTATION_NEVER, ROTATION_SELDOM, ROTATION_OFTEN = (
+    Curve(f"rotation_{word}", "θ", "rad", f"as rotation, of the rows that were looked up {what} since", of="embedding")
+    for word, what in (
+        ("never", "never"),
+        ("seldom", "at most as often as the median row of all that were"),
+        ("often", "more often than that"),
+    )
+)
 ROTATION_FACTOR = Curve(
     "rotation_factor",
     "c",

@@ -14,6 +14,7 @@ from lightning_normreg._symmetries import Symmetries
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
 from lightning_normreg.callbacks._run import optimizers_of, run_of
+from lightning_normreg.steps._embedding_rows import EmbeddingRows
 from lightning_normreg.steps._equilibria import Equilibria
 from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1
 from lightning_normreg.steps._health import Health, OnUnhealthy
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 
-Also = Literal["radial"]
+Also = Literal["radial", "rows"]
 
 
 class EffectiveLRMonitor(Monitor):
@@ -95,6 +96,11 @@ class EffectiveLRMonitor(Monitor):
             above that the summaries and 8 layers spread over the depth.
         logging_interval: ``"step"``, or ``"epoch"`` for the mean over an epoch's logged steps.
         prefix: First part of every tag.
+        also: Curves that are logged on request. ``"radial"``: the part of the update along the weight,
+            ``radial_share/<parameter>``, and what decoupled decay and the gradients did of it, ``radial_share_decay/…``
+            and ``radial_share_gradient/…``. ``"rows"``: of each embedding the rotation of the rows that were looked up
+            never, seldom and often since the last logged step, ``rotation_never/…``, ``rotation_seldom/…`` and
+            ``rotation_often/…``; a further read of embeddings at logged steps, and their inputs are counted in each.
         progress_bar: Show the median effective learning rate over the scale-invariant layers in the progress bar, as
             ``effective_lr``, on logged steps anew.
 
@@ -160,6 +166,7 @@ class EffectiveLRMonitor(Monitor):
         super()._reset()
         self._equilibria: Equilibria | None = None
         self._steps_planned: float | None = None
+        self._rows: EmbeddingRows | None = None
 
     def _make_tracker(self, watched: list[Watched]) -> RotationTracker:
         return RotationTracker(
@@ -187,9 +194,20 @@ class EffectiveLRMonitor(Monitor):
                 trainer, Equilibria(tracker.watched, run_of(trainer).claims.__contains__)
             )
 
+        if "rows" in self.also and self._rows is None:
+            self._rows = EmbeddingRows(tracker.watched, pl_module, tracker.is_due)
+            self._subscribe(trainer, self._rows)
+
+    def _end(self, trainer: Trainer) -> None:
+        super()._end(trainer)
+        if self._rows is not None:
+            self._rows.remove()
+
     def _complete(self, trainer: Trainer, row: Row, later: int) -> None:
         if self._equilibria is not None:
             self._equilibria.update(row, optimizers_of(trainer), self._step, later)
+        for name, rotations in ({} if self._rows is None else self._rows.collect()).items():
+            row.setdefault(name, {}).update(rotations)
         for values in row.values():  # what only the prediction needs
             values.pop(_metrics.UNIT_NORM_RMS, None)
             values.pop(GRADIENT_AT_NORM_1, None)

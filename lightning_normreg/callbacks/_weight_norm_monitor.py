@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -110,14 +110,8 @@ class WeightNormMonitor(Monitor):
         super()._begin(trainer, pl_module, verdict)
         known = self._known_symmetries()
         self._pairs = [] if known is None else pairs_of(known)
-        if self.products and known is not None and self._products is None:
-            self._products = self._subscribe(trainer, Products(known, run_of(trainer).named))
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Decide whether the updates of this batch are measured."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._products is not None and self._tracker is not None:
-            self._products.due = self._tracker.due
+        if self.products and known is not None and self._products is None and self._tracker is not None:
+            self._products = self._subscribe(trainer, Products(known, run_of(trainer).named, self._tracker.is_due))
 
     def _others(self, trainer: Trainer, row: Row) -> dict[str, float]:
         """What of pairs no function sees, and what no symmetry changes."""

@@ -11,7 +11,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_normreg._weights import Table
+from lightning_normreg._weights import Table, listed
 from lightning_normreg.functional._lengths import Lengths
 
 OnUnhealthy = Literal["warn", "stop", "ignore"]
@@ -60,6 +60,7 @@ class Health:
         self._first: dict[str, tuple[float, float]] = {}
         self._told: set[str] = set()
         self._sizes: dict[str, deque[float]] = {}
+        self._spikes: dict[str, float] = {}
         self.alarms: dict[str, str] = {}
         """Parameter → what is wrong with it; units that were zero from the start are not wrong."""
 
@@ -102,15 +103,21 @@ class Health:
         last.append(size)
         if not usual > 0:
             return None
-        if size > SPIKE * usual:
-            self._alarm(
-                name,
-                "update spike",
-                f"In a step {name!r} has turned {size / usual:.3g} times as far as usual, for its learning rate and "
-                f"norm (median of the last {LAST} logged steps). Spikes of updates come before spikes of the loss: "
-                "look at this batch, clip gradients, or warm up for longer.",
-            )
+        if size > SPIKE * usual and "update spike" not in self.alarms.get(name, ""):
+            self.alarms[name] = "update spike"
+            self._spikes[name] = size / usual
         return size / usual
+
+    def tell_spikes(self) -> None:
+        """Warn of spikes since the last call, of each weight's first one."""
+        if self._spikes:
+            self.tell(
+                f"spike {[*self._spikes]}",
+                f"In a step {listed([*self._spikes], 3)} turned up to {max(self._spikes.values()):.3g} times as far as "
+                f"usual (median of the last {LAST} logged steps), their learning rate and norm allowed for. Spikes of "
+                "updates may come before spikes of the loss: look at this batch, clip gradients, warm up for longer.",
+            )
+        self._spikes = {}
 
     def tell(self, topic: str, message: str) -> None:
         """Warn, unless the topic was warned about before."""

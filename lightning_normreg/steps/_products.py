@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,14 +49,12 @@ class Products(StepSubscriber):
     Args:
         symmetries: All scaling symmetries.
         named: All parameters.
-
-    Attributes:
-        due: Whether the coming update is looked at.
+        is_due: Whether the coming update of an optimizer is measured.
     """
 
-    def __init__(self, symmetries: Symmetries, named: Named) -> None:
+    def __init__(self, symmetries: Symmetries, named: Named, is_due: Callable[[int], bool]) -> None:
         super().__init__()
-        self.due = False
+        self._is_due = is_due
         self._parameters = {name: (p, role) for name, p, role in named}
         matrix, places = symmetries.matrix(), {name: i for i, name in enumerate(symmetries.tensors)}
         self._pairs: list[tuple[Pair, str | None]] = []
@@ -103,7 +101,7 @@ class Products(StepSubscriber):
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Measure, on the device."""
-        if not self.due or (made := self._table(index, optimizer)) is None:
+        if not self._is_due(index) or (made := self._table(index, optimizer)) is None:
             return
         pairs, table = made
         gains = {name: gain for pair, gain in self._pairs for name in (pair.first, pair.second)}

@@ -162,6 +162,7 @@ class Tracker(StepSubscriber, ABC):
             self._judge(pending, numbers[place:])
             for name, values in row.items():
                 self._explain(name, values)
+            self.health.tell_spikes()
             found.append(Update(pending.index, pending.number, pending.count, row))
         self._pending.clear()
         return found

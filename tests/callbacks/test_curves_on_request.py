@@ -1,0 +1,114 @@
+"""Curves that are logged on request, and those of groups and of spikes, against what the steps were."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from torch import Tensor
+from torch.optim import SGD, AdamW
+
+from lightning_normreg import EffectiveLRMonitor
+from tests.callbacks.sets import DECAY, LR, Stream, angle, fitted, samples
+from tests.symmetries._small_models import WORDS
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Trainer has no logger")  # the history is read instead
+
+
+def run(make: Any = AdamW, seed: int = 0, **options: Any) -> tuple[Stream, list[dict[str, Any]], Trainer]:
+    """Steps as they were, and as they were logged."""
+    torch.manual_seed(seed)
+    model = Stream(depth=1, make=make).double()
+    every = options.pop("every_n_steps", 1)
+    monitor = EffectiveLRMonitor(every_n_steps=every, symmetries=None, also=["radial", "rows"])
+    trainer = fitted(model, monitor, **options)
+    return model, monitor.history().to_dict("records"), trainer
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_radial_part_is_split_into_decay_and_gradient(seed: int) -> None:
+    """Along the weight, over the length of the update; with one unit per weight, as no weight is invariant here."""
+    model, rows, _ = run(seed=seed)
+    for (before, after), row in zip(model.steps, rows, strict=True):
+        for name in ("net.blocks.0.q.weight", "net.embed.weight"):
+            w, update = before[name].flatten(), (after[name] - before[name]).flatten()
+            share = float(w @ update / w.norm() / update.norm())
+            decay = float(-LR * DECAY * w.norm() / update.norm())
+            # A sum over hundreds of entries that cancels in part: relative to 1.
+            assert row[f"weights/radial_share/{name}"] == pytest.approx(share, abs=1e-12)
+            assert row[f"weights/radial_share_decay/{name}"] == pytest.approx(decay, rel=1e-12)
+            assert row[f"weights/radial_share_gradient/{name}"] == pytest.approx(share - decay, abs=1e-12)
+
+
+def test_of_decay_in_the_gradient_nothing_is_split() -> None:
+    """Momentum remembers it: the whole is logged, the parts are not."""
+    _, rows, _ = run(SGD)
+    assert any("radial_share/" in tag for tag in rows[0])
+    assert not any("radial_share_decay/" in tag for tag in rows[0])
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rows_are_parted_by_how_often_they_were_looked_up(every: int, seed: int) -> None:
+    """Since the last logged step; counted here in the batches themselves, rows turned one by one."""
+    model, rows, _ = run(seed=seed, every_n_steps=every)
+    batches = list(samples())
+    done = 0
+    for row in rows:
+        step = int(row["step"])
+        words = torch.cat([batch.flatten() for batch in batches[done : step + 1]])
+        counts = torch.bincount(words, minlength=WORDS).tolist()
+        done = step + 1
+        before, after = (w["net.embed.weight"] for w in model.steps[step])
+        turned = [angle(a, b) for a, b in zip(before, after, strict=True)]
+        seen = sorted(c for c in counts if c)
+        usual = seen[(len(seen) - 1) // 2]
+        classes: dict[str, Any] = {
+            "never": lambda c: c == 0,
+            "seldom": lambda c, usual=usual: 0 < c <= usual,
+            "often": lambda c, usual=usual: c > usual,
+        }
+        for word, belongs in classes.items():
+            squares = [t**2 for t, c in zip(turned, counts, strict=True) if belongs(c)]
+            logged = row.get(f"weights/rotation_{word}/net.embed.weight", math.nan)
+            if squares:
+                assert logged == pytest.approx(math.sqrt(sum(squares) / len(squares)), rel=1e-9)
+            else:
+                assert math.isnan(logged)
+    model(batches[0])  # counters are off again
+    assert not model.net.embed._forward_pre_hooks
+
+
+def test_the_timescale_of_decay_is_a_share_of_the_run() -> None:
+    """1/(lr·decay) = 1000 steps, of 4 planned ones; heavy ball repeats what decay takes off 1/(1 − β) times."""
+    for make, gain in ((AdamW, 1.0), (lambda *a, **k: SGD(*a, momentum=0.9, **k), 10.0)):
+        _, rows, _ = run(make)
+        assert [row["weights/timescale/0"] for row in rows] == pytest.approx([1 / (LR * DECAY * gain) / 4] * 4)
+    _, rows, _ = run(lambda p, lr, weight_decay: torch.optim.Adam(p, lr, weight_decay=weight_decay))
+    assert "weights/timescale/0" not in rows[0]
+
+
+class Spiking(Stream):
+    """One batch of many pulls a hundred times as hard."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Scaled."""
+        return super().training_step(batch, batch_idx) * (100.0 if batch_idx == 13 else 1.0)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_spike_is_told_once(seed: int) -> None:
+    """Against the median of the last steps; a schedule of the learning rate makes none."""
+    torch.manual_seed(seed)
+    model = Spiking(depth=1, make=SGD)
+    monitor = EffectiveLRMonitor(every_n_steps=1, symmetries=None)
+    with pytest.warns(UserWarning, match=r"In a step net\.\S+ .* and 6 more turned up to \S+ times as far") as told:
+        fitted(model, monitor, loader=samples(count=160))
+    assert sum("times as far" in str(w.message) for w in told) == 1
+    spikes = monitor.history()["weights/layers/rotation_spike_max"].tolist()
+    assert all(math.isnan(spike) for spike in spikes[:10])
+    assert max(spikes[10:13]) < 5
+    assert spikes[13] > 20
