@@ -45,9 +45,9 @@ def rescale_(
 ) -> Any:
     """Multiply scale-invariant weights by c while they train, without a change to where their directions go.
 
-    One weight, or all tensors of a set: those that are scale-invariant only together (:func:`find_symmetries` finds
-    them), such as all that write to the stream of a transformer. All of them are multiplied by the same c, so that the
-    loss stays.
+    One weight, or all tensors of a set: those that are scale-invariant only together, with exponents 1
+    (:func:`find_symmetries` finds them), such as all that write to the stream of a transformer. All of them are
+    multiplied by the same c, so that the loss stays.
 
     Gradients of these weights are multiplied by 1/c from then on. Gradient and optimizer's state of each are multiplied
     by the power of c by which they go, the learning rate by c^p, weight decay by c^−2 (coupled) or c^−p (decoupled),
@@ -61,13 +61,14 @@ def rescale_(
     Args:
         optimizer: Their optimizer, of torch or of a package whose rule is known. A set of which several optimizers have
             a part takes one call for each, before the next step.
-        parameter: The weight, or the weights of a set. All of it must be scale-invariant, as one or in units that are
-            all multiplied alike.
+        parameter: The weight, or the weights of a set, as whole tensors. All of it must be scale-invariant, as one or
+            in units that are all multiplied alike.
         factor: c, positive.
         schedulers: All learning-rate schedulers of the optimizer. They follow.
 
     Returns:
-        The weight's parameter group; of several weights a list, with one group for each that they were in.
+        The weight's parameter group; of several weights a list, with one for each group that they were in, in the
+        order of those.
 
     Raises:
         TypeError: If ``optimizer`` is no ``torch.optim.Optimizer``, ``parameter`` holds something that is no tensor, or

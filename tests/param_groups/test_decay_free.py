@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lion_pytorch import Lion
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, ReduceLROnPlateau, StepLR
@@ -22,6 +23,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "heavy ball": (SGD, {"lr": 0.02, "momentum": 0.9, "dampening": 0.8}),
     "AdamW": (AdamW, {"lr": 0.03, "eps": 1e-2, "amsgrad": True}),
     "NAdamW": (NAdam, {"lr": 0.03, "eps": 1e-2, "decoupled_weight_decay": True}),
+    "Lion": (Lion, {"lr": 0.03}),
     "Muon": (Muon, {"lr": 0.03}),
 }
 INNER: dict[str, Callable[[Optimizer], LRScheduler | None]] = {
