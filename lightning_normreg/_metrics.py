@@ -43,6 +43,9 @@ ROTATION_NEVER, ROTATION_SELDOM, ROTATION_OFTEN = (
         ("often", "more often than that"),
     )
 )
+ROTATION_UNROUNDED = Curve(
+    "rotation_unrounded", "θ", "rad", "as rotation, of the same step on copies in float32 of weights of a narrower type"
+)
 ROTATION_FACTOR = Curve(
     "rotation_factor",
     "c",

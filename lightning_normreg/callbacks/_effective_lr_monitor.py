@@ -20,12 +20,13 @@ from lightning_normreg.steps._formulas import GRADIENT_AT_NORM_1
 from lightning_normreg.steps._health import Health, OnUnhealthy
 from lightning_normreg.steps._rotation_tracker import RotationTracker
 from lightning_normreg.steps._tracker import Row
+from lightning_normreg.steps._unrounded import Unrounded
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 
-Also = Literal["radial", "rows"]
+Also = Literal["radial", "rows", "rounding"]
 
 
 class EffectiveLRMonitor(Monitor):
@@ -101,6 +102,9 @@ class EffectiveLRMonitor(Monitor):
             and ``radial_share_gradient/…``. ``"rows"``: of each embedding the rotation of the rows that were looked up
             never, seldom and often since the last logged step, ``rotation_never/…``, ``rotation_seldom/…`` and
             ``rotation_often/…``; a further read of embeddings at logged steps, and their inputs are counted in each.
+            ``"rounding"``: for weights in bfloat16 or float16 that are not sharded, ``rotation_unrounded/…``, by what
+            the step would turn them without rounding; a second step in float32 on copies of weights, gradients and the
+            optimizer's state, at logged steps.
         progress_bar: Show the median effective learning rate over the scale-invariant layers in the progress bar, as
             ``effective_lr``, on logged steps anew.
 
@@ -167,6 +171,7 @@ class EffectiveLRMonitor(Monitor):
         self._equilibria: Equilibria | None = None
         self._steps_planned: float | None = None
         self._rows: EmbeddingRows | None = None
+        self._unrounded: Unrounded | None = None
 
     def _make_tracker(self, watched: list[Watched]) -> RotationTracker:
         return RotationTracker(
@@ -195,8 +200,9 @@ class EffectiveLRMonitor(Monitor):
             )
 
         if "rows" in self.also and self._rows is None:
-            self._rows = EmbeddingRows(tracker.watched, pl_module, tracker.is_due)
-            self._subscribe(trainer, self._rows)
+            self._rows = self._subscribe(trainer, EmbeddingRows(tracker.watched, pl_module, tracker.is_due))
+        if "rounding" in self.also and self._unrounded is None:
+            self._unrounded = self._subscribe(trainer, Unrounded(tracker.watched, tracker.is_due))
 
     def _end(self, trainer: Trainer) -> None:
         super()._end(trainer)
@@ -206,8 +212,9 @@ class EffectiveLRMonitor(Monitor):
     def _complete(self, trainer: Trainer, row: Row, later: int) -> None:
         if self._equilibria is not None:
             self._equilibria.update(row, optimizers_of(trainer), self._step, later)
-        for name, rotations in ({} if self._rows is None else self._rows.collect()).items():
-            row.setdefault(name, {}).update(rotations)
+        for one in (self._rows, self._unrounded):
+            for name, rotations in ({} if one is None else one.collect()).items():
+                row.setdefault(name, {}).update(rotations)
         for values in row.values():  # what only the prediction needs
             values.pop(_metrics.UNIT_NORM_RMS, None)
             values.pop(GRADIENT_AT_NORM_1, None)

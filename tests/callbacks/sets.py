@@ -62,6 +62,7 @@ class Stream(LightningModule):
         self.net = Transformer(kind, depth=depth, **sizes)
         self.kind, self.strategy, self.make = kind, strategy, make
         self.steps: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        self.gradients: list[dict[str, Tensor]] = []
 
     def configure_model(self) -> None:
         """Spread it, once."""
@@ -99,6 +100,10 @@ class Stream(LightningModule):
         before = self.whole()
         super().optimizer_step(*args, **kwargs)
         self.steps.append((before, self.whole()))
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Note the gradients, as they are before clipping."""
+        self.gradients.append({n: p.grad.double().clone() for n, p in self.named_parameters() if p.grad is not None})
 
     def whole(self) -> dict[str, Tensor]:
         """Every parameter, put together from all processes."""

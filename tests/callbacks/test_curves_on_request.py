@@ -112,3 +112,46 @@ def test_a_spike_is_told_once(seed: int) -> None:
     assert all(math.isnan(spike) for spike in spikes[:10])
     assert max(spikes[10:13]) < 5
     assert spikes[13] > 20
+
+
+class Narrow(Stream):
+    """In bfloat16."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """In float32 from the logits on."""
+        logits = self(batch)[:, :-1].flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("lr", [1e-2, 1e-5])
+def test_rotation_without_rounding(lr: float) -> None:
+    """Of the first step, in which AdamW's is w ← (1 − ηλ)w − ηg/(|g| + ε), beside what bfloat16 leaves of it.
+
+    At 1e-5 all updates but those of tiny entries are lost. Float32 rounds each entry by up to 6e-8 of it, and so does
+    the rotation.
+    """
+    torch.manual_seed(0)
+    model = Narrow(depth=1, make=lambda p, **_: AdamW(p, lr=lr, weight_decay=DECAY)).bfloat16()
+    monitor = EffectiveLRMonitor(every_n_steps=1, symmetries=None, also=["rounding"], on_unhealthy="ignore")
+    fitted(model, monitor)
+    row: dict[str, Any] = monitor.history().iloc[0].to_dict()
+    (before, after), found = model.steps[0], model.gradients[0]
+    for name in ("net.blocks.0.q.weight", "net.head.weight"):
+        w, g = before[name], found[name]
+        expected = angle(w.flatten(), (w * (1 - lr * DECAY) - lr * g / (g.abs() + 1e-8)).flatten())
+        assert row[f"weights/rotation_unrounded/{name}"] == pytest.approx(expected, abs=6e-8, rel=1e-6)
+        assert row[f"weights/rotation/{name}"] == pytest.approx(angle(w.flatten(), after[name].flatten()), rel=1e-5)
+        lost = row[f"weights/rotation/{name}"] / expected
+        assert lost < 0.5 if lr < 1e-4 else 0.9 < lost < 1.1
+    assert row.keys() == monitor.history().iloc[-1].to_dict().keys()
+
+
+def test_looking_without_rounding_changes_nothing() -> None:
+    """The run is bit for bit the one without."""
+    ends = []
+    for also in ([], ["rounding"]):
+        torch.manual_seed(0)
+        model = Narrow(depth=1).bfloat16()
+        fitted(model, EffectiveLRMonitor(every_n_steps=1, symmetries=None, also=also, on_unhealthy="ignore"))  # type: ignore[arg-type]
+        ends.append(model.state_dict())
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())

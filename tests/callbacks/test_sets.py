@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_normreg import EffectiveLRMonitor, WeightNormMonitor
 from lightning_normreg.steps import StepDispatcher
-from tests.callbacks.sets import ANGLE, STREAM, Stream, expected, fitted, writers
+from tests.callbacks.sets import ANGLE, STREAM, Stream, expected, fitted, flat, writers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Trainer has no logger")  # the history is read instead
 
@@ -53,6 +53,25 @@ def test_curves_are_those_of_the_concatenation(bits: str, seed: int) -> None:
         for tag, value in expected(step, writers()).items():
             assert values[tag] == pytest.approx(value, rel=TOLERANCE[bits]), tag
         assert sum(v for tag, v in values.items() if "/set_share/" in tag) == pytest.approx(1, rel=TOLERANCE[bits])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gradients_of_a_set_are_those_of_the_concatenation(seed: int) -> None:
+    """Their norm before clipping; and across the set, to rounding, as it is scale-invariant, with members that are not.
+
+    A cosine near 0 is a cancelled sum of 2000 terms, whose error is relative to 1.
+    """
+    torch.manual_seed(seed)
+    model = Stream().double()
+    monitor = EffectiveLRMonitor(gradient=True)
+    fitted(model, monitor, gradient_clip_val=0.1)
+    for (before, _), found, row in zip(model.steps, model.gradients, monitor.history().to_dict("records"), strict=True):
+        w, g = flat(before, writers()), flat(found, writers())
+        assert row[f"weights/gradient_norm/{STREAM}"] == pytest.approx(float(g.norm()), rel=1e-12)
+        cosine = float((w @ g).abs() / w.norm() / g.norm())
+        assert row[f"weights/gradient_alignment/{STREAM}"] == pytest.approx(cosine, abs=1e-13)
+        assert cosine < 1e-12
+        assert row["weights/gradient_alignment/net.embed.weight"] > 1e-3
 
 
 class Reads(TorchDispatchMode):
