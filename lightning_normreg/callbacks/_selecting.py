@@ -97,4 +97,11 @@ class WeightCallback(StepCallback):
             watched = units_and_sets(watched, self._sets(trainer, watched, verdict)[0])
         if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
             otherwise = "skip"
-        return choose_targets(watched, verdict, named=named, otherwise=otherwise, callback=type(self).__name__)
+        return choose_targets(
+            watched,
+            verdict,
+            named=named,
+            otherwise=otherwise,
+            callback=type(self).__name__,
+            with_sets=self.unit == "set",
+        )

@@ -13,7 +13,8 @@ from lion_pytorch import Lion
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-from lightning_normreg import NormProjection, RotationControl, Symmetries, find_symmetries
+from lightning_normreg import CorrectedDecay, NormProjection, RotationControl, Symmetries, find_symmetries
+from lightning_normreg.steps import Projector, watch
 from tests.callbacks.sets import ANGLE, DECAY, Stream, angle, fitted, flat, samples, writers
 from tests.symmetries._small_models import GPT, LLAMA, QWEN, VIT, Kind
 
@@ -96,6 +97,27 @@ def test_the_first_projection_keeps_the_logits(name: str) -> None:
             assert [float(flat(w, writers(kind, 1)).norm()) for w in (before, after)] == pytest.approx([held] * 2)
         model.load_state_dict(model.steps[0][0])
         assert float((logits(model) - expected).abs().max()) < 1e-10
+
+
+def test_without_a_trainer_nothing_but_sets_and_units_is_held() -> None:
+    """Without a verdict the set alone, at whatever norm: the logits stay, to roundoff in 1e-10."""
+    model = made(LLAMA, AdamW)
+    expected = logits(model)
+    targets = watch(model, symmetries=symmetries(LLAMA), unit="set")
+    Projector(targets, 7.0).project(targets)
+    assert float(flat(model.whole(), writers(LLAMA, 1)).norm()) == pytest.approx(7.0)
+    assert float((logits(model) - expected).abs().max()) < 1e-10
+
+
+def test_a_tied_head_leaves_no_set() -> None:
+    """The writers are a pair with the final gain: there is nothing to hold, and no advice to ask for sets again."""
+    kind = replace(LLAMA, tied=True)
+    found = symmetries(kind)
+    with pytest.raises(ValueError, match="but there is neither"):
+        watch(made(kind, AdamW), symmetries=found, unit="set")
+    for callback in (NormProjection, RotationControl, CorrectedDecay):
+        with pytest.raises(ValueError, match="by itself, as in most transformers, and no set is"):
+            fitted(made(kind, AdamW), callback(unit="set", symmetries=found))
 
 
 @pytest.mark.parametrize("name, optimizer", PAIRS)
