@@ -30,6 +30,8 @@ class WeightCallback(StepCallback):
     ) -> None:
         super().__init__(invariance, symmetries)
         check_selection(unit, include, exclude)
+        if unit == "set" and symmetries is None:
+            raise ValueError("`symmetries` must not be None with unit='set': leave it at 'auto', or pass a file.")
         self.unit = unit
         self.include = include
         self.exclude = exclude
@@ -95,13 +97,12 @@ class WeightCallback(StepCallback):
                 return []
         if self.unit == "set":
             watched = units_and_sets(watched, self._sets(trainer, watched, verdict)[0])
+            if not named and verdict and not any(w.invariant for w in watched):
+                raise ValueError(
+                    "There must be something to act on, but no selected weights are scale-invariant, neither by "
+                    "themselves nor together. With a tied head the stream's writers are not: their size shows in the "
+                    "logits. Untie it, or use unit='layer' with `include` and on_not_invariant='allow'."
+                )
         if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
             otherwise = "skip"
-        return choose_targets(
-            watched,
-            verdict,
-            named=named,
-            otherwise=otherwise,
-            callback=type(self).__name__,
-            with_sets=self.unit == "set",
-        )
+        return choose_targets(watched, verdict, named=named, otherwise=otherwise, callback=type(self).__name__)

@@ -24,7 +24,6 @@ def choose_targets(
     named: bool,
     otherwise: OnNotInvariant,
     callback: str = "NormProjection",
-    with_sets: bool = False,
 ) -> list[Watched]:
     """Weights to act on.
 
@@ -34,7 +33,6 @@ def choose_targets(
         named: Whether the user has named them; otherwise exactly those found scale-invariant are meant.
         otherwise: What to do with named ones that are not known to be scale-invariant.
         callback: Name of the callback that asks.
-        with_sets: Whether sets are among what is selected, if there are any.
 
     Raises:
         ValueError: If that is to raise, or nothing is left.
@@ -44,7 +42,7 @@ def choose_targets(
     if not named:
         ruled = [w.name for w in watched if w.name in verdict and verdict[w.name].is_ruled_by_eps]
         if not good and not ruled:
-            raise ValueError(_nothing(verdict, callback, with_sets))
+            raise ValueError(_nothing(verdict, callback))
         if not good:
             raise ValueError(f"There must be something to act on, but of {ruled[0]!r}: {verdict[ruled[0]].why}")
         if ruled:
@@ -89,7 +87,7 @@ def _consequence(callback: str) -> str:
     return "then projecting changes the function"
 
 
-def _nothing(verdict: Verdict, callback: str, with_sets: bool) -> str:
+def _nothing(verdict: Verdict, callback: str) -> str:
     corrects = callback == "CorrectedDecay"
     if not verdict:
         named = f"To project all the same, name the weights: {callback}(include=[…], on_not_invariant='allow')."
@@ -104,11 +102,5 @@ def _nothing(verdict: Verdict, callback: str, with_sets: bool) -> str:
     )
     return (
         "There must be something to act on, but no selected weight is scale-invariant by itself, as in most "
-        f"transformers{_together(callback, with_sets)}. {_CORRECT if corrects else hold}"
+        f"transformers. What several are together: {callback}(unit='set'). {_CORRECT if corrects else hold}"
     )
-
-
-def _together(callback: str, with_sets: bool) -> str:
-    if with_sets:
-        return ", and no set is (where a head is tied to the embedding, the writers of the stream are none)"
-    return f". What several are together: {callback}(unit='set')"

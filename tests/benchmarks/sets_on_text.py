@@ -60,7 +60,7 @@ def stream_of(model: nn.Module, name: str) -> tuple[Symmetries, list[str]]:
 def equilibrium(name: str, recipe: str, steps: int = 2000, seed: int = 0) -> tuple[dict[str, float], dict[str, float]]:
     """Medians over the run of |log(measured/predicted)|: of the set and of each member; of norms and of rotations."""
     make_optimizer, family, lr, decay = RECIPES[recipe]
-    model = make(name, seed)
+    model = make(name, seed, context=CONTEXT)  # no row of GPT-2's positions is unused
     _, names = stream_of(model, name)
     members = {n: [model.get_parameter(n)] for n in names}
     units = {"set": [p for ps in members.values() for p in ps]}
@@ -100,7 +100,7 @@ class Model(LightningModule):
 
     def __init__(self, name: str, seed: int, steps: int, *, lr: float, decay: float, **options: float) -> None:
         super().__init__()
-        self.net, self.steps, self.lr, self.decay = make(name, seed), steps, lr, decay
+        self.net, self.steps, self.lr, self.decay = make(name, seed, context=CONTEXT), steps, lr, decay
         self.symmetries, names = stream_of(self.net, name)
         self.mine = [self.net.get_parameter(n) for n in names]
         self.their_lr, scale = options.get("their_lr", lr), options.get("scale", 1.0)

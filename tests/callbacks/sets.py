@@ -148,10 +148,11 @@ def samples(kind: Kind = LLAMA, rank: int = 0, world: int = 1, count: int = 32) 
 
 def fitted(model: Stream, *callbacks: Callback, loader: Any = None, **options: Any) -> Trainer:
     """A quiet fit that logs each step, for one epoch."""
+    ckpt_path = options.pop("ckpt_path", None)
     chosen: dict[str, Any] = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1, **options}
     silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(callbacks=[*callbacks], use_distributed_sampler=False, **silent, **chosen)
-    trainer.fit(model, loader or samples(model.kind))
+    trainer.fit(model, loader or samples(model.kind), ckpt_path=ckpt_path)
     return trainer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,19 @@ from lion_pytorch import Lion
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-from lightning_normreg import CorrectedDecay, NormProjection, RotationControl, Symmetries, find_symmetries
+from lightning_normreg import (
+    CorrectedDecay,
+    EffectiveLRMonitor,
+    NormProjection,
+    RotationControl,
+    Symmetries,
+    find_symmetries,
+)
 from lightning_normreg.steps import Projector, watch
 from tests.callbacks.sets import ANGLE, DECAY, Stream, angle, fitted, flat, samples, writers
 from tests.symmetries._small_models import GPT, LLAMA, QWEN, VIT, Kind
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Trainer has no logger")  # the history is read instead
 
 KINDS = {"GPT-2": replace(GPT, tied=False), "Llama": LLAMA, "Qwen3": QWEN, "ViT": VIT}
 EPS = 1e-40
@@ -100,24 +110,77 @@ def test_the_first_projection_keeps_the_logits(name: str) -> None:
 
 
 def test_without_a_trainer_nothing_but_sets_and_units_is_held() -> None:
-    """Without a verdict the set alone, at whatever norm: the logits stay, to roundoff in 1e-10."""
+    """Without a verdict the set alone, at whatever norm: the logits stay, to roundoff in 1e-10. A tied head leaves none."""
     model = made(LLAMA, AdamW)
     expected = logits(model)
     targets = watch(model, symmetries=symmetries(LLAMA), unit="set")
     Projector(targets, 7.0).project(targets)
     assert float(flat(model.whole(), writers(LLAMA, 1)).norm()) == pytest.approx(7.0)
     assert float((logits(model) - expected).abs().max()) < 1e-10
-
-
-def test_a_tied_head_leaves_no_set() -> None:
-    """The writers are a pair with the final gain: there is nothing to hold, and no advice to ask for sets again."""
-    kind = replace(LLAMA, tied=True)
-    found = symmetries(kind)
+    tied = replace(LLAMA, tied=True)
     with pytest.raises(ValueError, match="but there is neither"):
-        watch(made(kind, AdamW), symmetries=found, unit="set")
-    for callback in (NormProjection, RotationControl, CorrectedDecay):
-        with pytest.raises(ValueError, match="by itself, as in most transformers, and no set is"):
-            fitted(made(kind, AdamW), callback(unit="set", symmetries=found))
+        watch(made(tied, AdamW), symmetries=symmetries(tied), unit="set")
+
+
+@pytest.mark.parametrize("control", [NormProjection, partial(RotationControl, ANGLE, hold="mean")])
+def test_a_run_under_control_resumes(control: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
+    """Bit for bit, at the radius of the first start, and without asking again."""
+    whole, first, second = (Stream(LLAMA, depth=1) for _ in range(3))
+    torch.manual_seed(0)
+    state = {name: p.detach() + 0.01 * torch.randn_like(p) for name, p in whole.named_parameters()}
+    for model in (whole, first, second):
+        model.load_state_dict(state)
+    fitted(whole, control(unit="set"), max_epochs=2)
+    fitted(first, control(unit="set")).save_checkpoint(tmp_path / "half.ckpt")
+
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr("lightning_normreg.callbacks._probing.find_symmetries", asked)
+    resumed = control(unit="set")
+    fitted(second, resumed, max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    assert len(second.steps) == 4
+    for name, p in whole.named_parameters():
+        assert torch.equal(p, second.get_parameter(name)), name
+    assert [*resumed.held()] == ["residual_stream"]
+
+
+def test_what_cannot_be_held_as_a_set() -> None:
+    """Said before the first step, with a remedy."""
+    with pytest.raises(ValueError, match=r"`symmetries` must not be None with unit='set'"):
+        NormProjection(unit="set", symmetries=None)
+    with pytest.raises(ValueError, match=r"neither by themselves nor together. With a tied head"):
+        fitted(Stream(GPT, depth=1), NormProjection(unit="set"))
+    with pytest.raises(ValueError, match=r"scale-invariant by itself.*NormProjection\(unit='set'\)"):
+        fitted(Stream(LLAMA, depth=1), NormProjection())
+    with pytest.raises(ValueError, match=r"`include` must name scale-invariant weights, but 'net\.head\.weight'"):
+        fitted(Stream(LLAMA, depth=1), NormProjection(unit="set", include=["*head*", "*embed*"]))
+    with pytest.raises(ValueError, match="neither by themselves nor together"):
+        fitted(Stream(LLAMA, depth=1), NormProjection(unit="set", exclude=["*embed*"]))
+
+
+class Apart(Stream):
+    """The embedding at another learning rate."""
+
+    def configure_optimizers(self) -> Any:
+        """Two groups."""
+        rest = [p for name, p in self.named_parameters() if "embed" not in name]
+        return AdamW([{"params": self.net.embed.parameters(), "lr": 0.001}, {"params": rest}], lr=0.01, weight_decay=0)
+
+
+def test_unequal_rates_in_a_set() -> None:
+    """An angle that is the learning rate is refused; a number is not, and the set turns by it."""
+    with pytest.raises(ValueError, match=r"one angle for all of 'residual_stream', but its tensors have unequal lr"):
+        fitted(Apart(), RotationControl(unit="set"))
+    model = Apart().double()
+    monitor = EffectiveLRMonitor()
+    fitted(model, RotationControl(ANGLE, unit="set"), monitor)
+    for before, after in model.steps:
+        assert angle(flat(before, writers()), flat(after, writers())) == pytest.approx(ANGLE, rel=1e-10)
+    assert not [tag for tag in monitor.history() if "effective_lr/" in tag]  # there is no one rate
+    assert "weights/rotation/residual_stream" in monitor.history()
+    with pytest.warns(UserWarning, match="The tensors of 'residual_stream' have unequal lr"):
+        fitted(Apart(), CorrectedDecay(unit="set"))
 
 
 @pytest.mark.parametrize("name, optimizer", PAIRS)
