@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,16 +34,21 @@ class DecayFreeLR(LRScheduler):
         optimizer: torch's SGD without Nesterov, AdamW, Adam or NAdam with decoupled decay, Muon, or Lion.
         schedule: Schedule of the learning rate in the recipe with decay, made for the same optimizer; from now on
             this object steps it. By default the learning rates stay as they are in the groups.
-        project: Hold each decayed weight at the norm that it has now, by a rescale after each step: decay becomes
-            projection, with the learning rate :math:`\eta_t(R/n_t)^p/(1-\eta_t\lambda)` and n the norm under decay,
-            which is carried along. Needs one weight per group with decay, an ordinary tensor, not a sharded one.
+        project: Hold the joint norm of each group's weights, :math:`R=\sqrt{\sum_i\lVert w_i\rVert^2}` over all weights
+            of a group with decay, where it is now, by a rescale of all of them after each step: decay becomes
+            projection, with the learning rate :math:`\eta_t(R/n_t)^p/(1-\eta_t\lambda)` and n the joint norm under
+            decay, which is carried along. As all weights of a group are multiplied by the same factor, this is exact
+            for scale-invariant weights and for sets alike, but a set must be in one group then: in two it would be
+            held in parts. A norm of their own is held for weights in groups of their own. Sharded tensors are
+            refused: their norm is spread over processes.
 
     Attributes:
         scales: s of every group at this moment: the weight under decay over the weight here.
 
     Raises:
         ValueError: For an optimizer or a setting whose decay has no exact conversion, a schedule of another optimizer,
-            and, with ``project``, several weights in a group; during training, where heavy ball's decay overshoots 0.
+            and, with ``project``, groups of sharded tensors or of zeros; during training, where heavy ball's decay
+            overshoots 0.
         TypeError: For a schedule that needs a metric.
         RuntimeError: While training, if the optimizer stepped more than once since the last call of ``step``.
 
@@ -76,7 +82,7 @@ class DecayFreeLR(LRScheduler):
         self._decays = [float(group["weight_decay"]) for group in groups]
         self._rates = [float(group["lr"]) for group in groups]
         self._constants = [{key: g[key] for key in r.group_degrees} for r, g in zip(self._rules, groups, strict=True)]
-        self._radii = [_radius(group) if project and group["weight_decay"] else 0.0 for group in groups]
+        self._radii = [_radius(group["params"]) if project and group["weight_decay"] else 0.0 for group in groups]
         self._growths = [1.0] * len(groups)
         self._buffers: list[float | None] = [None] * len(groups)
         self._steps_to_follow = 0
@@ -113,13 +119,14 @@ class DecayFreeLR(LRScheduler):
         self.__dict__.update(state)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Count the step; put weights back to their radius."""
+        """Count the step; put each group's weights back to their radius."""
         self._steps_to_follow += 1
         for i, radius in enumerate(self._radii):
             if radius:
-                (weight,) = optimizer.param_groups[i]["params"]
-                self._growths[i] = _norm(weight) / radius
-                weight.detach().div_(self._growths[i])
+                weights = optimizer.param_groups[i]["params"]
+                self._growths[i] = _joint_norm(weights) / radius
+                for weight in weights:
+                    weight.detach().div_(self._growths[i])
 
     def _follow(self) -> None:
         """Let s, the state and the constants follow the step that was made, if one was (a loss scaler may skip it)."""
@@ -180,17 +187,17 @@ def _convertible(optimizer: Optimizer, group: Group) -> UpdateRule:
     return rule
 
 
-def _radius(group: Group) -> float:
-    if len(group["params"]) != 1:
+def _radius(weights: list[Tensor]) -> float:
+    others = {type(weight.data).__name__ for weight in weights} - {"Tensor"}
+    norm = 0.0 if others else _joint_norm(weights)
+    if not norm > 0:
         raise ValueError(
-            "`optimizer` must have one weight in each group with decay if `project` is set, each with a learning rate "
-            f"of its own, got {len(group['params'])}. Use one group per weight."
+            "`optimizer` must hold ordinary tensors that are not all zero in each group with decay if `project` is "
+            f"set, got {', '.join(sorted(others)) or 'zeros'}. Leave `project` out."
         )
-    (weight,) = group["params"]
-    if type(weight.data) is not Tensor or not _norm(weight) > 0:
-        raise ValueError("`optimizer` must hold ordinary tensors that are not zero if `project` is set.")
-    return _norm(weight)
+    return norm
 
 
-def _norm(weight: Tensor) -> float:
-    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+def _joint_norm(weights: list[Tensor]) -> float:
+    """Norm of all of them as one vector."""
+    return math.hypot(*(float(torch.linalg.vector_norm(w.detach(), dtype=torch.float64)) for w in weights))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lion_pytorch import Lion
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, ReduceLROnPlateau, StepLR
@@ -15,12 +16,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, R
 from lightning_normreg import DecayFreeLR
 from lightning_normreg import functional as F
 from tests.functional.test_recipes import DECAY, EXACT, STEPS, exact_muon, largest_angle, set_gradient, start
+from tests.symmetries._small_models import batch_norm
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "SGD": (SGD, {"lr": 0.3}),
     "heavy ball": (SGD, {"lr": 0.02, "momentum": 0.9, "dampening": 0.8}),
     "AdamW": (AdamW, {"lr": 0.03, "eps": 1e-2, "amsgrad": True}),
     "NAdamW": (NAdam, {"lr": 0.03, "eps": 1e-2, "decoupled_weight_decay": True}),
+    "Lion": (Lion, {"lr": 0.03}),
     "Muon": (Muon, {"lr": 0.03}),
 }
 INNER: dict[str, Callable[[Optimizer], LRScheduler | None]] = {
@@ -71,6 +74,40 @@ def test_turns_as_decay_does(name: str, inner: str, project: bool) -> None:
         torch.testing.assert_close(norms, start().detach().norm().expand(STEPS), rtol=1e-14, atol=0.0)
     plain = made(name, decay=0.0)
     assert largest_angle(expected, steps(plain, INNER[inner](plain))) > 1e-4
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.usefixtures("exact_muon")
+def test_several_weights_in_a_group(name: str) -> None:
+    """Layers before BatchNorm, each scale-invariant by itself, turn as under decay where their joint norm is held."""
+    make, options = OPTIMIZERS[name]
+    runs = []
+    for project in (None, True):
+        torch.manual_seed(0)
+        net = batch_norm()[0].double()
+        layers = [net[0][0].weight, net[1][0].weight]
+        layers[0].data.mul_(3.0)  # the two relax towards their equilibria at different rates
+        optimizer = make(
+            [{"params": layers, "weight_decay": DECAY}, {"params": [net[2].weight], "weight_decay": 0.0}], **options
+        )
+        schedule = INNER["cosine"](optimizer)
+        scheduler = schedule if project is None else DecayFreeLR(optimizer, schedule, project=True)
+        norms = []
+        for t in range(STEPS):
+            x = torch.randn(16, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), x.argmax(1) % 3).backward()
+            optimizer.step()
+            assert scheduler is not None
+            scheduler.step()
+            norms.append(torch.stack([w.detach().norm() for w in layers]))
+        runs.append((net(x).detach(), layers, torch.stack(norms)))
+    (expected, decayed, _), (logits, free, norms) = runs
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=EXACT)
+    for pair in zip(decayed, free, strict=True):
+        assert largest_angle(*([w.detach()] for w in pair)) < EXACT
+    torch.testing.assert_close(norms.norm(dim=1), norms[:1].norm(dim=1).expand(STEPS), rtol=1e-14, atol=0.0)
+    assert float((norms[-1] / norms[0] - 1).abs().max()) > 1e-3  # each by itself is not held
 
 
 @pytest.mark.parametrize("project", [False, True])
@@ -159,6 +196,10 @@ def test_optimizers_without_an_exact_conversion(optimizer: Optimizer, words: str
         DecayFreeLR(optimizer)
 
 
+class Own(Tensor):
+    """A tensor of somebody's own, as a sharded one is."""
+
+
 def test_arguments_that_do_not_fit() -> None:
     """Schedules of another optimizer or of a metric, and groups that cannot be projected, are refused."""
     optimizer = SGD([start()], lr=0.1, weight_decay=DECAY)
@@ -167,8 +208,10 @@ def test_arguments_that_do_not_fit() -> None:
         DecayFreeLR(optimizer, other)
     with pytest.raises(TypeError, match="`schedule` must not need a metric"):
         DecayFreeLR(optimizer, ReduceLROnPlateau(optimizer))
-    several = SGD([start(), start()], lr=0.1, weight_decay=DECAY)
-    with pytest.raises(ValueError, match=r"one weight in each group with decay if `project` is set, .*, got 2"):
-        DecayFreeLR(several, project=True)
-    with pytest.raises(ValueError, match="ordinary tensors that are not zero"):
-        DecayFreeLR(SGD([nn.Parameter(torch.zeros(2))], lr=0.1, weight_decay=DECAY), project=True)
+    zeros = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"ordinary tensors that are not all zero .* got zeros\. Leave `project` out"):
+        DecayFreeLR(SGD(zeros, lr=0.1, weight_decay=DECAY), project=True)
+    DecayFreeLR(SGD([start(), *zeros], lr=0.1, weight_decay=DECAY), project=True)
+    other = nn.Parameter(start().detach().as_subclass(Own))
+    with pytest.raises(ValueError, match=r"ordinary tensors .* got Own\. Leave `project` out"):
+        DecayFreeLR(SGD([start(), other], lr=0.1, weight_decay=DECAY), project=True)

@@ -37,11 +37,13 @@ WRITERS = frozenset({"net.embed.weight", "net.blocks.0.o.weight", "net.blocks.0.
 class Llama(LightningModule):
     """With decay on the named weights; given to a schedule, or as it is."""
 
-    def __init__(self, optimizer: str, rates: dict[str, tuple[float, float]], free: bool) -> None:
+    def __init__(
+        self, optimizer: str, rates: dict[str, tuple[float, float]], free: bool, project: bool = False
+    ) -> None:
         super().__init__()
         self.net = Transformer(LLAMA)
         self.make, self.options = OPTIMIZERS[optimizer]
-        self.rates, self.free = rates, free
+        self.rates, self.free, self.project = rates, free, project
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Cross entropy of the next word."""
@@ -58,22 +60,31 @@ class Llama(LightningModule):
         optimizer = self.make(entries, **self.options)
         if not self.free:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": DecayFreeLR(optimizer), "interval": "step"}}
+        scheduler = DecayFreeLR(optimizer, project=self.project)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def logits(optimizer: str, rates: dict[str, tuple[float, float]], free: bool) -> Tensor:
+def logits(optimizer: str, rates: dict[str, tuple[float, float]], free: bool, project: bool = False) -> Tensor:
     """Of the last words, after a run of one epoch in float64."""
     torch.manual_seed(0)
-    model = Llama(optimizer, rates, free)
+    model = Llama(optimizer, rates, free, project)
+    decayed = [model.get_parameter(name) for name in rates]
+    norm = joint_norm(decayed)
     words = torch.randint(WORDS, (4 * STEPS, LENGTH))
     trainer(precision="64-true").fit(model, DataLoader(words, batch_size=4))  # type: ignore[arg-type]
     assert model.global_step == STEPS
+    assert (joint_norm(decayed) == pytest.approx(norm, rel=1e-12)) == project
     return model.net(words[-4:]).detach()
 
 
-def difference(optimizer: str, rates: dict[str, tuple[float, float]]) -> float:
-    """Between the run with decay and the one with a schedule in its place."""
-    return float((logits(optimizer, rates, free=False) - logits(optimizer, rates, free=True)).abs().max())
+def joint_norm(weights: list[nn.Parameter]) -> float:
+    """Of the concatenation."""
+    return float(torch.cat([w.detach().double().flatten() for w in weights]).norm())
+
+
+def difference(optimizer: str, rates: dict[str, tuple[float, float]], project: bool = False) -> float:
+    """Between the run with decay and the one with a schedule, or with projection too, in its place."""
+    return float((logits(optimizer, rates, free=False) - logits(optimizer, rates, True, project)).abs().max())
 
 
 def rates_of(names: Collection[str], optimizer: str) -> dict[str, tuple[float, float]]:
@@ -95,16 +106,24 @@ def test_decay_of_the_writers_is_a_schedule(name: str) -> None:
     assert difference(name, rates_of(WRITERS - {"net.embed.weight"}, name)) > 0.05
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.usefixtures("exact_muon")
+def test_decay_of_the_writers_is_projection(name: str) -> None:
+    """With the set's joint norm held, its members' are free."""
+    assert difference(name, rates_of(WRITERS, name), project=True) < EXACT
+
+
 def test_muon_in_bfloat16() -> None:
     """As it is."""
-    assert difference("Muon", rates_of(WRITERS, "Muon")) < IN_BFLOAT16
+    for project in (False, True):
+        assert difference("Muon", rates_of(WRITERS, "Muon"), project) < IN_BFLOAT16
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_what_has_to_be_equal_in_a_set(name: str) -> None:
     """Learning rate times decay: with half of one and twice of the other it is a schedule; without that it is none.
 
-    `reduce_decay` says which it is, before a run.
+    `reduce_decay` says which it is, before a run. Held it must be in one group: in two each part gets a norm.
     """
     equal = rates_of(WRITERS, name)
     unequal = dict(equal)
@@ -119,3 +138,4 @@ def test_what_has_to_be_equal_in_a_set(name: str) -> None:
         labels = reduce_decay(symmetries, {n: lr * factor * decay for n, (factor, decay) in rates.items()}).labels
         assert ({labels[n] for n in WRITERS} == {"schedule"}) == is_schedule
         assert (difference(name, rates) < EXACT) == is_schedule
+    assert difference(name, equal, project=True) > 1e-3

@@ -118,7 +118,7 @@ def test_something_that_is_no_optimizer() -> None:
     "make, message",
     [
         (torch.optim.SparseAdam, "got SparseAdam: it moves only the entries that have a gradient"),
-        (torch.optim.LBFGS, "`parameter` must be the only one of LBFGS"),
+        (torch.optim.LBFGS, "`parameter` must be all weights of LBFGS, which has one state for all of them"),
         (torch.optim.RAdam, "must be past its first steps, got a RAdam before step 1, which"),
         (lambda ws: PACKAGES["prodigyopt"](ws, 1.0), "must be one whose state is known, got Prodigy"),
     ],
