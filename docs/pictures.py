@@ -105,8 +105,8 @@ def text_run(*callbacks: Callback, writers: float = 1.0, branches: float = 1.0, 
     )  # fmt: skip
     trainer.fit(model, data)
     history = monitors[0].history().merge(monitors[1].history(), on=["step", "epoch"], how="outer")
-    history["loss"] = pd.Series(losses).rolling(20).mean()[history["step"]].to_numpy()
-    return history
+    smooth = pd.Series(losses, name="loss").rolling(20).mean().rename_axis("step").reset_index()
+    return history.merge(smooth, on="step")
 
 
 def demo_run() -> tuple[pd.DataFrame, list[str]]:

@@ -110,7 +110,7 @@ def test_the_first_projection_keeps_the_logits(name: str) -> None:
 
 
 def test_without_a_trainer_nothing_but_sets_and_units_is_held() -> None:
-    """Without a verdict the set alone, at whatever norm: the logits stay, to roundoff in 1e-10. A tied head leaves none."""
+    """Without a verdict the set alone, at whatever norm: the logits stay, to roundoff. A tied head leaves none."""
     model = made(LLAMA, AdamW)
     expected = logits(model)
     targets = watch(model, symmetries=symmetries(LLAMA), unit="set")
