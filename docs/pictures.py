@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pytorch_lightning import Callback, Trainer, seed_everything
+from pytorch_lightning.callbacks import LambdaCallback
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
@@ -31,17 +32,21 @@ from lightning_normreg import (
     DecayFreeLR,
     EffectiveLRMonitor,
     NormProjection,
+    RotationControl,
     WeightNormMonitor,
     find_scale_invariance,
     plot_curves,
 )
 from lightning_normreg.cli._demo import LABEL_NOISE, TRAINER
-from lightning_normreg.demos import DemoConvNet, DigitsDataModule
+from lightning_normreg.demos import DemoConvNet, DemoTransformer, DigitsDataModule, TextDataModule
 from lightning_normreg.functional import equilibrium_norm, project_, suggest_projection
 
 EPOCHS, STEPS, NOISE = 20, 400, 0.2  # 20 steps an epoch
 CONVOLUTIONS = [f"block{i}.conv.weight" for i in range(1, 5)]
 LAYERS = [*CONVOLUTIONS, "head.weight"]
+STREAM = "residual_stream"
+WRITERS = ["embedding.weight", *(f"blocks.{i}.{name}.weight" for i in range(2) for name in ("o", "down"))]
+"""What adds to the stream of the demo's transformer: a set by that name."""
 TITLES = {
     "unit_norm_rms": "unit norm n",
     "effective_lr": "effective learning rate, η/nᵖ",
@@ -75,6 +80,33 @@ def run(
     )  # fmt: skip
     trainer.fit(model, DigitsDataModule(label_noise=NOISE))
     return monitors[0].history().merge(monitors[1].history(), on=["step", "epoch"], how="outer")
+
+
+def text_run(*callbacks: Callback, writers: float = 1.0, branches: float = 1.0, decay: float = 1.0) -> pd.DataFrame:
+    """Train the demo's transformer, at first with all that writes to its stream multiplied by ``writers``.
+
+    ``branches`` multiplies what is last in a branch, o and down, and divides what comes before, v and up.
+    """
+    seed_everything(0)
+    model, data = DemoTransformer(weight_decay=decay, width=32), TextDataModule(batch_size=16, context=32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(writers if name in WRITERS else 1.0)
+            layer = name.split(".")[-2]
+            parameter.mul_({"o": branches, "down": branches, "v": 1 / branches, "up": 1 / branches}.get(layer, 1.0))
+    losses: list[float] = []
+    noting = LambdaCallback(
+        on_train_batch_end=lambda trainer, module, outputs, *_: losses.append(float(outputs["loss"]))
+    )
+    monitors = [WeightNormMonitor(every_n_steps=5), EffectiveLRMonitor(every_n_steps=5)]
+    trainer = Trainer(
+        callbacks=[*monitors, *callbacks, noting], max_steps=STEPS, limit_val_batches=0, accelerator="cpu",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, data)
+    history = monitors[0].history().merge(monitors[1].history(), on=["step", "epoch"], how="outer")
+    smooth = pd.Series(losses, name="loss").rolling(20).mean().rename_axis("step").reset_index()
+    return history.merge(smooth, on="step")
 
 
 def demo_run() -> tuple[pd.DataFrame, list[str]]:
@@ -143,12 +175,12 @@ def draw(axes: Any, history: pd.DataFrame, tag: str, **style: Any) -> None:
 def by_layer(
     history: pd.DataFrame,
     keys: Sequence[str] = ("unit_norm_rms", "effective_lr", "rotation"),
-    dashed: bool = True,
+    layers: Sequence[str] = LAYERS,
 ) -> Figure:
     """A panel for each quantity, a colour for each layer; predictions of the equilibrium dashed."""
     figure, all_axes = panels(len(keys), 3.2)
     for axes, key in zip(all_axes, keys, strict=True):
-        for number, layer in enumerate(LAYERS):
+        for number, layer in enumerate(layers):
             draw(axes, history, f"weights/{key}/{layer}", color=f"C{number}", label=layer.removesuffix(".weight"))
             if key in PREDICTED:
                 draw(
@@ -376,6 +408,63 @@ def small_decay() -> Figure:
     return by_layer(run(partial(sgd, decay=2e-4)))
 
 
+def stream() -> Figure:
+    """What writes to the stream of a transformer, as one unit, and each member beside it."""
+    history = text_run()
+    end = history.iloc[-1]
+    keys = ("unit_norm_rms", "effective_lr", "rotation", "equilibrium_ratio")
+    figure = by_layer(history, keys, [*WRITERS, STREAM])
+    figure.axes[3].axhspan(0.85, 1.15, color="k", alpha=0.08)
+    later = history[history["step"] >= STEPS / 8][f"weights/equilibrium_ratio/{STREAM}"]
+    turned = [float(end[f"weights/rotation/{name}"]) for name in (STREAM, *WRITERS)]
+    print(f"read_stream: measured over predicted rotation after warm-up {later.min():.2f} to {later.max():.2f}, "
+          f"inside the band {(abs(later - 1) <= 0.15).mean():.0%}; rotations at the end, of the set and its members, "
+          f"{[round(r, 4) for r in turned]}")  # fmt: skip
+    return figure
+
+
+def stream_scale() -> Figure:
+    """From two initial scales of all that writes to the stream, plain and with one angle for it."""
+    figure, axes = panels(3, 3.2)
+    for number, (name, control) in enumerate({"AdamW": False, "RotationControl": True}.items()):
+        for scale, style in ((1.0, "-"), (8.0, "--")):
+            callbacks = [RotationControl("equilibrium", unit="set")] if control else []
+            history = text_run(*callbacks, writers=scale, decay=0.1)
+            look = {"color": f"C{number}", "linestyle": style, "label": f"{name}, writers × {scale:g}"}
+            for one, tag in zip(
+                axes, (*(f"weights/{k}/{STREAM}" for k in ("unit_norm_rms", "rotation")), "loss"), strict=True
+            ):
+                draw(one, history, tag, **look)
+            print(f"read_stream_scale, {look['label']}: loss of the last 20 steps {history['loss'].iloc[-1]:.3f}")
+    for one, title in zip(
+        axes, (*(TITLES[key] for key in ("unit_norm_rms", "rotation")), "training loss"), strict=True
+    ):
+        one.set(title=title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    return figure
+
+
+def stream_shares() -> Figure:
+    """Shares of the square of the set's norm, from two weights of one function, and what they do to its curves."""
+    figure, axes = panels(3, 3.2)
+    cases = {"as initialized": 1.0, "o, down × 8; v, up / 8": 8.0}
+    for number, (title, factor) in enumerate(cases.items()):
+        history = text_run(branches=factor)
+        for index, name in enumerate(WRITERS):
+            tag, short = f"weights/set_share/{name}", name.removesuffix(".weight")
+            draw(axes[number], history, tag, color=f"C{index}", label=short)
+        draw(axes[2], history, f"weights/effective_lr/{STREAM}", color="k", linestyle=("-", "--")[number], label=title)
+        axes[number].set(title=f"set_share, {title}", ylim=(0.005, 1))
+        of_set = [f"weights/{key}/{STREAM}" for key in ("weight_norm", "rotation", "effective_lr", "equilibrium_ratio")]
+        for tag in (*of_set, *(c for c in history if "/set_share/" in c or "/balance/" in c)):
+            values = history[tag]
+            print(f"read_stream_shares, {title}: {tag} {values.iloc[0]:.3g} → {values.iloc[-1]:.3g}")
+    axes[2].set(title="effective_lr of the set")
+    axes[2].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    return figure
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     "demo": demo,
     "equivalent": equivalent,
@@ -392,6 +481,9 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "read_projected": lambda: by_layer(run(partial(sgd, decay=0.0), NormProjection())),
     "read_schedule": lambda: by_layer(run(cosine)),
     "read_not_invariant": without_norm,
+    "read_stream": stream,
+    "read_stream_scale": stream_scale,
+    "read_stream_shares": stream_shares,
 }
 
 

@@ -63,13 +63,14 @@ def watch(
         unit: ``"auto"``: the units that are scale-invariant, the whole tensor where none is, and neurons without a
             verdict; ``"neuron"``, ``"column"`` or ``"layer"``; ``"set"``, for a projector: units and sets.
         symmetries: From :func:`find_symmetries`: its sets are added, and what else is in these; for ``"set"``
-            without the weights that are scale-invariant only in one.
+            these and the weights that the verdict says are scale-invariant by themselves, and nothing else.
 
     Returns:
         What the trackers and the projector take. Each has a ``name`` and says whether it is ``invariant``.
 
     Raises:
-        ValueError: If a glob matches nothing, nothing is left, or ``unit="set"`` without ``symmetries``.
+        ValueError: If a glob matches nothing, nothing is left, or ``unit="set"`` without ``symmetries`` or where
+            nothing is scale-invariant.
 
     Examples:
         >>> [w.name for w in watch(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), exclude=["1.*"])]
@@ -82,7 +83,15 @@ def watch(
             raise ValueError("`symmetries` must be given for unit='set': pass find_symmetries(module, batch).")
         return watched
     sets, beside = watch_sets(watched, named, symmetries, verdict, exclude)
-    return units_and_sets(watched, sets) if unit == "set" else [*watched, *sets, *beside]
+    if unit != "set":
+        return [*watched, *sets, *beside]
+    found = [w for w in units_and_sets(watched, sets) if w.invariant]
+    if not found:
+        raise ValueError(
+            "`symmetries` must have a set of what is selected for unit='set', or `verdict` a weight that is "
+            "scale-invariant by itself, but there is neither. To hold norms all the same, use unit='layer'."
+        )
+    return found
 
 
 def tags(row: Row, prefix: str = _metrics.PREFIX) -> dict[str, float]:

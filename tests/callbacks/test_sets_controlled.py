@@ -22,6 +22,7 @@ from lightning_normreg import (
     Symmetries,
     find_symmetries,
 )
+from lightning_normreg.steps import Projector, watch
 from tests.callbacks.sets import ANGLE, DECAY, Stream, angle, fitted, flat, samples, writers
 from tests.symmetries._small_models import GPT, LLAMA, QWEN, VIT, Kind
 
@@ -106,6 +107,19 @@ def test_the_first_projection_keeps_the_logits(name: str) -> None:
             assert [float(flat(w, writers(kind, 1)).norm()) for w in (before, after)] == pytest.approx([held] * 2)
         model.load_state_dict(model.steps[0][0])
         assert float((logits(model) - expected).abs().max()) < 1e-10
+
+
+def test_without_a_trainer_nothing_but_sets_and_units_is_held() -> None:
+    """Without a verdict the set alone, at whatever norm: the logits stay, to roundoff. A tied head leaves none."""
+    model = made(LLAMA, AdamW)
+    expected = logits(model)
+    targets = watch(model, symmetries=symmetries(LLAMA), unit="set")
+    Projector(targets, 7.0).project(targets)
+    assert float(flat(model.whole(), writers(LLAMA, 1)).norm()) == pytest.approx(7.0)
+    assert float((logits(model) - expected).abs().max()) < 1e-10
+    tied = replace(LLAMA, tied=True)
+    with pytest.raises(ValueError, match="but there is neither"):
+        watch(made(tied, AdamW), symmetries=symmetries(tied), unit="set")
 
 
 @pytest.mark.parametrize("control", [NormProjection, partial(RotationControl, ANGLE, hold="mean")])
