@@ -11,6 +11,7 @@ from lightning_normreg._symmetries._layers import in_all_layers
 from lightning_normreg._symmetries._symmetry import Symmetries, Symmetry, whole_name
 from lightning_normreg._weights import RULED_BY_EPS, ParameterRole, Part, Verdict, Watched, listed, match, watch
 
+_STREAM, _SHOWN = "residual_stream", 6
 Named = Sequence[tuple[str, Parameter, ParameterRole]]
 _PART = re.compile(r"\[(?P<before>(?::,)*)(?P<start>\d+):(?P<stop>\d+)\]$")
 
@@ -30,7 +31,7 @@ def set_names(symmetries: Symmetries) -> dict[str, Symmetry]:
         if any(name.startswith("1 + ") for name in names):
             continue  # a gain of the form 1 + γ is not multiplied by multiplying γ
         number = f"_{streams.index(symmetry) + 1}" if len(streams) > 1 and symmetry in streams else ""
-        found[f"residual_stream{number}" if symmetry in streams else f"{names[0]}+{len(names) - 1}"] = symmetry
+        found[f"{_STREAM}{number}" if symmetry in streams else f"{names[0]}_and_{len(names) - 1}_more"] = symmetry
     return found
 
 
@@ -41,10 +42,11 @@ def _is_stream(symmetry: Symmetry, roles: Mapping[str, str]) -> bool:
 
 def sets_and_pairs(symmetries: Symmetries) -> list[str]:
     """Sentences about them; of layers of one kind once."""
-    said = [
-        f"{title}: {listed([*symmetry.exponents], 3)} are scale-invariant together."
-        for title, symmetry in set_names(symmetries).items()
-    ]
+    sets = {title: [*symmetry.exponents] for title, symmetry in set_names(symmetries).items()}
+    streams = [f"{title} ({listed(sets.pop(title), 3)})" for title in [*sets] if title.startswith(_STREAM)]
+    others = [listed([*dict.fromkeys(map(in_all_layers, names))], 3) for names in sets.values()]
+    together = "; ".join([*streams, *dict.fromkeys(others)][:_SHOWN])
+    said = [f"Scale-invariant together: {together}."] if together else []
     pairs: dict[str, int] = {}
     for symmetry in (s for s in symmetries.basis if s.kind == "pair"):
         sides = [[n for n, power in symmetry.exponents.items() if power == sign] for sign in (1, -1)]
@@ -52,7 +54,7 @@ def sets_and_pairs(symmetries: Symmetries) -> list[str]:
         pairs.setdefault(words, symmetry.blocks)
     if pairs:
         found = [words + (f" (each of {blocks} blocks)" if blocks > 1 else "") for words, blocks in pairs.items()]
-        said.append(f"Only the product counts of what may grow against what shrinks: {'; '.join(found[:6])}.")
+        said.append(f"Only the product counts of what may grow against what shrinks: {'; '.join(found[:_SHOWN])}.")
     return said
 
 

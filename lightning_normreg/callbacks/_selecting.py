@@ -74,11 +74,12 @@ class WeightCallback(StepCallback):
             return [], []
         symmetries, why = self._all_symmetries(trainer)
         if symmetries is None:
+            said = " ".join(why)  # nothing on a rank that is not to blame
             if self.unit == "set":
-                raise ValueError(f"`unit='set'` must know which tensors are scale-invariant together. {why[0]}")
+                raise ValueError(f"`unit='set'` must know which tensors are scale-invariant together. {said}")
             if not self._told:
                 self._told = True
-                rank_zero_info(why[0])
+                rank_zero_info(said)
             return [], []
         named = run_of(trainer).named
         return watch_sets(watched, named, symmetries, verdict, self.exclude)
@@ -89,20 +90,18 @@ class WeightCallback(StepCallback):
         Once optimizers have stepped, a named weight that is found not to be scale-invariant is skipped: a run that has
         come this far is not ended.
         """
-        if named and otherwise == "allow":  # then nothing has to wait
-            watched = self._selected(trainer, verdict)
-        else:
-            watched = self._known(trainer, verdict)
-            if self._waiting and not (any(w.invariant for w in watched) or (named and watched)):
-                return []
+        waits = not (named and otherwise == "allow")
+        watched = self._known(trainer, verdict) if waits else self._selected(trainer, verdict)
         if self.unit == "set":
             watched = units_and_sets(watched, self._sets(trainer, watched, verdict)[0])
-            if not named and verdict and not any(w.invariant for w in watched):
-                raise ValueError(
-                    "There must be something to act on, but no selected weights are scale-invariant, neither by "
-                    "themselves nor together. With a tied head the stream's writers are not: their size shows in the "
-                    "logits. Untie it, or use unit='layer' with `include` and on_not_invariant='allow'."
-                )
+        if waits and self._waiting and not (any(w.invariant for w in watched) or (named and watched)):
+            return []
+        if self.unit == "set" and not named and verdict and not any(w.invariant for w in watched):
+            raise ValueError(
+                "There must be something to act on, but no selected weights are scale-invariant, neither by themselves "
+                "nor together. With a tied head the stream's writers are not: their size shows in the logits. Untie "
+                "it, or use unit='layer' with `include` and on_not_invariant='allow'."
+            )
         if otherwise == "raise" and run_of(trainer).dispatcher.has_seen_updates:
             otherwise = "skip"
         return choose_targets(watched, verdict, named=named, otherwise=otherwise, callback=type(self).__name__)

@@ -99,7 +99,9 @@ def _first_and_last_table(history: pd.DataFrame) -> Table:
     table.add_column("layer", overflow="fold")
     for title in SHOWN:
         table.add_column(title, justify="right")
-    starts = [_metrics.tag(curve, "") for curve in (*SHOWN.values(), *_metrics.CURVES)]
+    starts = [
+        _metrics.tag(curve, "") for curve in (*SHOWN.values(), *(c for c in _metrics.CURVES if c.of == "parameter"))
+    ]
     layers = [c.removeprefix(start) for start in starts for c in history.columns if c.startswith(start)]
     for layer in dict.fromkeys(layers):
         cells = []

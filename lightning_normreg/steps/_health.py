@@ -21,7 +21,7 @@ EXPLODED = 100.0
 _SHORT = 0.1
 """Units that start shorter than this have grown, and not exploded, while they are no longer than EXPLODED times it."""
 
-SPIKE, LAST, FIRST = 5.0, 20, 10
+SPIKE, LAST, FIRST = 10.0, 20, 10
 """Times the median of the last logged steps that an update may be large, over so many of them, from so many on."""
 
 SIGNS = ("zero", "wild", "driven", "lost", "longest")

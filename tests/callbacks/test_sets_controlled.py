@@ -159,6 +159,20 @@ def test_what_cannot_be_held_as_a_set() -> None:
         fitted(Stream(LLAMA, depth=1), NormProjection(unit="set", exclude=["*embed*"]))
 
 
+def test_a_search_that_takes_too_long(caplog: pytest.LogCaptureFixture) -> None:
+    """Is not made: a monitor says so and goes on without sets, what is to hold a set says how to get the answer."""
+    model = Stream(LLAMA, depth=1)
+    for number in range(60):
+        setattr(model, f"extra_{number}", torch.nn.Linear(1 + number, 1))
+    with pytest.raises(ValueError, match=r"`unit='set'` must know .* passes. Write find_symmetries\(module, batch\)"):
+        fitted(model, NormProjection(unit="set"))
+    monitor = EffectiveLRMonitor()
+    with caplog.at_level("INFO"):
+        fitted(model, monitor)
+    assert caplog.text.count("was not asked, as that is") == 1
+    assert not [tag for tag in monitor.history() if "residual_stream" in tag]
+
+
 class Apart(Stream):
     """The embedding at another learning rate."""
 

@@ -32,10 +32,11 @@ def rows(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, list[str]
 
 @pytest.mark.parametrize("words", [["--model", "transformer"], ["--model=transformer"]])
 def test_the_transformer(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All its matrices are in the table, and none is scale-invariant by itself; other options are as ever."""
+    """All its matrices are in the table, none scale-invariant by itself, and a set that is; other options are as ever."""
     found = rows(capsys, *words, *SMALL, "--model.lr=0.02")
     matrices = {name for name, p in DemoTransformer(width=16).named_parameters() if p.ndim > 1}
-    assert found.keys() == matrices
+    assert found.keys() == {*matrices, "residual_stream"}
+    assert "→" in found.pop("residual_stream")[1]
     assert {cells[1] for cells in found.values()} == {"not scale-invariant"}
     (config,) = folder.rglob("config.yaml")
     assert yaml.safe_load(config.read_text())["model"]["lr"] == 0.02
