@@ -32,7 +32,7 @@ def rows(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, list[str]
 
 @pytest.mark.parametrize("words", [["--model", "transformer"], ["--model=transformer"]])
 def test_the_transformer(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All its matrices are in the table, none scale-invariant by itself, and a set that is; other options are as ever."""
+    """All its matrices are in the table, and a set, which alone is scale-invariant; other options are as ever."""
     found = rows(capsys, *words, *SMALL, "--model.lr=0.02")
     matrices = {name for name, p in DemoTransformer(width=16).named_parameters() if p.ndim > 1}
     assert found.keys() == {*matrices, "residual_stream"}
