@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from statistics import median
 from typing import Literal
@@ -59,8 +58,9 @@ class Health:
         self._silent = silent
         self._first: dict[str, tuple[float, float]] = {}
         self._told: set[str] = set()
-        self._sizes: dict[str, deque[float]] = {}
         self._spikes: dict[str, float] = {}
+        self.sizes: dict[str, list[float]] = {}
+        """Parameter → sizes of its last logged updates, over its learning rate and norm."""
         self.alarms: dict[str, str] = {}
         """Parameter → what is wrong with it; units that were zero from the start are not wrong."""
 
@@ -98,9 +98,9 @@ class Health:
 
     def spike(self, name: str, size: float) -> float | None:
         """The size of an update over its median at the last logged steps; None in the first of them."""
-        last = self._sizes.setdefault(name, deque(maxlen=LAST))
+        last = self.sizes.get(name, [])
         usual = median(last) if len(last) >= FIRST else 0.0
-        last.append(size)
+        self.sizes[name] = [*last, size][-LAST:]
         if not usual > 0:
             return None
         if size > SPIKE * usual and "update spike" not in self.alarms.get(name, ""):

@@ -169,15 +169,15 @@ class RotationTracker(Tracker):
         return table.totals((smoothed / table.column(weights)).sqrt() / counts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Sizes of gradients, which are smoothed over steps."""
-        return super().state_dict() | {
-            "powers": {name: (power.cpu(), weight) for name, (power, weight) in self._powers.items()}
-        }
+        """Sizes of gradients, which are smoothed over steps, and of the last updates."""
+        powers = {name: (power.cpu(), weight) for name, (power, weight) in self._powers.items()}
+        return super().state_dict() | {"powers": powers, "sizes": dict(self.health.sizes)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from them."""
         super().load_state_dict(state)
         self._powers |= state.get("powers", {})
+        self.health.sizes |= state.get("sizes", {})
 
     def _explain(self, name: str, values: dict[Curve, float]) -> None:
         super()._explain(name, values)

@@ -161,9 +161,7 @@ LINE = r"exclude=\[…the head…\], on_not_invariant='allow'\)\."
 
 def test_a_language_model(caplog: Any) -> None:
     """Refused by default, with the line that corrects it all the same: its steps by hand, but for head and gains."""
-    with pytest.raises(
-        ValueError, match=rf"as in most transformers\. .* To let the decay .* CorrectedDecay\({LINE}"
-    ):
+    with pytest.raises(ValueError, match=rf"as in most transformers\. .* To let the decay .* CorrectedDecay\({LINE}"):
         trainer(CorrectedDecay()).fit(Llama(), WORDS)
     net, callback = Llama(), CorrectedDecay(exclude=["*lm_head*"], on_not_invariant="allow")
     with caplog.at_level("INFO"):

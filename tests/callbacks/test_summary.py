@@ -62,6 +62,8 @@ def test_sentences_have_the_right_numbers() -> None:
         f"{invariant / (invariant + rest):.0%} of what you decay is scale-invariant: there decay only sets the "
         "learning rate.",
         "Scale-invariant together: norm1.weight, norm1.bias.",
+        "Only the product counts of what may grow against what shrinks: norm2.weight, norm2.bias against head.weight "
+        "(each of 4 blocks).",
         "Decay of 0.1 on 3 tensors trains this network like decay of 0.1 on 2 tensors (norm2.weight, norm2.bias); the "
         "rest of it is a learning-rate schedule.",
         "With these gains decayed by 0.1 as well it would be 2 times as much.",
