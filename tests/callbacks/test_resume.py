@@ -98,7 +98,8 @@ def test_state_is_of_plain_types(tmp_path: Any) -> None:
     states = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["callbacks"]
     mine = {key.partition("{")[0]: state for key, state in states.items() if "include" in key}
     assert set(mine["NormProjection"]["initial"]) == {"conv1.weight", "up.weight"}
-    assert len(mine["EffectiveLRMonitor"]["sums"]) == 3 * 3 + 2 * 3  # 3 curves of 3 layers, 2 summaries of 3
+    # 3 curves of 3 layers, 2 summaries of 3, and the timescales of 2 groups.
+    assert len(mine["EffectiveLRMonitor"]["sums"]) == 3 * 3 + 2 * 3 + 2
     assert set(mine["EffectiveLRMonitor"]["first"]) == {"conv1.weight", "up.weight"}
 
 
