@@ -44,17 +44,17 @@ class EmbeddingRows(StepSubscriber):
             weight = part.weight if isinstance(part, nn.Embedding) else None
             w = named.get(weight) if isinstance(weight, nn.Parameter) else None
             if w is not None:
-                self._handles.append(part.register_forward_pre_hook(self._counter(w.name, w.shape[0])))
+                self._handles.append(part.register_forward_pre_hook(self._counter(part, w.name)))
+                self._counts[w.name] = torch.zeros(w.shape[0], device=w.parameter.device)
                 if all(row.name != w.name for row in self._rows):
                     self._rows.append(Watched(w.name, w.parameter, w.role, (Part("neuron"),)))
         self._by_parameter = by_parameter(self._rows)
 
-    def _counter(self, name: str, rows: int) -> Callable[..., None]:
+    def _counter(self, own: nn.Module, name: str) -> Callable[..., None]:
         def count(part: nn.Module, args: tuple[Any, ...]) -> None:
-            if part.training and args and isinstance(args[0], Tensor):
+            # A copy of the module, on which something is tried out, has the hook as well.
+            if part is own and part.training and args and isinstance(args[0], Tensor):
                 ids = args[0].detach().flatten()
-                if name not in self._counts:
-                    self._counts[name] = torch.zeros(rows, device=ids.device)
                 self._counts[name].index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
 
         disabled: Callable[..., None] = torch.compiler.disable(count)  # type: ignore[no-untyped-call]
@@ -76,9 +76,10 @@ class EmbeddingRows(StepSubscriber):
         rotations = look.table.split(look.lengths.rotation())
         places = {w.key: place for place, w in enumerate(look.table.watched)}
         for w in self._rows:
-            if w.key not in places or w.name not in self._counts:
+            if w.key not in places:
                 continue
-            counts = self._counts.pop(w.name)
+            counts = self._counts[w.name]
+            self._counts[w.name] = torch.zeros_like(counts)
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(counts)
             usual = torch.where(counts > 0, counts, torch.nan).nanmedian()
