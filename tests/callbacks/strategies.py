@@ -131,10 +131,13 @@ def count_collectives() -> Counter[str]:
 
 
 def _callbacks(verdict: Any, optimizer: str, unit: Any, project: str) -> list[Any]:
+    # What is asked has reductions of its own, which are not to be counted.
+    symmetries: Any = "auto" if project == "asked" else None
     callbacks: list[Any] = [
-        WeightNormMonitor(invariance=verdict, unit=unit),
+        WeightNormMonitor(invariance=verdict, symmetries=symmetries, unit=unit),
         EffectiveLRMonitor(
             invariance=verdict,
+            symmetries=symmetries,
             unit=unit,
             gradient=True,
             equilibrium=unit == "auto",
