@@ -149,9 +149,7 @@ class Symmetries:
             fields["basis"] = tuple(_read(entry, fields["tensors"]) for entry in fields["basis"])
             return Symmetries(**fields)
         except FileNotFoundError:
-            raise FileNotFoundError(
-                f"`symmetries` must be a file of Symmetries.save; there is no {where}."
-            ) from None
+            raise FileNotFoundError(f"`symmetries` must be a file of Symmetries.save; there is no {where}.") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"Scaling symmetries must be as Symmetries.save writes them, but {where} is not ({error}). Write it "
