@@ -20,19 +20,23 @@ def set_names(symmetries: Symmetries) -> dict[str, Symmetry]:
     """The sets that one factor can multiply, by names to read.
 
     ``residual_stream`` where a set holds an embedding, or the same tensor of several layers, numbered if there are more
-    of them; else the first of its tensors and how many more there are. Sets with unequal exponents are left out: they
-    are no unit with a norm.
+    of them; else the first of its tensors and how many more there are. Sets with unequal exponents are left out, as
+    they are no unit with a norm, and those with a gain of the form 1 + γ, which is not multiplied by multiplying γ.
     """
-    found: dict[str, Symmetry] = {}
-    sets = [s for s in symmetries.basis if s.kind == "set" and set(s.exponents.values()) == {1}]
-    streams = [s for s in sets if _is_stream(s, symmetries.roles)]
-    for symmetry in sets:
-        names = [*symmetry.exponents]
-        if any(name.startswith("1 + ") for name in names):
-            continue  # a gain of the form 1 + γ is not multiplied by multiplying γ
-        number = f"_{streams.index(symmetry) + 1}" if len(streams) > 1 and symmetry in streams else ""
-        found[f"{_STREAM}{number}" if symmetry in streams else f"{names[0]}_and_{len(names) - 1}_more"] = symmetry
-    return found
+    sets = [
+        symmetry
+        for symmetry in symmetries.basis
+        if symmetry.kind == "set" and {*symmetry.exponents.values()} == {1}
+        if not any(name.startswith("1 + ") for name in symmetry.exponents)
+    ]
+    titles = [_title(symmetry, symmetries.roles) for symmetry in sets]
+    numbers = [f"_{titles[: i + 1].count(title)}" if titles.count(title) > 1 else "" for i, title in enumerate(titles)]
+    return {title + number: s for title, number, s in zip(titles, numbers, sets, strict=True)}
+
+
+def _title(symmetry: Symmetry, roles: Mapping[str, str]) -> str:
+    first, *others = symmetry.exponents
+    return _STREAM if _is_stream(symmetry, roles) else f"{first}_and_{len(others)}_more"
 
 
 def _is_stream(symmetry: Symmetry, roles: Mapping[str, str]) -> bool:
@@ -45,8 +49,8 @@ def sets_and_pairs(symmetries: Symmetries) -> list[str]:
     sets = {title: [*symmetry.exponents] for title, symmetry in set_names(symmetries).items()}
     streams = [f"{title} ({listed(sets.pop(title), 3)})" for title in [*sets] if title.startswith(_STREAM)]
     others = [listed([*dict.fromkeys(map(in_all_layers, names))], 3) for names in sets.values()]
-    together = "; ".join([*streams, *dict.fromkeys(others)][:_SHOWN])
-    said = [f"Scale-invariant together: {together}."] if together else []
+    together = [*streams, *dict.fromkeys(others)]
+    said = [f"Scale-invariant together: {_few(together)}."] if together else []
     pairs: dict[str, int] = {}
     for symmetry in (s for s in symmetries.basis if s.kind == "pair"):
         sides = [[n for n, power in symmetry.exponents.items() if power == sign] for sign in (1, -1)]
@@ -54,8 +58,13 @@ def sets_and_pairs(symmetries: Symmetries) -> list[str]:
         pairs.setdefault(words, symmetry.blocks)
     if pairs:
         found = [words + (f" (each of {blocks} blocks)" if blocks > 1 else "") for words, blocks in pairs.items()]
-        said.append(f"Only the product counts of what may grow against what shrinks: {'; '.join(found[:_SHOWN])}.")
+        said.append(f"Only the product counts of what may grow against what shrinks: {_few(found)}.")
     return said
+
+
+def _few(found: Sequence[str]) -> str:
+    more = len(found) - _SHOWN
+    return "; ".join([*found[:_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def watch_sets(

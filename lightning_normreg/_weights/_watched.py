@@ -86,7 +86,7 @@ class Watched:
         return [p for m in self.members for p in m.tensors()] if self.members else [self.parameter, *self.joined]
 
     def shapes(self) -> list[torch.Size]:
-        """Of the whole parameter, or of the parameters in a set, of which parts are counted as parts."""
+        """Of the whole parameter, or of all the parameters in a set."""
         return [shape for m in self.members for shape in m.shapes()] if self.members else [self.shape]
 
     def entries(self) -> int:

@@ -214,7 +214,8 @@ class EffectiveLRMonitor(Monitor):
             self._equilibria.update(row, optimizers_of(trainer), self._step, later)
         for one in (self._rows, self._unrounded):
             for name, rotations in ({} if one is None else one.collect()).items():
-                row.setdefault(name, {}).update(rotations)
+                if name in row:  # else the update was not made
+                    row[name].update(rotations)
         for values in row.values():  # what only the prediction needs
             values.pop(_metrics.UNIT_NORM_RMS, None)
             values.pop(GRADIENT_AT_NORM_1, None)

@@ -19,6 +19,30 @@ from lightning_normreg.steps._subscriber import StepSubscriber
 CLASSES = (_metrics.ROTATION_NEVER, _metrics.ROTATION_SELDOM, _metrics.ROTATION_OFTEN)
 
 
+class _Counter:
+    """Counts what an embedding looks up; in a copy of the module, or a saved one, it is a hook that does nothing."""
+
+    def __init__(self, counts: dict[str, Tensor], name: str) -> None:
+        self._counts, self._name = counts, name
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, part: nn.Module, args: tuple[Any, ...]) -> None:
+        if part.training and args and isinstance(args[0], Tensor):
+            ids = args[0].detach().flatten()
+            self._counts[self._name].index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_counter, ()
+
+
+def _no_counter() -> Callable[..., None]:
+    return _count_nothing
+
+
+def _count_nothing(part: nn.Module, args: tuple[Any, ...]) -> None:
+    pass
+
+
 class EmbeddingRows(StepSubscriber):
     """Root mean square rotation of the rows that were looked up never, seldom and often since the last look.
 
@@ -44,21 +68,11 @@ class EmbeddingRows(StepSubscriber):
             weight = part.weight if isinstance(part, nn.Embedding) else None
             w = named.get(weight) if isinstance(weight, nn.Parameter) else None
             if w is not None:
-                self._handles.append(part.register_forward_pre_hook(self._counter(part, w.name)))
                 self._counts[w.name] = torch.zeros(w.shape[0], device=w.parameter.device)
+                self._handles.append(part.register_forward_pre_hook(_Counter(self._counts, w.name)))
                 if all(row.name != w.name for row in self._rows):
                     self._rows.append(Watched(w.name, w.parameter, w.role, (Part("neuron"),)))
         self._by_parameter = by_parameter(self._rows)
-
-    def _counter(self, own: nn.Module, name: str) -> Callable[..., None]:
-        def count(part: nn.Module, args: tuple[Any, ...]) -> None:
-            # A copy of the module, on which something is tried out, has the hook as well.
-            if part is own and part.training and args and isinstance(args[0], Tensor):
-                ids = args[0].detach().flatten()
-                self._counts[name].index_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
-
-        disabled: Callable[..., None] = torch.compiler.disable(count)  # type: ignore[no-untyped-call]
-        return disabled
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Ask for what the step does to the rows."""

@@ -36,7 +36,7 @@ class Formulas:
         if watched.members and self.family.name in _BY_TENSOR:
             raise ValueError(f"{self.family.name!r} scales the step of each tensor by its own norm, so a set has none.")
         units = watched.units()
-        shapes = [(shape[0], shape.numel() // shape[0]) for shape in watched.shapes()]
+        shapes = [(shape[:1].numel(), shape[1:].numel()) for shape in watched.shapes()]  # a scalar is 1 × 1
         shape = tuple(shapes) if watched.members else shapes[0]
         given = {"gradient_norm": gradient, "entries": watched.entries() / units, "shape": shape}
         names = [name for name in self.family.settings if name not in ("lr", "weight_decay")]

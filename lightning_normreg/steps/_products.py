@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 from torch.optim import Optimizer
 
-from lightning_normreg._symmetries import Symmetries, Symmetry
-from lightning_normreg._weights import ParameterRole, Part, Table, Watched, is_sharded, local, share
+from lightning_normreg._symmetries import Symmetries, Symmetry, whole_name
+from lightning_normreg._weights import ParameterRole, is_flat, is_sharded
+from lightning_normreg.functional._norms import rescaled_norms
 from lightning_normreg.steps._subscriber import StepSubscriber
 
 Named = Sequence[tuple[str, Parameter, ParameterRole]]
@@ -44,7 +45,7 @@ class Products(StepSubscriber):
     r"""Products :math:`\sqrt{\sum_b\lVert(A\gamma)_b\rVert^2\lVert(B\gamma)_b\rVert^2}` of pairs before an update.
 
     b are the blocks, as heads, for each of which the pair may be rescaled by itself, and γ is the gain that both
-    tensors read, if there is one. Only pairs whose product no symmetry changes have one.
+    tensors read, if there is one. Only pairs whose product no symmetry changes have one, and none that is sharded.
 
     Args:
         symmetries: All scaling symmetries.
@@ -55,73 +56,56 @@ class Products(StepSubscriber):
     def __init__(self, symmetries: Symmetries, named: Named, is_due: Callable[[int], bool]) -> None:
         super().__init__()
         self._is_due = is_due
-        self._parameters = {name: (p, role) for name, p, role in named}
-        matrix, places = symmetries.matrix(), {name: i for i, name in enumerate(symmetries.tensors)}
-        self._pairs: list[tuple[Pair, str | None]] = []
+        self._parameters = {name: p for name, p, _ in named if not is_sharded(p) and not is_flat(p)}
+        self._pairs = []
         for pair in pairs_of(symmetries):
-            gain = self._gain(symmetries, pair)
-            powers = torch.zeros(len(places), dtype=matrix.dtype)
-            powers[[places[pair.first], places[pair.second]]] = 1.0
-            if gain is not None:
-                powers[places[gain]] = 2.0
-            mine = [self._parameters[name.removeprefix("1 + ")][0] for name in self._names(pair, gain)]
-            if not (powers @ matrix).any() and not any(map(is_sharded, mine)):
+            gain = _gain(symmetries, pair)
+            names = [pair.first, pair.second, *([] if gain is None else [gain[0]])]
+            powers = {name: 2 if gain is not None and name == gain[0] else 1 for name in names}
+            stays = not any(sum(c.exponents.get(n, 0) * p for n, p in powers.items()) for c in symmetries.basis)
+            known = {whole_name(name) for name in names} <= self._parameters.keys()
+            if stays and known and (gain is None or all(map(self._fits, names[:2], [gain] * 2))):
                 self._pairs.append((pair, gain))
-        self._tables: dict[int, tuple[list[Pair], Table]] = {}
         self._found: dict[str, Tensor] = {}
 
-    @staticmethod
-    def _names(pair: Pair, gain: str | None) -> list[str]:
-        return [pair.first, pair.second, *([] if gain is None else [gain])]
+    def _fits(self, name: str, gain: tuple[str, Symmetry]) -> bool:
+        """Whether there is an entry of the gain for each slice of a tensor."""
+        dim = gain[1].dims.get(name)
+        return dim is not None and self._parameters[name].shape[dim] == self._parameters[whole_name(gain[0])].numel()
 
-    def _gain(self, symmetries: Symmetries, pair: Pair) -> str | None:
-        """What multiplies the inputs of both, entry by entry."""
-        for symmetry in symmetries.basis:
-            signs = [name for name, power in symmetry.exponents.items() if power > 0]
-            both = symmetry.exponents.get(pair.first) == symmetry.exponents.get(pair.second) == -1
-            if symmetry.kind == "pair" and both and len(signs) == 1 and symmetry.blocks > 1:
-                return signs[0]
-        return None
-
-    def _table(self, index: int, optimizer: Optimizer) -> tuple[list[Pair], Table] | None:
-        if index not in self._tables:
-            updated = {p for group in optimizer.param_groups for p in group["params"]}
-            pairs = [pair for pair, _ in self._pairs if self._parameters[pair.first][0] in updated]
-            if not pairs:
-                return None
-            both = [self._blocks(name, pair.symmetry) for pair in pairs for name in (pair.first, pair.second)]
-            self._tables[index] = pairs, Table(both)
-        return self._tables[index]
-
-    def _blocks(self, name: str, symmetry: Symmetry) -> Watched:
-        parameter, role = self._parameters[name]
-        dim = symmetry.dims.get(name, 0)
-        size = parameter.shape[dim] // symmetry.blocks
-        return Watched(name, parameter, role, (Part(size if symmetry.blocks > 1 else "layer", dim),))
-
+    @torch.no_grad()
     def before_step(self, index: int, optimizer: Optimizer) -> None:
         """Measure, on the device."""
-        if not self._is_due(index) or (made := self._table(index, optimizer)) is None:
+        if not self._is_due(index):
             return
-        pairs, table = made
-        gains = {name: gain for pair, gain in self._pairs for name in (pair.first, pair.second)}
+        updated = {p for group in optimizer.param_groups for p in group["params"]}
+        for pair, gain in self._pairs:
+            if self._parameters[pair.first] in updated:
+                both = [self._norms(name, pair.symmetry, gain) for name in (pair.first, pair.second)]
+                self._found[pair.name] = torch.linalg.vector_norm(both[0] * both[1])
 
-        def times_gain(parameter: Parameter) -> Tensor:
-            name = next(w.name for w in table.watched if w.parameter is parameter)
-            gain = gains[name]
-            if gain is None:
-                return local(parameter)
-            factor = self._parameters[gain.removeprefix("1 + ")][0]
-            return local(parameter) * (factor + 1 if gain.startswith("1 + ") else factor)
-
-        (squares,) = share([(table, table.squares(lambda p: times_gain(p).detach(), wholes=False))], everywhere=False)
-        columns = table.split(squares[0])
-        for number, pair in enumerate(pairs):
-            first, second = columns[2 * number : 2 * number + 2]
-            self._found[pair.name] = (first * second).sum().sqrt()
+    def _norms(self, name: str, pair: Symmetry, gain: tuple[str, Symmetry] | None) -> Tensor:
+        """Of each block, with the gain."""
+        tensor = self._parameters[name].detach()
+        if gain is not None:
+            factor = self._parameters[whole_name(gain[0])] + float(gain[0] != whole_name(gain[0]))
+            shape = [1] * tensor.ndim
+            shape[gain[1].dims[name]] = -1
+            tensor = tensor * factor.view(shape)
+        return rescaled_norms(tensor.movedim(pair.dims.get(name, 0), 0).reshape(pair.blocks, -1))
 
     def collect(self) -> dict[str, float]:
         """Read the products back, and forget them."""
         names, values = [*self._found], [*self._found.values()]
         self._found = {}
         return dict(zip(names, torch.stack(values).tolist(), strict=True)) if values else {}
+
+
+def _gain(symmetries: Symmetries, pair: Pair) -> tuple[str, Symmetry] | None:
+    """What multiplies the inputs of both tensors entry by entry: its name, and how they are rescaled against it."""
+    for symmetry in symmetries.basis:
+        gains = [name for name, power in symmetry.exponents.items() if power > 0]
+        both = symmetry.exponents.get(pair.first) == symmetry.exponents.get(pair.second) == -1
+        if symmetry.kind == "pair" and both and len(gains) == 1 and symmetry.blocks > 1:
+            return gains[0], symmetry
+    return None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -82,6 +85,31 @@ def test_rows_are_parted_by_how_often_they_were_looked_up(every: int, seed: int)
     assert not model.net.embed._forward_pre_hooks
 
 
+class Kept(Stream):
+    """Copied and saved in the middle of a run, and used: the copy looks up one word many times."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """With the module's hooks on."""
+        super().on_before_optimizer_step(optimizer)
+        file = io.BytesIO()
+        torch.save(self.net, file)
+        file.seek(0)
+        for other in (copy.deepcopy(self.net), torch.load(file, weights_only=False)):
+            other(torch.zeros(50, 5, dtype=torch.long))
+
+
+def test_copies_of_an_embedding_are_not_counted() -> None:
+    """Nor do counters keep a module from being saved: the curves are those of a run without copies."""
+    histories = []
+    for kind in (Stream, Kept):
+        torch.manual_seed(0)
+        monitor = EffectiveLRMonitor(every_n_steps=1, symmetries=None, also=["rows"])
+        fitted(kind(depth=1), monitor)
+        histories.append(monitor.history())
+    assert "weights/rotation_often/net.embed.weight" in histories[0]
+    assert histories[0].equals(histories[1])
+
+
 def test_the_timescale_of_decay_is_a_share_of_the_run() -> None:
     """1/(lr·decay) = 1000 steps, of 4 planned ones; heavy ball repeats what decay takes off 1/(1 − β) times."""
     for make, gain in ((AdamW, 1.0), (lambda *a, **k: SGD(*a, momentum=0.9, **k), 10.0)):
@@ -112,6 +140,15 @@ def test_a_spike_is_told_once(seed: int) -> None:
     assert all(math.isnan(spike) for spike in spikes[:10])
     assert max(spikes[10:13]) < 5
     assert spikes[13] > 20
+    history = monitor.history()
+    for step in range(10, len(spikes)):  # from the logged rotations and rates themselves
+        ratios = []
+        for tag in (tag for tag in history if tag.startswith("weights/rotation/")):
+            rates = history[tag.replace("/rotation/", "/effective_lr_not_invariant/")]
+            sizes = (history[tag] / rates).tolist()
+            ratios.append(sizes[step] / statistics.median(sizes[max(0, step - 20) : step]))
+        found = [history[f"weights/layers/rotation_spike_{what}"][step] for what in ("min", "median", "max")]
+        assert found == pytest.approx([min(ratios), statistics.median(ratios), max(ratios)], rel=1e-5)
 
 
 class Narrow(Stream):
@@ -153,5 +190,31 @@ def test_looking_without_rounding_changes_nothing() -> None:
         torch.manual_seed(0)
         model = Narrow(depth=1).bfloat16()
         fitted(model, EffectiveLRMonitor(every_n_steps=1, symmetries=None, also=also, on_unhealthy="ignore"))  # type: ignore[arg-type]
+        ends.append(model.state_dict())
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+class Around(torch.optim.Optimizer):
+    """Steps the optimizer inside of it, as lookahead does."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+        self.param_groups = inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """The inner one's."""
+        return self.inner.step(closure)
+
+
+def test_of_a_wrapper_the_inner_step_alone_is_tried() -> None:
+    """Its own step would move the weights a second time: they are bit for bit those of a run without looking."""
+    ends = []
+    for also in ([], ["rounding"]):
+        torch.manual_seed(0)
+        model = Narrow(depth=1, make=lambda p, **_: Around(AdamW(p, lr=LR))).bfloat16()
+        monitor = EffectiveLRMonitor(every_n_steps=1, symmetries=None, also=also, on_unhealthy="ignore")  # type: ignore[arg-type]
+        with pytest.warns(UserWarning, match="is not known"):
+            fitted(model, monitor)
         ends.append(model.state_dict())
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())

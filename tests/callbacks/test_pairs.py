@@ -66,6 +66,12 @@ def test_products_are_what_no_symmetry_changes() -> None:
         size = len(moved.net.blocks[0].q.weight) // HEADS
         moved.net.blocks[0].q.weight[:size] *= 3
         moved.net.blocks[0].k.weight[:size] /= 3
+        # And of one channel: the final gain and what reads it, or the first one with its queries, keys and values.
+        for gain, readers in ((moved.net.norm, [moved.net.head]), (moved.net.blocks[0].norm1, "qkv")):
+            gain.weight[1] *= 5
+            for reader in readers:
+                part = getattr(moved.net.blocks[0], reader) if isinstance(reader, str) else reader
+                part.weight[:, 1] /= 5
     batch = next(iter(samples()))
     with torch.no_grad():
         assert float((moved(batch) - made()(batch)).abs().max()) < 1e-12
