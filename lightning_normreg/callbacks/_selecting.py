@@ -97,6 +97,12 @@ class WeightCallback(StepCallback):
         if waits and self._waiting and not (any(w.invariant for w in watched) or (named and watched)):
             return []
         if self.unit == "set" and not named and verdict and not any(w.invariant for w in watched):
+            if ruled := [w.name for w in watched if w.members]:
+                raise ValueError(
+                    f"There must be something to act on, but {listed(ruled, 5)} is scale-invariant only where eps is "
+                    "negligible, and at the present weights its share is above 10 %. Use a smaller eps, or larger "
+                    "initial weights."
+                )
             raise ValueError(
                 "There must be something to act on, but no selected weights are scale-invariant, neither by themselves "
                 "nor together. With a tied head the stream's writers are not: their size shows in the logits. Untie "

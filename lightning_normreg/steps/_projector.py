@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normreg._optimizers import group_of, update_rule
-from lightning_normreg._weights import Table, Watched, counted, listed, norms_of, share
+from lightning_normreg._weights import Table, Watched, counted, in_words, listed, norms_of, share
 from lightning_normreg.functional._projection import check_radius
 from lightning_normreg.steps._step_hooks import by_parameter, of_mine
 from lightning_normreg.steps._subscriber import Phase, StepSubscriber
@@ -144,15 +144,14 @@ class Projector(StepSubscriber):
         for optimizer in optimizers:
             mine = {t.name for t in self.optimized([optimizer])}
             rules = [(t, update_rule(optimizer, group_of(optimizer, t.parameter))) for t in targets if t.name in mine]
-            ratios = [
-                distances[target.name] ** rule.exponent for target, rule in rules if rule is not None and rule.exponent
-            ]
-            ratios = [r for r in ratios if r > 0 and math.isfinite(r)]
+            moved = {t: distances[t.name] ** rule.exponent for t, rule in rules if rule is not None and rule.exponent}
+            moved = {target: ratio for target, ratio in moved.items() if ratio > 0 and math.isfinite(ratio)}
+            ratios = [*moved.values()]
             if ratios and max(abs(r - 1) for r in ratios) > 1e-3:
                 spread = [f"{ratio:.3g}" for ratio in (min(ratios), median(ratios), max(ratios))]
                 by = f"factors of {spread[0]} (min), {spread[1]} (median), {spread[2]} (max)"
                 rank_zero_info(
-                    f"NormProjection puts {counted(len(ratios), 'weight')} at the radius, which changes the "
+                    f"NormProjection puts {in_words([*moved])} at the radius, which changes the "
                     f"recipe: effective learning rates under {type(optimizer).__name__} change by "
                     f"{by if len(set(spread)) > 1 else f'a factor of {spread[0]}'}, and from now on "
                     "the learning-rate schedule is the rotation schedule. radius='initial' changes neither."

@@ -20,6 +20,7 @@ from lightning_normreg import (
     NormProjection,
     RotationControl,
     Symmetries,
+    WeightNormMonitor,
     find_symmetries,
 )
 from lightning_normreg.steps import Projector, watch
@@ -157,6 +158,42 @@ def test_what_cannot_be_held_as_a_set() -> None:
         fitted(Stream(LLAMA, depth=1), NormProjection(unit="set", include=["*head*", "*embed*"]))
     with pytest.raises(ValueError, match="neither by themselves nor together"):
         fitted(Stream(LLAMA, depth=1), NormProjection(unit="set", exclude=["*embed*"]))
+
+
+def test_a_set_that_eps_rules_and_one_with_a_scalar() -> None:
+    """The first is refused for its eps, not called something else; the second has its curves, under another name."""
+    found = symmetries(LLAMA)
+    (stream,) = (s for s in found.basis if s.kind == "set")
+    others = tuple(s for s in found.basis if s is not stream)
+    ruled = replace(found, basis=(replace(stream, eps_share=0.2), *others))
+    with pytest.raises(ValueError, match="residual_stream is scale-invariant only where eps is negligible"):
+        fitted(Stream(LLAMA, depth=1), NormProjection(unit="set", symmetries=ruled))
+
+    class Scaled(Stream):
+        def __init__(self) -> None:
+            super().__init__(LLAMA, depth=1)
+            self.net.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, batch: Tensor) -> Tensor:
+            return super().forward(batch) + 0 * self.net.scale
+
+    names = ("net.embed.weight", "net.scale", "net.blocks.0.q.weight[0:4]")
+    with_scalar = replace(stream, exponents=dict.fromkeys(names, 1))
+    given = replace(found, basis=(stream, with_scalar, *others), tensors=(*found.tensors, *names[1:]))
+    model, monitor, norms = Scaled().double(), EffectiveLRMonitor(symmetries=given), WeightNormMonitor(symmetries=given)
+    fitted(model, monitor, norms)
+    assert "weights/equilibrium_norm/residual_stream_2" in monitor.history()
+    for (before, after), row, norm in zip(
+        model.steps, monitor.history().to_dict("records"), norms.history().to_dict("records"), strict=True
+    ):
+        a, b = (
+            torch.cat(
+                [w["net.embed.weight"].flatten(), w["net.scale"].flatten(), w["net.blocks.0.q.weight"][:4].flatten()]
+            )
+            for w in (before, after)
+        )
+        assert norm["weights/weight_norm/residual_stream_2"] == pytest.approx(float(a.norm()), rel=1e-12)
+        assert row["weights/rotation/residual_stream_2"] == pytest.approx(angle(a, b), rel=1e-10)
 
 
 def test_a_search_that_takes_too_long(caplog: pytest.LogCaptureFixture) -> None:
