@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lightning_normreg._param_groups import decay_groups as decay_groups
     from lightning_normreg._param_groups import rescale_ as rescale_
     from lightning_normreg._plot import plot_curves as plot_curves
+    from lightning_normreg._reports import Plan as Plan
+    from lightning_normreg._reports import plan as plan
     from lightning_normreg._symmetries import ReducedDecay as ReducedDecay
     from lightning_normreg._symmetries import Symmetries as Symmetries
     from lightning_normreg._symmetries import Symmetry as Symmetry
@@ -39,6 +41,7 @@ _ROOMS = {
     "_optimizers": "register_update_rule",
     "_param_groups": "DecayFreeLR DecayGroupsMixin accept_rescaled decay_groups rescale_",
     "_plot": "plot_curves",
+    "_reports": "Plan plan",
     "_symmetries": (
         "ReducedDecay Symmetries Symmetry find_scale_invariance find_symmetries load_verdict reduce_decay save_verdict"
     ),

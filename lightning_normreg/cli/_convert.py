@@ -1,42 +1,31 @@
-"""``lightning-normreg convert``: a recipe with decay as one without, and back."""
+"""``lightning-normreg plan --as``: a recipe with decay as one without, and back."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from rich.table import Table
 
 from lightning_normreg.cli._errors import ArgumentRefused, refusals_of
 from lightning_normreg.cli._parser import Parser, add_optional, console, parser_of
-from lightning_normreg.cli._recipe import OF_THE_UNIT, Recipe, converted, read_recipe, to_plain
+from lightning_normreg.cli._recipe import Form, Recipe, converted, to_plain
+from lightning_normreg.cli._recipe_arguments import add_recipe_arguments, given_recipe
 from lightning_normreg.functional import equilibrium_half_life, equilibrium_rotation, matched_lr
 from lightning_normreg.functional._families import FAMILIES
 from lightning_normreg.functional._recipes import EXPONENTS
 
-_SETTINGS = ("momentum", "dampening", "nesterov", "betas")
-_HELP = {
-    "momentum": "β of SGD and Muon.",
-    "dampening": "τ of SGD.",
-    "nesterov": "Whether SGD's momentum is Nesterov's.",
-    "betas": "β₁ and β₂ of Adam, Lion and their kin.",
-    "entries": "Entries of a unit: of one neuron under BatchNorm, of the whole weight under LayerNorm.",
-    "gradient_norm": "Norm of a unit's gradient times its own norm, for SGD and for decay that goes into the gradient.",
-    "shape": "Of the matrix, for Muon.",
-}
-_TYPES: dict[str, type] = {"nesterov": bool, "betas": list[float], "shape": list[int]}
-
 
 def convert(args: list[str]) -> None:
-    """Rewrite a recipe with weight decay as one with projection or a schedule, or back."""
+    """Rewrite a recipe with weight decay in another form, or back."""
     parser = _parser()
     options = parser.parse_args(args)
     try:
-        recipe = _given(options)
-        with refusals_of("to"):
-            found = converted(recipe, options.to, options.radius)
+        to = options["as"]
+        recipe = given_recipe(options, to)
+        with refusals_of("as"):
+            found = converted(recipe, to, options.radius)
         matched = _matched(recipe, found, options.norm)
     except ArgumentRefused as error:
         parser.error(str(error))
@@ -53,56 +42,6 @@ def convert(args: list[str]) -> None:
         print(yaml.safe_dump(config, sort_keys=False), end="")
 
 
-# Arguments that would be left unused.
-_UNUSED = {"projection": ("decayed_lr",), "schedule": ("decayed_lr", "radius"), "decay": ()}
-
-
-def _given(options: Any) -> Recipe:
-    """The recipe of a file, or that of the arguments."""
-    for key in _UNUSED[options.to]:
-        if options[key] is not None:
-            raise ArgumentRefused(key, f"it means nothing with --to {options.to}. Leave it out.")
-    for key in ("steps", "steps_per_epoch"):
-        if options[key] is not None and options[key] < 1:
-            raise ArgumentRefused(key, f"it must be positive, got {options[key]}.")
-    settings = {key: options[key] for key in _SETTINGS if options[key] is not None}
-    unit = {key: options[key] for key in OF_THE_UNIT if options[key] is not None}
-    wanted = {"lr": options.decayed_lr, "weight_decay": options.weight_decay} if options.to == "decay" else {}
-    undo = {key: value for key, value in wanted.items() if value is not None}
-    recipe = _from_arguments(options) if options.recipe is None else _from_file(options)
-    if recipe.form == "projection" and options.to == "decay" and options.weight_decay is not None:
-        raise ArgumentRefused("weight_decay", "that is what is looked for. Leave it out, or give --decayed_lr.")
-    return replace(recipe, settings=recipe.settings | settings, unit=recipe.unit | unit, undo=recipe.undo | undo)
-
-
-def _from_file(options: Any) -> Recipe:
-    with refusals_of("recipe"):
-        for key in ("optimizer", "lr", "radius" if options.to == "decay" else "weight_decay"):
-            if options[key] is not None:
-                raise ValueError(f"it says {key} itself. Leave --{key} out, or the file.")
-        read = read_recipe(options.recipe, options.steps, options.steps_per_epoch)
-        if read.form == "decay" and options.to == "schedule" and not isinstance(read.lr, list):
-            raise ValueError("a schedule has a rate for each step. Say by --steps how many.")
-    return read
-
-
-def _from_arguments(options: Any) -> Recipe:
-    needed = {"projection": ["weight_decay"], "schedule": ["weight_decay", "steps"], "decay": []}[options.to]
-    for key in ("optimizer", "lr", *needed):
-        if options[key] is None:
-            raise ArgumentRefused(key, "it is needed, or a file by --recipe.")
-    lr: float | list[float] = options.lr if options.steps is None else [options.lr] * options.steps
-    if options.to != "decay":
-        return Recipe("decay", options.optimizer, lr, options.weight_decay)
-    if options.radius is not None:
-        return Recipe("projection", options.optimizer, lr, radius=options.radius)
-    if options.steps is None or options.weight_decay is None:
-        raise ArgumentRefused(
-            "to", "decay is made of a projection, with --radius, or of a schedule, with --steps and --weight_decay."
-        )
-    return Recipe("schedule", options.optimizer, lr)
-
-
 def _matched(recipe: Recipe, found: Recipe, norm: float | None) -> float | None:
     """Learning rate under projection that makes the very next step of decay, from a norm that has not settled."""
     if norm is None:
@@ -111,7 +50,7 @@ def _matched(recipe: Recipe, found: Recipe, norm: float | None) -> float | None:
         sums = recipe.settings.get("momentum") if recipe.family == "sgd" else None
         if found.form != "projection" or found.radius is None or recipe.family not in EXPONENTS or sums:
             raise ValueError(
-                "it goes with --to projection, for SGD without momentum, AdamW, NAdam with decoupled decay, Lion and "
+                "it goes with --as projection, for SGD without momentum, AdamW, NAdam with decoupled decay, Lion and "
                 "Muon: for others there is no exact conversion."
             )
         exponent = EXPONENTS[recipe.family]
@@ -150,10 +89,10 @@ def _words(before: Recipe, after: Recipe, matched: float | None) -> list[str]:
     settings = decay.arguments() | {"lr": decay.rate(), "weight_decay": decay.weight_decay}
     rotation = equilibrium_rotation(decay.family, **settings)
     noise = f"{100 * FAMILIES[decay.family].tolerance:.0f} %"
-    reason = (
-        f"Decay lets a unit settle where it turns by {rotation:.4g} rad per step, and holds it there. A projection to "
-        "this radius turns it as far, from the first step on."
-    )
+    does = "A projection to this radius turns it as far, from the first step on."
+    if "angle" in (before.form, after.form):
+        does = "RotationControl turns it by this angle from the first step on, whatever its norm."
+    reason = f"Decay lets a unit settle where it turns by {rotation:.4g} rad per step, and holds it there. {does}"
     said = [reason, *said]
     try:
         half = equilibrium_half_life(decay.family, **settings)
@@ -167,8 +106,8 @@ def _words(before: Recipe, after: Recipe, matched: float | None) -> list[str]:
     if "entries" in decay.unit:
         said.append(f"The radius is that of units of {decay.unit['entries']:g} entries: others settle elsewhere.")
     said.append(
-        "Under a schedule the rotation is proportional to lr under projection, and to its square root under slow "
-        "decay: take the root of the schedule's factors."
+        "Under a schedule the rotation is proportional to lr under projection and where lr is the angle, and to its "
+        "square root under slow decay: take the root of the schedule's factors."
     )
     if matched is not None:
         said.append(
@@ -207,35 +146,27 @@ def _config(found: Recipe) -> dict[str, Any] | None:
     config: dict[str, Any] = {"optimizer": {"class_path": found.optimizer, "init_args": made}}
     if found.form == "schedule":
         config["lr_scheduler"] = {"class_path": "DecayFreeLR"}
+    elif found.form == "angle":
+        config["rotation"] = {"angle": "lr"}
     elif found.radius is not None:
         config["projection"] = {"radius": found.radius}
     return config
 
 
 def _parser() -> Parser:
-    parser = parser_of("convert", "A recipe with weight decay as one with projection or a schedule, or back.")
+    parser = parser_of("plan", "A recipe with weight decay in another form, or back.")
     parser.add_argument(
-        "--to",
-        type=Literal["projection", "schedule", "decay"],
+        "--as",
+        type=Form,
         required=True,
-        help="What to make: projection to a radius, a learning rate for each step, or decay again.",
+        help="What to make: projection to a radius, a learning rate for each step, an angle per step for "
+        "RotationControl, or decay again.",
     )
-    recipe = parser.add_argument_group("recipe", "That of the optimizer, as its class calls it.")
-    add_optional(recipe, "recipe", str, "FILE", "YAML of fit, or JSON by convert --json.")
-    add_optional(recipe, "optimizer", str, "NAME", "Class, such as AdamW, or family.")
-    for key in ("lr", "weight_decay"):
-        add_optional(recipe, key, float, "X", f"Its {key}.")
-    for key in _SETTINGS:
-        add_optional(recipe, key, _TYPES.get(key, float), "X", _HELP[key])
-    units = parser.add_argument_group("unit", "For projection: what the equilibrium of this optimizer depends on.")
-    for key in OF_THE_UNIT:
-        add_optional(units, key, _TYPES.get(key, float), "X", _HELP[key])
+    add_recipe_arguments(parser)
     other = parser.add_argument_group("the other recipe")
     add_optional(other, "radius", float, "X", "Of the projection.")
     norm_help = "That a unit has now: gives the rate at which projection makes the next step exactly."
     add_optional(other, "norm", float, "X", norm_help)
     add_optional(other, "decayed_lr", float, "X", "lr to have with decay again.")
-    add_optional(other, "steps", int, "N", "Of the schedule.")
-    add_optional(other, "steps_per_epoch", int, "N", "For one by epochs.")
     parser.add_argument_group("output").add_argument("--json", action="store_true", help="JSON with all digits.")
     return parser

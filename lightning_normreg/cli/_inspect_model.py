@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect as introspection
+from abc import abstractmethod
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -44,25 +46,30 @@ _TRAINER = {
 }
 
 
-def inspect_model(words: list[str]) -> None:
+def inspect_model(words: list[str], kind: type[Inspection] | None = None) -> None:
+    """Build a model as ``fit`` would, and look at it by ``kind``."""
     base: Any = NormRegCLI.of(namespace_of(None, words))
-    type("InspectCLI", (_Inspection, base), {})(args=["fit", *words], save_config_callback=None)
+    type("InspectCLI", (kind or Inspection, base), {})(args=["fit", *words], save_config_callback=None)
 
 
-class _Inspection(Commands):
+class Inspection(Commands):
     """To be mixed into a :class:`NormRegCLI`: its ``fit`` looks, and does not train."""
 
+    command = "inspect"
+    kept: Collection[str] = ()  # settings of the Trainer that count
+    add_output = staticmethod(add_output_arguments)
+    look: type[Look]
     _checkpoint: Checkpoint | None = None
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Let errors name the command as it was called."""
         super().setup_parser(*args, **kwargs)
-        self._subcommand_parsers["fit"].prog = self.parser.prog = f"{PROGRAM} inspect"
+        self._subcommand_parsers["fit"].prog = self.parser.prog = f"{PROGRAM} {self.command}"
 
     def add_core_arguments_to_parser(self, parser: Any) -> None:
         """Those of ``fit``, and of the output."""
         super().add_core_arguments_to_parser(parser)
-        add_output_arguments(parser)
+        self.add_output(parser)
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse, and read the checkpoint before Lightning does."""
@@ -74,7 +81,7 @@ class _Inspection(Commands):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer that writes nothing."""
         known = introspection.signature(self.trainer_class).parameters
-        quiet = {key: value for key, value in _TRAINER.items() if key in known}
+        quiet = {key: value for key, value in _TRAINER.items() if key in known and key not in self.kept}
         if str(self._settings("config_init")["trainer"].get("precision")).endswith("mixed"):
             quiet["precision"] = "32-true"  # that of the weights
         return super().instantiate_trainer(**{**quiet, **kwargs})
@@ -82,30 +89,40 @@ class _Inspection(Commands):
     def _run_subcommand(self, subcommand: str) -> None:
         options = self._settings("config_init")
         with refusals_of("invariance"):
-            look = _Look(options["invariance"], self._checkpoint)
+            look = self.look(options["invariance"], self._checkpoint)
         with refusals_of("symmetries"):
-            look.symmetries = None if options["symmetries"] is None else Symmetries.load(options["symmetries"])
+            look.known = None if options["symmetries"] is None else Symmetries.load(options["symmetries"])
         trainer: Any = self.trainer
+        look.beside = [c for c in trainer.callbacks if isinstance(c, StepCallback)]
         trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, NormProjection)] + [look]
-        with suppress(_Seen):
+        with suppress(Seen):
             trainer.fit(self.model, datamodule=self.datamodule)
-        if look.report is None:
+        if not look.seen:
             raise ArgumentRefused("data", "it has no batch to train on. Give data whose train_dataloader is not empty.")
-        show(look.report, options)
+        look.show(options)
 
 
-class _Seen(Exception):
+class Seen(Exception):
     """Ends a run before its first step."""
 
 
-class _Look(StepCallback):
+class Look(StepCallback):
     """Makes the report when all other callbacks have begun, and ends the run."""
 
     def __init__(self, invariance: str | None, checkpoint: Checkpoint | None) -> None:
         super().__init__(invariance)
         self._checkpoint = checkpoint
-        self.symmetries: Symmetries | None = None
-        self.report: Report | None = None
+        self.known: Symmetries | None = None
+        self.beside: list[StepCallback] = []  # callbacks of this package that the run would have
+        self.seen = False
+
+    @abstractmethod
+    def look(self, trainer: pl.Trainer, verdict: Verdict, known: Symmetries | None) -> None:
+        """Note what is to be shown; ``known`` are symmetries that were given, or are in the checkpoint."""
+
+    @abstractmethod
+    def show(self, options: Any) -> None:
+        """Print it."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the weights and the state of the optimizers where they belong."""
@@ -129,12 +146,24 @@ class _Look(StepCallback):
             ) from error
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, verdict: Verdict) -> None:
-        known = self.symmetries
+        known = self.known
         if known is None and self._checkpoint is not None:
             known = self._checkpoint.symmetries
         if known is not None:
             with refusals_of("symmetries"):
                 known.check_names(name for name, _, _ in run_of(trainer).named)
+        self.look(trainer, verdict, known)
+        self.seen = True
+        raise Seen
+
+
+class _LookAtNextStep(Look):
+    """For ``inspect``: norms, and the next step."""
+
+    _report: Report | None = None
+
+    def look(self, trainer: pl.Trainer, verdict: Verdict, known: Symmetries | None) -> None:
+        """Make the report."""
         summary, meaning = summary_of(trainer, verdict, known)
         rows, blanks = inspect_parameters(run_of(trainer).named, _owners(trainer), verdict, held_norms(trainer))
         more = {
@@ -143,10 +172,17 @@ class _Look(StepCallback):
             for r in summary
         }
         of = "" if self._checkpoint is None else f" of a checkpoint: {self._checkpoint.about}"
-        self.report = Report(
+        self._report = Report(
             rows, [" ".join(meaning), *blanks], verdict, f"The next step{of}", [summary_table(summary)], more
         )
-        raise _Seen
+
+    def show(self, options: Any) -> None:
+        """Print it."""
+        assert self._report is not None
+        show(self._report, options)
+
+
+Inspection.look = _LookAtNextStep
 
 
 def _owners(trainer: pl.Trainer) -> dict[str, SavedGroup]:

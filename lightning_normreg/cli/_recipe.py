@@ -1,6 +1,6 @@
 """A recipe of learning rate, decay and projection, and its conversions, as plain data.
 
-It is read from a YAML of ``fit``, or from what ``convert --json`` has written.
+It is read from a YAML of ``fit``, or from what ``plan --as ... --json`` has written.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_normreg._optimizers import UpdateRule, named_rules
 from lightning_normreg.cli._schedulers import MakeScheduler, natural_interval
-from lightning_normreg.functional import suggest_decay, suggest_projection, with_decay, without_decay
+from lightning_normreg.functional import (
+    equilibrium_rotation,
+    suggest_decay,
+    suggest_projection,
+    with_decay,
+    without_decay,
+)
 from lightning_normreg.functional._families import FAMILIES
 from lightning_normreg.functional._recipes import EXPONENTS
 
-Form = Literal["decay", "projection", "schedule"]
+Form = Literal["projection", "schedule", "angle", "decay"]
 OF_THE_UNIT = ("entries", "gradient_norm", "shape")
 _COMMON = ("lr", "weight_decay")
 _LEFT_OUT = ("params", *_COMMON, "foreach", "fused", "capturable", "differentiable", "maximize")
@@ -32,11 +38,11 @@ _LEFT_OUT = ("params", *_COMMON, "foreach", "fused", "capturable", "differentiab
 
 @dataclass(frozen=True)
 class Recipe:
-    """How scale-invariant weights are trained: with decay, projected, or by a learning rate for each step."""
+    """How scale-invariant weights are trained: with decay, projected, by a rate for each step, or by an angle."""
 
     form: Form
     optimizer: str  # class, or family of functional.equilibrium_norm
-    lr: float | list[float]  # one for all steps, or one for each
+    lr: float | list[float]  # one for all steps, or one for each; of an angle, radians
     weight_decay: float = 0.0
     radius: float | None = None  # of the projection
     settings: dict[str, Any] = field(default_factory=dict)  # others of the optimizer; a momentum per step if it varies
@@ -86,6 +92,15 @@ def converted(recipe: Recipe, to: Form, radius: float | None = None) -> Recipe:
         found = suggest_projection(recipe.family, radius=radius, lr=lr, weight_decay=decay, **recipe.arguments())
         undo = {"weight_decay": decay, "lr": lr}
         return replace(recipe, form=to, lr=found.lr, weight_decay=0.0, radius=found.radius, undo=undo)
+    if to == "angle":
+        if isinstance(recipe.lr, list):
+            raise ValueError(
+                "a schedule has an angle for each step. Keep the recipe as it is, and train with "
+                "--rotation.angle equilibrium, which follows it."
+            )
+        lr, decay = recipe.lr, recipe.weight_decay
+        angle = equilibrium_rotation(recipe.family, lr=lr, weight_decay=decay, **recipe.arguments())
+        return replace(recipe, form=to, lr=angle, weight_decay=0.0, undo={"weight_decay": decay, "lr": lr})
     if to == "schedule":
         plain = without_decay(recipe.family, recipe.rates(), recipe.weight_decay, **_momentum(recipe))
         settings = recipe.settings | ({"momentum": plain.momenta} if recipe.family == "sgd_decoupled" else {})
@@ -95,12 +110,8 @@ def converted(recipe: Recipe, to: Form, radius: float | None = None) -> Recipe:
         return replace(
             recipe, form=to, lr=plain.lrs, weight_decay=0.0, settings=settings, scales=plain.scales, undo=undo
         )
-    if recipe.form == "projection":
-        if recipe.radius is None:
-            raise ValueError("a projection has a radius. Give it by --radius.")
-        lr, decayed = recipe.rate(), recipe.undo.get("lr", recipe.rate())
-        decay = suggest_decay(recipe.family, radius=recipe.radius, lr=lr, decayed_lr=decayed, **recipe.arguments())
-        return replace(recipe, form=to, lr=decayed, weight_decay=decay, radius=None, undo={})
+    if recipe.form != "schedule":
+        return _with_decay(recipe)
     decay = recipe.undo.get("weight_decay", 0.0)
     back = with_decay(recipe.family, recipe.rates(), decay, **_momentum(recipe))
     momenta = {"momentum": back.momenta[0]} if recipe.family == "sgd_decoupled" and back.momenta else {}
@@ -108,7 +119,21 @@ def converted(recipe: Recipe, to: Form, radius: float | None = None) -> Recipe:
     return replace(recipe, form=to, lr=back.lrs, weight_decay=decay, settings=settings, scales=back.scales, undo={})
 
 
-_OTHERS = {"decay": "projection or a schedule", "projection": "decay", "schedule": "decay"}
+def _with_decay(recipe: Recipe) -> Recipe:
+    """Decay that settles at the radius of a projection, or turns by the angle."""
+    if recipe.form == "projection" and recipe.radius is None:
+        raise ValueError("a projection has a radius. Give it by --radius.")
+    if recipe.form == "angle" and "lr" not in recipe.undo:
+        raise ValueError("an angle is made decay at some learning rate. Give it by --decayed_lr.")
+    lr, decayed = recipe.rate(), recipe.undo.get("lr", recipe.rate())
+    goal: dict[str, Any] = {"radius": recipe.radius, "lr": lr, "decayed_lr": decayed}
+    if recipe.form == "angle":
+        goal = {"rotation": lr, "lr": decayed}
+    decay = suggest_decay(recipe.family, **goal, **recipe.arguments())
+    return replace(recipe, form="decay", lr=decayed, weight_decay=decay, radius=None, undo={})
+
+
+_OTHERS = {"decay": "projection, a schedule or an angle", "projection": "decay", "schedule": "decay", "angle": "decay"}
 
 
 def _momentum(recipe: Recipe) -> dict[str, Any]:
@@ -124,7 +149,7 @@ def to_plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def read_recipe(path: str, steps: int | None, steps_per_epoch: int | None) -> Recipe:
-    """What a YAML of ``fit``, whose schedule is followed for so many steps, or a JSON of ``convert`` says."""
+    """What a YAML of ``fit``, whose schedule is followed for so many steps, or a JSON of ``plan --as`` says."""
     text = Path(path).read_text(encoding="utf-8")
     try:
         content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
@@ -137,7 +162,7 @@ def read_recipe(path: str, steps: int | None, steps_per_epoch: int | None) -> Re
     known = {f.name for f in fields(Recipe)}
     wrong = sorted(set(content) - known) or sorted({"form", "optimizer", "lr"} - set(content))
     if wrong or content["form"] not in _OTHERS:
-        raise ValueError(f"it is no recipe by convert --json: look at {', '.join(wrong) or 'form'}.")
+        raise ValueError(f"it is no recipe by plan --as ... --json: look at {', '.join(wrong) or 'form'}.")
     return Recipe(**content)
 
 
@@ -168,6 +193,12 @@ def _of_config(config: Mapping[str, Any], steps: int | None, steps_per_epoch: in
         if not isinstance(radius, int | float):
             raise ValueError(f"projection.radius: a number is needed, got {radius!r}.")
         return Recipe("projection", name, rates, 0.0, float(radius), own)
+    rotation = config.get("rotation")
+    if isinstance(rotation, Mapping) or rotation is True:
+        angle = rotation.get("angle", "lr") if isinstance(rotation, Mapping) else "lr"
+        if angle == "equilibrium":
+            return Recipe("decay", name, rates, decay, None, own)
+        return Recipe("angle", name, rates if angle == "lr" else float(angle), 0.0, None, own)
     return Recipe("decay", name, rates, decay, None, own)
 
 

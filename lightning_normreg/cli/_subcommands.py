@@ -6,7 +6,7 @@ import textwrap
 
 PROGRAM = "lightning-normreg"
 
-COMMANDS = {"demo": "_demo", "inspect": "_inspect", "plot": "_plot", "convert": "_convert"}
+COMMANDS = {"demo": "_demo", "inspect": "_inspect", "plot": "_plot", "plan": "_plan"}
 """Those that are not LightningCLI's, and the file of each: a function of that name takes the arguments. None of them is
 imported to show the list."""
 
@@ -18,7 +18,7 @@ SUMMARIES = {
     "demo": "Train a small network on embedded data and show what happened to its layers.",
     "inspect": "Show the norms and effective learning rates of a model or a checkpoint, without training.",
     "plot": "Draw the curves of one run, or of several side by side, on one page.",
-    "convert": "Rewrite a recipe with weight decay as one with projection or a schedule, or back.",
+    "plan": "Predict norms and rotations of a run before it starts, or rewrite its recipe.",
 }
 """What each subcommand does, in a line."""
 
@@ -48,10 +48,15 @@ EXAMPLES = {
         "--model DemoConvNet --data DigitsDataModule --save verdict.json",
         _TRAINED,
     ],
-    "convert": [
-        "--to projection --optimizer AdamW --lr 1e-3 --weight_decay 0.1 --entries 576",
-        "--to decay --optimizer AdamW --lr 1e-3 --radius 1.0 --entries 576",
-        "--to schedule --optimizer SGD --lr 0.1 --weight_decay 5e-4 --momentum 0.9 --steps 1000",
+    "plan": [
+        f"{_DEMO} --optimizer AdamW --optimizer.weight_decay 1 --output plan.png",
+        f"{_DEMO} --optimizer AdamW --optimizer.weight_decay 1 --for timescale=2 --save plan.json",
+        f"{_RUN}/checkpoints/epoch=1-step=40.ckpt --optimizer AdamW --betas [0.9,0.95] --lr 0.01 --weight_decay 1 "
+        "--steps 400",
+        "--as projection --optimizer AdamW --lr 1e-3 --weight_decay 0.1 --entries 576",
+        "--as decay --optimizer AdamW --lr 1e-3 --radius 1.0 --entries 576",
+        "--as schedule --optimizer SGD --lr 0.1 --weight_decay 5e-4 --momentum 0.9 --steps 1000",
+        "--as angle --optimizer AdamW --lr 1e-3 --weight_decay 0.1",
     ],
 }
 """Arguments by subcommand. Those with a checkpoint need the first command of ``fit`` to have been run."""

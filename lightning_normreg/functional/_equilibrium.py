@@ -220,17 +220,25 @@ def suggest_projection(family: FamilyName, *, radius: float | None = None, **set
 
 
 def suggest_decay(
-    family: FamilyName, *, radius: float, lr: float, decayed_lr: float | None = None, **settings: Any
+    family: FamilyName,
+    *,
+    lr: float,
+    radius: float | None = None,
+    rotation: float | None = None,
+    decayed_lr: float | None = None,
+    **settings: Any,
 ) -> float:
-    r"""Weight decay whose equilibrium turns a unit per step as far as projection to a radius does.
+    r"""Weight decay whose equilibrium turns a unit per step as far as projection to a radius does, or by an angle.
 
-    The inverse of :func:`suggest_projection`: the λ for which :math:`N_*(\eta,\lambda)=R\,(\eta/\eta_R)^{1/p}`, where
-    :math:`\eta_R` is the learning rate under projection. Found by bisection of :math:`\log\lambda`, down to rounding.
+    With ``radius`` the inverse of :func:`suggest_projection`: the λ for which
+    :math:`N_*(\eta,\lambda)=R\,(\eta/\eta_R)^{1/p}`, where :math:`\eta_R` is the learning rate under projection. With
+    ``rotation`` that of :func:`equilibrium_rotation`. Found by bisection of :math:`\log\lambda`, down to rounding.
 
     Args:
         family: Which optimizer, see :func:`equilibrium_norm`.
+        lr: :math:`\eta_R`, positive; with ``rotation`` the learning rate that the recipe with decay has.
         radius: R, norm at which units are held, positive.
-        lr: :math:`\eta_R`, positive.
+        rotation: Angle per step, in radians, in place of the radius.
         decayed_lr: η that the recipe with decay is to have; by default ``lr``.
         **settings: See :func:`equilibrium_norm`, without ``lr`` and ``weight_decay``.
 
@@ -238,36 +246,46 @@ def suggest_decay(
         Weight decay λ, positive.
 
     Raises:
-        TypeError: For a setting that the family does not have, or one that it lacks.
+        TypeError: For a setting that the family does not have, or one that it lacks, and unless one of ``radius`` and
+            ``rotation`` is given.
         ValueError: For a setting out of its range or one missing where needed, a family without equilibrium norm, LAMB,
-            and where no decay with η·λ below 1 leads to that norm.
+            and where no decay with η·λ below 1 leads to that norm or angle.
 
     Examples:
         >>> round(suggest_decay("adam_decoupled", radius=1.0, lr=0.000707, decayed_lr=1e-3, entries=400), 4)
         0.0999
+        >>> round(suggest_decay("adam_decoupled", rotation=0.003245, lr=1e-3), 4)
+        0.1
 
     Reference:
         Derived here from :func:`equilibrium_norm`.
     """
+    if (radius is None) == (rotation is None):
+        raise TypeError("`radius` or `rotation` must be given, and not both.")
     rate = lr if decayed_lr is None else decayed_lr
-    for name, value in (("radius", radius), ("lr", lr), ("decayed_lr", rate)):
-        check(name, value, POSITIVE)
+    wanted = ("radius", radius) if rotation is None else ("rotation", rotation)
+    for name, value in (wanted, ("lr", lr), ("decayed_lr", rate)):
+        check(name, float(value or 0.0), POSITIVE)
     weak = _WEAKEST / rate
-    exponent = settled(family, settings | {"lr": rate, "weight_decay": weak}).exponent
-    suggest_projection(family, lr=rate, weight_decay=weak, **settings)  # refuses what has no such recipe
-    norm = radius * (rate / lr) ** (1 / exponent)
+    exponent = settled(family, settings | {"lr": rate, "weight_decay": weak}, norm=rotation is None).exponent
+    if radius is not None:
+        suggest_projection(family, lr=rate, weight_decay=weak, **settings)  # refuses what has no such recipe
+        norm = radius * (rate / lr) ** (1 / exponent)
 
     def is_weak(decay: float) -> bool:
         try:
+            if rotation is not None:
+                return equilibrium_rotation(family, lr=rate, weight_decay=decay, **settings) < rotation
             return bool(suggest_projection(family, lr=rate, weight_decay=decay, **settings).radius > norm)
         except ValueError:  # too strong to leave anything of the weight
             return False
 
     low, high = math.log(weak), -math.log(rate)
     if not is_weak(weak) or is_weak(math.exp(high) * (1 - 1e-12)):
+        kind, stands = ("a norm", f", which stands for {norm:g}") if rotation is None else ("an angle", "")
         raise ValueError(
-            f"`radius` must be a norm that a decay with {_WEAKEST:g} < lr·weight_decay < 1 settles at, got {radius:g}, "
-            f"which stands for {norm:g} at lr {rate:g}. Use another `radius` or `decayed_lr`."
+            f"`{wanted[0]}` must be {kind} that a decay with {_WEAKEST:g} < lr·weight_decay < 1 settles at, got "
+            f"{wanted[1]:g}{stands} at lr {rate:g}. Use another `{wanted[0]}` or `decayed_lr`."
         )
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if is_weak(math.exp(middle)) else (low, middle)

@@ -50,7 +50,11 @@ class Formulas:
         if self.family.settles:
             curves[_metrics.EQUILIBRIUM_NORM] = self.norm(rates)
             curves[_metrics.EQUILIBRIUM_HALF_LIFE] = self.half_life(rates)
-        return curves, functional.predicted_rotation(self.family.name, norm * self._scale, **self._with(rates))
+        return curves, self.turn(norm, rates)
+
+    def turn(self, norm: float, rates: Rates) -> float:
+        """Rotation of a step from a given norm."""
+        return functional.predicted_rotation(self.family.name, norm * self._scale, **self._with(rates))
 
     def rotation(self, rates: Rates) -> float:
         """Rotation per step at the equilibrium of a learning rate and decay."""

@@ -54,7 +54,7 @@ FAMILIES = {
 
 def convert(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     """What ``--json`` gives, also kept in a file for the way back."""
-    cli.main(["convert", *words, "--json"])
+    cli.main(["plan", *words, "--json"])
     text = capsys.readouterr().out
     Path("recipe.json").write_text(text)
     found: dict[str, Any] = json.loads(text)
@@ -74,15 +74,15 @@ def test_projection_and_back(key: str, radius: float | None, capsys: pytest.Capt
     lr, decay, name = 1e-3, 0.02, key.split(maxsplit=1)[0]
     given = [f"--optimizer={name}", *words]
     more = [] if radius is None else [f"--radius={radius}"]
-    found = convert(capsys, "--to=projection", f"--lr={lr}", f"--weight_decay={decay}", *given, *more)
+    found = convert(capsys, "--as=projection", f"--lr={lr}", f"--weight_decay={decay}", *given, *more)
     family: Any = FAMILIES[key]
     expected = suggest_projection(family, radius=radius, lr=lr, weight_decay=decay, **settings)
     assert (found["radius"], found["lr"], found["weight_decay"]) == (*expected, 0.0)
-    back = convert(capsys, "--to=decay", "--recipe=recipe.json")
+    back = convert(capsys, "--as=decay", "--recipe=recipe.json")
     assert (back["lr"], back["weight_decay"]) == pytest.approx((lr, decay), rel=ROUNDING)
     assert (back["form"], back.get("radius")) == ("decay", None)
     numbers = [f"--radius={found['radius']!r}", f"--lr={found['lr']!r}", f"--decayed_lr={lr!r}"]
-    alone = convert(capsys, "--to=decay", *given, *numbers)
+    alone = convert(capsys, "--as=decay", *given, *numbers)
     assert alone["weight_decay"] == pytest.approx(decay, rel=ROUNDING)
     radius_lr = {"radius": found["radius"], "lr": found["lr"], "decayed_lr": lr}
     assert alone["weight_decay"] == suggest_decay(family, **radius_lr, **settings)
@@ -104,13 +104,13 @@ def test_schedule_and_back(
     """Every rate, momentum and scale as the functions give them; then the constant rate again."""
     family: Any = {"SGD": "sgd", "AdamW": "adam_decoupled", "Muon": "muon"}.get(name, name)
     lr, decay, steps = 0.05, 0.01, 300
-    given = ["--to=schedule", f"--optimizer={name}", f"--lr={lr}", f"--weight_decay={decay}", f"--steps={steps}"]
+    given = ["--as=schedule", f"--optimizer={name}", f"--lr={lr}", f"--weight_decay={decay}", f"--steps={steps}"]
     found = convert(capsys, *given, *words)
     expected = without_decay(family, [lr] * steps, decay, **sums)
     assert (found["lr"], found["scales"], found["weight_decay"]) == (expected.lrs, expected.scales, 0.0)
     if name == "sgd_decoupled":
         assert found["settings"]["momentum"] == expected.momenta
-    back = convert(capsys, "--to=decay", "--recipe=recipe.json")
+    back = convert(capsys, "--as=decay", "--recipe=recipe.json")
     assert back["lr"] == pytest.approx([lr] * steps, rel=ROUNDING)
     assert back["weight_decay"] == decay
     if sums:
@@ -119,7 +119,7 @@ def test_schedule_and_back(
 
 def test_a_decay_for_a_schedule_without_one(capsys: pytest.CaptureFixture[str]) -> None:
     """From flags: a constant rate without decay as one with, of a decay that is asked for."""
-    found = convert(capsys, "--to=decay", "--optimizer=SGD", "--lr=0.1", "--weight_decay=0.5", "--steps=3")
+    found = convert(capsys, "--as=decay", "--optimizer=SGD", "--lr=0.1", "--weight_decay=0.5", "--steps=3")
     assert found["lr"] == with_decay("sgd", [0.1] * 3, 0.5).lrs
 
 
@@ -140,7 +140,7 @@ def test_from_a_yaml(interval: str, nested: bool, capsys: pytest.CaptureFixture[
     config = CONFIG | {"lr_interval": interval}
     Path("fit.yaml").write_text(yaml.safe_dump({"fit": config} if nested else config))
     steps = 20
-    found = convert(capsys, "--to=schedule", "--recipe=fit.yaml", f"--steps={steps}", "--steps_per_epoch=2")
+    found = convert(capsys, "--as=schedule", "--recipe=fit.yaml", f"--steps={steps}", "--steps_per_epoch=2")
     time = [t if interval == "step" else t // 2 for t in range(steps)]
     rates = [0.1 * (1 + math.cos(math.pi * t / 10)) / 2 for t in time]
     # The schedule's recursion loses digits where it passes 0.
@@ -162,14 +162,14 @@ def test_from_a_yaml(interval: str, nested: bool, capsys: pytest.CaptureFixture[
 def test_yaml_that_is_printed_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     """What people are told to write in fit's YAML is the converted recipe, and is converted back."""
     words = ["--optimizer=AdamW", "--lr=1e-3", "--weight_decay=0.1", "--entries=576"]
-    cli.main(["convert", "--to=projection", *words])
+    cli.main(["convert", "--as=projection", *words])
     out = capsys.readouterr().out
     printed = out.partition("For fit --config:\n")[2]
     Path("fit.yaml").write_text(printed)
     radius = suggest_projection("adam_decoupled", lr=1e-3, weight_decay=0.1, entries=576).radius
     assert yaml.safe_load(printed)["projection"]["radius"] == radius
     assert f"{radius:.6g}" in out
-    back = convert(capsys, "--to=decay", "--recipe=fit.yaml", "--entries=576")
+    back = convert(capsys, "--as=decay", "--recipe=fit.yaml", "--entries=576")
     assert back["weight_decay"] == pytest.approx(0.1, rel=ROUNDING)
     assert "turns by 0.003245 rad per step" in out  # √(2ηλ(1 − β)/(1 + β))
     assert "half-way to in 3466 steps" in out  # ln 2 / (2ηλ)
@@ -178,7 +178,7 @@ def test_yaml_that_is_printed_is_read(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_next_step_from_another_norm(capsys: pytest.CaptureFixture[str]) -> None:
     """Off equilibrium the rate is matched to the norm that the weight has."""
     found = convert(
-        capsys, "--to=projection", "--optimizer=AdamW", "--lr=1e-3", "--weight_decay=0.1", "--entries=9",
+        capsys, "--as=projection", "--optimizer=AdamW", "--lr=1e-3", "--weight_decay=0.1", "--entries=9",
         "--radius=2", "--norm=5",
     )  # fmt: skip
     assert found["matched_lr"] == matched_lr(1e-3, 0.1, norm=2.0, decayed_norm=5.0, exponent=1)
@@ -190,31 +190,31 @@ SGD = ["--optimizer=SGD", "--lr=0.1", "--weight_decay=0.01"]
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--to=projection", *SGD[1:]], "optimizer: it is needed"),
-        (["--to=projection", *SGD[:2]], "weight_decay: it is needed"),
-        (["--to=schedule", *SGD], "steps: it is needed"),
-        (["--to=schedule", *SGD, "--steps=0"], "steps: it must be positive, got 0"),
-        (["--to=projection", *SGD], "to: `gradient_norm` must be given"),
-        (["--to=projection", *SGD, "--gradient_norm=-1"], "to: `gradient_norm` must be positive"),
-        (["--to=projection", "--optimizer=Adafactor", *SGD[1:]], "has no equilibrium norm"),
-        (["--to=projection", "--optimizer=Adagrad", *SGD[1:]], "the equilibrium of 'Adagrad'"),
-        (["--to=projection", "--optimizer=AdmW", *SGD[1:]], "the equilibrium of 'AdmW'"),
-        (["--to=projection", *SGD, "--decayed_lr=1"], "decayed_lr: it means nothing with --to projection"),
-        (["--to=schedule", *SGD, "--radius=1"], "radius: it means nothing with --to schedule"),
-        (["--to=schedule", "--optimizer=Adam", *SGD[1:], "--steps=3"], "has no exact conversion"),
-        (["--to=schedule", "--optimizer=nesterov", *SGD[1:], "--steps=3"], "only approximate"),
-        (["--to=schedule", "--optimizer=SGD", "--lr=9", "--weight_decay=1", "--steps=3"], "overshooting 0"),
-        (["--to=decay", *SGD[:2]], "with --radius, or of a schedule"),
-        (["--to=decay", *SGD, "--radius=1"], "weight_decay: that is what is looked for"),
-        (["--to=projection", *SGD, "--gradient_norm=1", "--momentum=0.9", "--norm=1"], "norm: it goes with"),
-        (["--to=decay", "--recipe=none.json"], "recipe: "),
-        (["--to=decay", "--recipe=list.yaml"], "must hold a mapping"),
-        (["--to=projection", "--recipe=fit.yaml"], "recipe: it has an lr_scheduler"),
-        (["--to=projection", "--recipe=fit.yaml", "--lr=1"], "it says lr itself"),
-        (["--to=schedule", "--recipe=fit.yaml", "--steps=9"], "--steps_per_epoch"),
-        (["--to=schedule", "--recipe=cycle.yaml", "--steps=9"], "changes the momentum too"),
-        (["--to=schedule", "--recipe=empty.yaml", "--steps=9"], "optimizer: there is none"),
-        (["--to=nothing"], '"to"'),
+        (["--as=projection", *SGD[1:]], "optimizer: it is needed"),
+        (["--as=projection", *SGD[:2]], "weight_decay: it is needed"),
+        (["--as=schedule", *SGD], "steps: it is needed"),
+        (["--as=schedule", *SGD, "--steps=0"], "steps: it must be positive, got 0"),
+        (["--as=projection", *SGD], "to: `gradient_norm` must be given"),
+        (["--as=projection", *SGD, "--gradient_norm=-1"], "to: `gradient_norm` must be positive"),
+        (["--as=projection", "--optimizer=Adafactor", *SGD[1:]], "has no equilibrium norm"),
+        (["--as=projection", "--optimizer=Adagrad", *SGD[1:]], "the equilibrium of 'Adagrad'"),
+        (["--as=projection", "--optimizer=AdmW", *SGD[1:]], "the equilibrium of 'AdmW'"),
+        (["--as=projection", *SGD, "--decayed_lr=1"], "decayed_lr: it means nothing with --as projection"),
+        (["--as=schedule", *SGD, "--radius=1"], "radius: it means nothing with --as schedule"),
+        (["--as=schedule", "--optimizer=Adam", *SGD[1:], "--steps=3"], "has no exact conversion"),
+        (["--as=schedule", "--optimizer=nesterov", *SGD[1:], "--steps=3"], "only approximate"),
+        (["--as=schedule", "--optimizer=SGD", "--lr=9", "--weight_decay=1", "--steps=3"], "overshooting 0"),
+        (["--as=decay", *SGD[:2]], "with --radius, or of a schedule"),
+        (["--as=decay", *SGD, "--radius=1"], "weight_decay: that is what is looked for"),
+        (["--as=projection", *SGD, "--gradient_norm=1", "--momentum=0.9", "--norm=1"], "norm: it goes with"),
+        (["--as=decay", "--recipe=none.json"], "recipe: "),
+        (["--as=decay", "--recipe=list.yaml"], "must hold a mapping"),
+        (["--as=projection", "--recipe=fit.yaml"], "recipe: it has an lr_scheduler"),
+        (["--as=projection", "--recipe=fit.yaml", "--lr=1"], "it says lr itself"),
+        (["--as=schedule", "--recipe=fit.yaml", "--steps=9"], "--steps_per_epoch"),
+        (["--as=schedule", "--recipe=cycle.yaml", "--steps=9"], "changes the momentum too"),
+        (["--as=schedule", "--recipe=empty.yaml", "--steps=9"], "optimizer: there is none"),
+        (["--as=nothing"], '"to"'),
         ([], "required: to"),
     ],
 )
@@ -225,7 +225,7 @@ def test_errors(words: list[str], said: str, capsys: pytest.CaptureFixture[str])
     Path("fit.yaml").write_text(yaml.safe_dump(CONFIG))
     cycle = {"class_path": "OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 10}}
     Path("cycle.yaml").write_text(yaml.safe_dump(CONFIG | {"lr_scheduler": cycle}))
-    assert said in refused(capsys, "convert", *words)
+    assert said in refused(capsys, "plan", *words)
 
 
 @pytest.mark.parametrize("lr", [1e-4, 1e-2])

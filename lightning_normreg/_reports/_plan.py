@@ -1,0 +1,313 @@
+"""The plan of a run: norms and rotations that follow from norms at the start and the recipe alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_normreg import _metrics
+from lightning_normreg._compat import optional_import
+from lightning_normreg._optimizers import Group, NoRule, UpdateRule
+from lightning_normreg._weights import Watched, listed
+from lightning_normreg.functional._norms import root_mean_square
+from lightning_normreg.steps._formulas import Formulas, Rates
+
+if TYPE_CHECKING:
+    import os
+
+    import pandas as pd
+    from torch import Tensor
+
+TOLERANCE = _metrics.EQUILIBRIUM_TOLERANCE
+"""Of norms and rotations that are planned, as a median over a run; what is known to be further off is refused."""
+POINTS = 120
+"""Steps at which a plan has numbers are so many, evenly spread, and so many more that get denser towards the start."""
+SETTLED, IDLE, STEEP = 3.0, 0.1, 1.5
+"""Relaxation times after which decay has come to balance; below which it has done next to nothing; and by how much a
+rotation is above its equilibrium where a slower warm-up is advised."""
+
+
+@dataclass(frozen=True)
+class PlannedUnit:
+    """What is planned for the units of one weight, or for a set; a number for each of the steps ``Plan.at``.
+
+    Attributes:
+        norm: Root mean square of the units' norms, before the step.
+        rotation: Angle of the step, in radians.
+        effective_lr: lr/norm, as p is 1 for all that is planned.
+        equilibrium_norm: Norm at which learning rate and decay of that step would settle; NaN where there is none.
+        equilibrium_rotation: Rotation per step there.
+        relaxed: Relaxation times gone through.
+        timescale: 1/Σ lr·decay: the steps over which decay acts, as a share of the run; inf without decay.
+    """
+
+    norm: list[float]
+    rotation: list[float]
+    effective_lr: list[float]
+    equilibrium_norm: list[float]
+    equilibrium_rotation: list[float]
+    relaxed: list[float]
+    timescale: float
+
+
+_CURVES = {
+    _metrics.UNIT_NORM_RMS: "norm",
+    _metrics.ROTATION: "rotation",
+    _metrics.EFFECTIVE_LR: "effective_lr",
+    _metrics.EQUILIBRIUM_NORM: "equilibrium_norm",
+    _metrics.EQUILIBRIUM_ROTATION: "equilibrium_rotation",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do to the norms and rotations of scale-invariant weights, as :func:`plan` predicts it.
+
+    Attributes:
+        steps: Optimizer steps of the run.
+        at: Steps at which there are numbers, from 0 on.
+        units: By name of a weight or set what is planned for it.
+        refused: By name what cannot be planned, and why.
+        covered: How many tensors are in the units, and how many in all that was asked for.
+    """
+
+    steps: int
+    at: list[int]
+    covered: tuple[int, int]
+    units: dict[str, PlannedUnit] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def sentences(self) -> list[str]:
+        """What it means: when decay comes to balance, where rotations peak, over how much of the run decay acts."""
+        return [f"{words.format(listed(names, 3))}" for words, names in _by_words(self._said()).items()]
+
+    def _said(self) -> Iterator[tuple[str, str]]:
+        some, all_of_them = self.covered
+        together = f", which are {some} of {all_of_them} tensors" if some != all_of_them else ""
+        yield from ((name, f"Planned: {{}}{together}.") for name in self.units)
+        if not self.units:
+            yield "", "Nothing of it can be planned{}."
+        for name, unit in self.units.items():
+            for words in _of_unit(unit, self.at, self.steps):
+                yield name, words
+        for name, why in self.refused.items():
+            yield name, f"Not planned: {{}}. {why}"
+
+    def at_step(self, name: str, key: str, step: float) -> float:
+        """A planned number between two of the steps, interpolated; NaN beyond the end."""
+        return float(np.interp(step, self.at, getattr(self.units[name], key), right=math.nan))
+
+    def typical_rotation(self, name: str) -> float:
+        """Median over the run of the planned rotation of a weight."""
+        rotations = self.units[name].rotation
+        return float(np.median(np.interp(range(self.steps), self.at, rotations)))
+
+    def to_frame(self) -> pd.DataFrame:
+        """As a monitor's ``history()``, so that :func:`plot_curves` draws it.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        columns = {
+            _metrics.tag(curve, name, ""): getattr(unit, key)
+            for curve, key in _CURVES.items()
+            for name, unit in self.units.items()
+        }
+        frame: pd.DataFrame = optional_import("pandas").DataFrame({"step": self.at, **columns})
+        return frame.dropna(axis=1, how="all")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON: None where there is no number."""
+        return {"plan": 1, **asdict(self, dict_factory=lambda items: {k: _plain(v) for k, v in items})}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON, which ``EffectiveLRMonitor(plan=...)`` and ``plot --plan`` read."""
+        Path(path).write_text(json.dumps(self.to_dict(), allow_nan=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Plan) -> Plan:
+        """Read what :meth:`save` has written, or what :meth:`to_dict` gives.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no plan.
+        """
+        if isinstance(source, Plan):
+            return source
+        content: Any = source
+        if not isinstance(source, Mapping):
+            try:
+                content = json.loads(Path(source).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"`plan` must be a file of `lightning-normreg plan --save`: {error}.") from error
+        try:
+            names = [f.name for f in fields(PlannedUnit)]
+            units = {
+                name: PlannedUnit(**{key: _numbers(unit[key]) for key in names})
+                for name, unit in content["units"].items()
+            }
+            some, all_of_them = content["covered"]
+            at = [int(step) for step in content["at"]]
+            return cls(int(content["steps"]), at, (some, all_of_them), units, dict(content["refused"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError("`plan` must be a file of `lightning-normreg plan --save`, got something else.") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    return value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, list):
+        return [math.nan if entry is None else float(entry) for entry in value]
+    return math.inf if value is None else value
+
+
+def points(steps: int) -> list[int]:
+    """Steps at which a plan of some length has numbers."""
+    even = {round(i * (steps - 1) / (POINTS - 1)) for i in range(POINTS)}
+    return sorted(even | {round(steps ** (i / POINTS)) - 1 for i in range(POINTS)})
+
+
+def plan_of(
+    watched: Sequence[tuple[Watched, Tensor]],
+    owners: Mapping[str, tuple[UpdateRule | NoRule | None, Group, Sequence[Rates]]],
+    steps: int,
+    *,
+    refused: Mapping[str, str],
+    held: Mapping[str, float] = MappingProxyType({}),
+) -> Plan:
+    """The plan of some weights and sets, each with the norms of its units.
+
+    ``owners`` has of each the rule of its optimizer, the settings of its group, and learning rate and decay of all
+    steps; ``held`` the radius of what a projection holds.
+    """
+    at = points(steps)
+    units: dict[str, PlannedUnit] = {}
+    why: dict[str, str] = {}
+    for one, norms in watched:
+        rule, group, rates = owners.get(one.name, (None, {}, ()))
+        try:
+            if one.name in refused:
+                raise ValueError(refused[one.name])
+            formulas = _formulas(one, rule, group, rates)
+            norm = held.get(one.name, float(root_mean_square(norms)))
+            if not 0 < norm < math.inf:
+                raise ValueError(f"Its norm at the start is {norm:g}, from where no course follows.")
+            units[one.name] = _Course(formulas, rates, one.name in held).follow(norm, at)
+        except ValueError as error:
+            why[one.name] = _sentence(str(error))
+    inside = {p for one, _ in watched if one.name in units for p in one.tensors()}
+    return Plan(steps, at, (len(inside), len({p for one, _ in watched for p in one.tensors()})), units, why)
+
+
+def _formulas(one: Watched, rule: UpdateRule | NoRule | None, group: Group, rates: Sequence[Rates]) -> Formulas:
+    """The formulas of a weight; a ``ValueError`` says why no course follows from them, or none that is near enough."""
+    if not isinstance(rule, UpdateRule) or not rule.family:
+        raise ValueError("What its optimizer does to norms is not known.")
+    if rule.family == "adam_l2" and not any(decay for _, decay in rates):
+        rule = replace(rule, family="adam_decoupled")  # without decay they are one
+    formulas = Formulas(rule, group, one, None)
+    family = formulas.family
+    if "gradient_norm" in family.settings:
+        raise ValueError(f"Under {family.name!r} norms depend on the size of gradients, which changes as it trains.")
+    if family.name in ("lion", "muon"):
+        raise ValueError(
+            f"Under {family.name!r} norms depend on how much of the gradients is signal, by up to 35 % in what was "
+            "measured."
+        )
+    if family.name != "adam_decoupled" or rule.local != "adam" or group.get("amsgrad"):
+        raise ValueError("How near predictions for its optimizer are has been measured for Adam and AdamW alone.")
+    memory = 1 / (1 - group.get("betas", (0.9, 0.999))[1])
+    if len(rates) < 2 * memory:
+        raise ValueError(
+            f"A run of {_count(len(rates))} steps is too short against the {memory:.0f} that the second moment "
+            "remembers."
+        )
+    return formulas
+
+
+@dataclass(frozen=True)
+class _Course:
+    """The way of one weight."""
+
+    formulas: Formulas
+    rates: Sequence[Rates]
+    held: bool
+
+    def follow(self, norm: float, at: Sequence[int]) -> PlannedUnit:
+        rows, relaxed, here = [], 0.0, 0
+        for step in at:
+            if not self.held:
+                norm, more = self.formulas.advance(norm, self.rates[here:step])
+                relaxed, here = relaxed + more, step
+            rows.append((norm, *self._now(norm, self.rates[step]), relaxed))
+        shares = sum(lr * decay for lr, decay in self.rates)
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        kept: dict[str, Any] = dict(zip((f.name for f in fields(PlannedUnit)), columns, strict=False))
+        return PlannedUnit(**kept, timescale=1 / shares if shares > 0 else math.inf)
+
+    def _now(self, norm: float, rates: Rates) -> tuple[float, float, float, float]:
+        """Rotation, effective learning rate, norm and rotation at equilibrium."""
+        lr, decay = rates
+        if lr == 0:
+            return 0.0, 0.0, math.nan, math.nan
+        settles = decay > 0 and self.formulas.family.settles and not self.held
+        balance = (self.formulas.norm(rates), self.formulas.rotation(rates)) if settles else (math.nan, math.nan)
+        return self.formulas.turn(norm, rates), lr / norm, *balance
+
+
+def _of_unit(unit: PlannedUnit, at: Sequence[int], steps: int) -> Iterator[str]:
+    """Sentences with {} in the place of names."""
+    gone = unit.relaxed[-1]
+    if math.isfinite(unit.timescale):
+        share = f"Decay of {{}} acts over 1/Σ(lr·decay) = {unit.timescale:.2g} of the run"
+        if gone < IDLE:
+            yield f"{share}: in {_count(steps)} steps it does next to nothing."
+        elif gone >= SETTLED:
+            first = next(step for step, times in zip(at, unit.relaxed, strict=True) if times >= SETTLED)
+            yield f"{share}, and reaches balance at about step {_rounded(first)}."
+        else:
+            yield f"{share}, too long to reach balance: {gone:.1f} of the {SETTLED:.0f} relaxation times it takes."
+    else:
+        yield f"Without decay the norm of {{}} grows {unit.norm[-1] / unit.norm[0]:.2g}-fold."
+    peak = max(range(len(at)), key=unit.rotation.__getitem__)
+    settled = unit.equilibrium_rotation[peak]
+    if settled > 0 and unit.rotation[peak] > STEEP * settled:
+        ratio, norm = unit.rotation[peak] / settled, unit.equilibrium_norm[peak]
+        yield (
+            f"The rotation of {{}} peaks at {ratio:.1f} times its equilibrium, at about step {_rounded(at[peak])}: "
+            f"warm up more slowly, or start at norm {norm:.2g} in the place of {unit.norm[0]:.2g}."
+        )
+
+
+def _by_words(said: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, words in said:
+        found.setdefault(words, []).append(name)
+    return found
+
+
+def _rounded(step: int) -> str:
+    """A step with two digits, as no plan knows it better."""
+    digits = max(0, len(str(step)) - 2)
+    return _count(round(step, -digits))
+
+
+def _count(steps: int) -> str:
+    return f"{steps:,}".replace(",", " ")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."
