@@ -91,6 +91,9 @@ EQUILIBRIUM_RATIO = Curve(
     summary="equilibrium_ratio",
 )
 
+PLANNED_NORM = Curve("planned_norm", "n̂", "w", "what a plan has for unit_norm_rms at this step")
+PLANNED_ROTATION = Curve("planned_rotation", "θ̂", "rad", "what a plan has for rotation at this step")
+
 BALANCE = Curve("balance", "ln(‖A‖/‖B‖)", "1", "of two tensors A, B of which only the product counts", of="pair")
 PRODUCT = Curve(
     "product",

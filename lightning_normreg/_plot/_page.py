@@ -13,6 +13,7 @@ from lightning_normreg._plot._run import LoggedRun, all_layers, choose, runs_of
 from lightning_normreg._plot._style import Depth, one_scale, short_names
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from lightning_normreg._plot._run import Source
@@ -23,7 +24,11 @@ HEIGHT, WIDTH, HEAT_HEIGHT = 2.9, 4.6, 2.6
 
 
 def plot_curves(
-    runs: Source | Mapping[str, Source], *, layers: Sequence[str] | None = None, title: str | None = None
+    runs: Source | Mapping[str, Source],
+    *,
+    layers: Sequence[str] | None = None,
+    title: str | None = None,
+    plan: pd.DataFrame | None = None,
 ) -> Figure:
     """Draw the curves of all layers on one page, of one run or of several side by side.
 
@@ -38,13 +43,14 @@ def plot_curves(
             for several runs a mapping from their names to any of these. At most 8 runs.
         layers: Globs over parameter names; only the layers that match one are drawn. Summaries stay.
         title: Of the page.
+        plan: What was planned for norms and rotations, by :meth:`Plan.to_frame`: drawn beside what was measured.
 
     Returns:
         The figure, for ``savefig``; a notebook shows it. pyplot does not know of it.
 
     Raises:
         TypeError: If ``runs`` or ``layers`` is something else.
-        ValueError: If there are no curves, no logs, or a glob matches nothing.
+        ValueError: If there are no curves, no logs, a glob matches nothing, or the plan has none of the layers.
         ModuleNotFoundError: If pandas or matplotlib is not installed.
 
     Examples:
@@ -57,7 +63,8 @@ def plot_curves(
         [0.1, 0.2]
     """
     optional_import("pandas")
-    found = choose(runs_of(runs), layers)
+    found = runs_of(runs)
+    found = choose(found if plan is None else [run.beside(plan) for run in found], layers)
     if len(found) > MANY_RUNS:
         raise ValueError(f"`runs` must be at most {MANY_RUNS} to fit on a page, got {len(found)}. Name fewer folders.")
     panels, heat_maps = panels_of(found), heat_maps_of(found)

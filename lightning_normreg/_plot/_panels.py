@@ -36,6 +36,7 @@ class Panel:
     target: Curve | None = None  # what the lines are expected to come to
     tolerance: float = 0.0  # relative width of the band around the target
     constant: float | None = None  # a target that is a number
+    planned: Curve | None = None  # what a plan has for the lines
     of_summary: bool = False  # shows the summary alone, because that is of another quantity
 
     @property
@@ -52,8 +53,14 @@ class Panel:
 PANELS = (
     Panel("effective learning rate", _metrics.EFFECTIVE_LR),
     Panel("effective learning rate, all layers", _metrics.EFFECTIVE_LR, of_summary=True),
-    Panel("unit norm", _metrics.UNIT_NORM_RMS, _metrics.EQUILIBRIUM_NORM),
-    Panel("rotation per step", _metrics.ROTATION, _metrics.EQUILIBRIUM_ROTATION, EQUILIBRIUM_TOLERANCE),
+    Panel("unit norm", _metrics.UNIT_NORM_RMS, _metrics.EQUILIBRIUM_NORM, planned=_metrics.PLANNED_NORM),
+    Panel(
+        "rotation per step",
+        _metrics.ROTATION,
+        _metrics.EQUILIBRIUM_ROTATION,
+        EQUILIBRIUM_TOLERANCE,
+        planned=_metrics.PLANNED_ROTATION,
+    ),
     Panel("rotation over its prediction", _metrics.EQUILIBRIUM_RATIO, None, EQUILIBRIUM_TOLERANCE, constant=1.0),
 )
 NOT_INVARIANT = Panel("effective learning rate, not scale-invariant", _metrics.EFFECTIVE_LR_NOT_INVARIANT)
@@ -75,6 +82,12 @@ def draw(axes: Any, panel: Panel, run: LoggedRun, depth: Depth) -> None:
         _draw_lines(axes, lines, set(run.layers(_metrics.EFFECTIVE_LR_NOT_INVARIANT)), depth)
         shown += lines.values()
     shown += _draw_target(axes, panel, run, depth)
+    planned = {} if panel.planned is None else run.lines(panel.planned)
+    for layer, values in planned.items():
+        axes.plot(values.index, values, color=depth[layer], linewidth=0.9, linestyle="-.")
+    if planned:
+        axes.plot([], [], color="0.3", linewidth=0.9, linestyle="-.", label="planned")
+    shown += planned.values()
     positive = [part for values in shown if len(part := values[values > 0])]
     if positive:
         log_axis(axes, min(part.min() for part in positive), max(part.max() for part in positive))

@@ -105,6 +105,19 @@ class LoggedRun:
         wider = (summary["max"] > shown.max(axis=1) * (1 + 1e-5)) | (summary["min"] < shown.min(axis=1) * (1 - 1e-5))
         return bool(wider.any())
 
+    def beside(self, plan: pd.DataFrame) -> LoggedRun:
+        """The run with what was planned for its layers."""
+        pairs = ((_metrics.UNIT_NORM_RMS, _metrics.PLANNED_NORM), (_metrics.ROTATION, _metrics.PLANNED_ROTATION))
+        names = {
+            _metrics.tag(measured, layer, ""): _metrics.tag(planned, layer, "")
+            for measured, planned in pairs
+            for layer in self.layers(measured)
+        }
+        found = plan.set_index("step")[[tag for tag in names if tag in plan]].rename(columns=names)
+        if found.empty:
+            raise ValueError(f"`plan` must be one of the model of {self.name!r}, but has none of its layers.")
+        return LoggedRun(self.name, self.table.drop(columns=found.columns, errors="ignore").join(found, how="outer"))
+
     def chosen(self, layers: Iterable[str]) -> LoggedRun:
         """The run with the curves of these layers only."""
         wanted = set(layers)

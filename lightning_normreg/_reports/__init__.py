@@ -7,6 +7,7 @@ from lightning_normreg._reports._inspection import as_parameters as as_parameter
 from lightning_normreg._reports._inspection import inspect_parameters as inspect_parameters
 from lightning_normreg._reports._inspection import inspection_table as inspection_table
 from lightning_normreg._reports._inspection import with_what_decay_does as with_what_decay_does
+from lightning_normreg._reports._plan import Comparison as Comparison
 from lightning_normreg._reports._plan import Plan as Plan
 from lightning_normreg._reports._plan import plan_of as plan_of
 from lightning_normreg._reports._planning import factor_for as factor_for

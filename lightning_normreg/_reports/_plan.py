@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,9 @@ import numpy as np
 
 from lightning_normreg import _metrics
 from lightning_normreg._compat import optional_import
+from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, NoRule, UpdateRule
+from lightning_normreg._reports._plan_words import Parting, PlannedUnit, count, sentence, words_of
 from lightning_normreg._weights import Watched, listed
 from lightning_normreg.functional._norms import root_mean_square
 from lightning_normreg.steps._formulas import Formulas, Rates
@@ -25,37 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-TOLERANCE = _metrics.EQUILIBRIUM_TOLERANCE
-"""Of norms and rotations that are planned, as a median over a run; what is known to be further off is refused."""
 POINTS = 120
 """Steps at which a plan has numbers are so many, evenly spread, and so many more that get denser towards the start."""
-SETTLED, IDLE, STEEP = 3.0, 0.1, 1.5
-"""Relaxation times after which decay has come to balance; below which it has done next to nothing; and by how much a
-rotation is above its equilibrium where a slower warm-up is advised."""
-
-
-@dataclass(frozen=True)
-class PlannedUnit:
-    """What is planned for the units of one weight, or for a set; a number for each of the steps ``Plan.at``.
-
-    Attributes:
-        norm: Root mean square of the units' norms, before the step.
-        rotation: Angle of the step, in radians.
-        effective_lr: lr/norm, as p is 1 for all that is planned.
-        equilibrium_norm: Norm at which learning rate and decay of that step would settle; NaN where there is none.
-        equilibrium_rotation: Rotation per step there.
-        relaxed: Relaxation times gone through.
-        timescale: 1/Σ lr·decay: the steps over which decay acts, as a share of the run; inf without decay.
-    """
-
-    norm: list[float]
-    rotation: list[float]
-    effective_lr: list[float]
-    equilibrium_norm: list[float]
-    equilibrium_rotation: list[float]
-    relaxed: list[float]
-    timescale: float
-
 
 _CURVES = {
     _metrics.UNIT_NORM_RMS: "norm",
@@ -86,19 +59,16 @@ class Plan:
 
     def sentences(self) -> list[str]:
         """What it means: when decay comes to balance, where rotations peak, over how much of the run decay acts."""
-        return [f"{words.format(listed(names, 3))}" for words, names in _by_words(self._said()).items()]
-
-    def _said(self) -> Iterator[tuple[str, str]]:
-        some, all_of_them = self.covered
-        together = f", which are {some} of {all_of_them} tensors" if some != all_of_them else ""
-        yield from ((name, f"Planned: {{}}{together}.") for name in self.units)
-        if not self.units:
-            yield "", "Nothing of it can be planned{}."
+        said: dict[str, list[str]] = {}
         for name, unit in self.units.items():
-            for words in _of_unit(unit, self.at, self.steps):
-                yield name, words
+            for words in words_of(unit, self.at, self.steps):
+                said.setdefault(words, []).append(name)
         for name, why in self.refused.items():
-            yield name, f"Not planned: {{}}. {why}"
+            said.setdefault(f"Not planned: {{}}. {why}", []).append(name)
+        some, of = self.covered
+        together = f", which are {some} of {of} tensors" if some != of else ""
+        first = f"Planned: {listed([*self.units], 3)}{together}." if self.units else "Nothing of it can be planned."
+        return [first, *(words.format(listed(names, 3)) for words, names in said.items())]
 
     def at_step(self, name: str, key: str, step: float) -> float:
         """A planned number between two of the steps, interpolated; NaN beyond the end."""
@@ -207,7 +177,7 @@ def plan_of(
                 raise ValueError(f"Its norm at the start is {norm:g}, from where no course follows.")
             units[one.name] = _Course(formulas, rates, one.name in held).follow(norm, at)
         except ValueError as error:
-            why[one.name] = _sentence(str(error))
+            why[one.name] = sentence(str(error))
     inside = {p for one, _ in watched if one.name in units for p in one.tensors()}
     return Plan(steps, at, (len(inside), len({p for one, _ in watched for p in one.tensors()})), units, why)
 
@@ -232,7 +202,7 @@ def _formulas(one: Watched, rule: UpdateRule | NoRule | None, group: Group, rate
     memory = 1 / (1 - group.get("betas", (0.9, 0.999))[1])
     if len(rates) < 2 * memory:
         raise ValueError(
-            f"A run of {_count(len(rates))} steps is too short against the {memory:.0f} that the second moment "
+            f"A run of {count(len(rates))} steps is too short against the {memory:.0f} that the second moment "
             "remembers."
         )
     return formulas
@@ -268,46 +238,39 @@ class _Course:
         return self.formulas.turn(norm, rates), lr / norm, *balance
 
 
-def _of_unit(unit: PlannedUnit, at: Sequence[int], steps: int) -> Iterator[str]:
-    """Sentences with {} in the place of names."""
-    gone = unit.relaxed[-1]
-    if math.isfinite(unit.timescale):
-        share = f"Decay of {{}} acts over 1/Σ(lr·decay) = {unit.timescale:.2g} of the run"
-        if gone < IDLE:
-            yield f"{share}: in {_count(steps)} steps it does next to nothing."
-        elif gone >= SETTLED:
-            first = next(step for step, times in zip(at, unit.relaxed, strict=True) if times >= SETTLED)
-            yield f"{share}, and reaches balance at about step {_rounded(first)}."
-        else:
-            yield f"{share}, too long to reach balance: {gone:.1f} of the {SETTLED:.0f} relaxation times it takes."
-    else:
-        yield f"Without decay the norm of {{}} grows {unit.norm[-1] / unit.norm[0]:.2g}-fold."
-    peak = max(range(len(at)), key=unit.rotation.__getitem__)
-    settled = unit.equilibrium_rotation[peak]
-    if settled > 0 and unit.rotation[peak] > STEEP * settled:
-        ratio, norm = unit.rotation[peak] / settled, unit.equilibrium_norm[peak]
-        yield (
-            f"The rotation of {{}} peaks at {ratio:.1f} times its equilibrium, at about step {_rounded(at[peak])}: "
-            f"warm up more slowly, or start at norm {norm:.2g} in the place of {unit.norm[0]:.2g}."
-        )
+class Comparison:
+    """A run beside its plan."""
 
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._partings: dict[str, Parting] = {}
 
-def _by_words(said: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, words in said:
-        found.setdefault(words, []).append(name)
-    return found
+    def add(self, step: int, name: str, rotation: float, norm: float, effective_lr: float) -> dict[Curve, float]:
+        """Note what was measured at a step; what was planned."""
+        if name not in self.plan.units or step > self.plan.steps - 1:
+            return {}
+        planned = [self.plan.at_step(name, key, step) for key in ("rotation", "norm", "effective_lr")]
+        parting = self._partings.setdefault(name, Parting())
+        parting.add(step, (rotation, norm, effective_lr * norm), (planned[0], planned[1], planned[2] * planned[1]))
+        return {_metrics.PLANNED_ROTATION: planned[0], _metrics.PLANNED_NORM: planned[1]}
 
+    def sentences(self) -> list[str]:
+        """Where it parts from the plan, and when; or that it does not."""
+        said: dict[str, list[str]] = {}
+        for name, parting in self._partings.items():
+            said.setdefault(parting.words or "{} did as planned.", []).append(name)
+        return [words.format(listed(names, 3)) for words, names in said.items()]
 
-def _rounded(step: int) -> str:
-    """A step with two digits, as no plan knows it better."""
-    digits = max(0, len(str(step)) - 2)
-    return _count(round(step, -digits))
+    def check_names(self, names: Collection[str]) -> list[str]:
+        """What is planned and not there.
 
-
-def _count(steps: int) -> str:
-    return f"{steps:,}".replace(",", " ")
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") + "."
+        Raises:
+            ValueError: If that is all of it.
+        """
+        missing = [name for name in self.plan.units if name not in names]
+        if self.plan.units and len(missing) == len(self.plan.units):
+            raise ValueError(
+                f"`plan` must be one of this model, but is of {listed(missing, 3)}, which are not watched here. Make "
+                "it by `lightning-normreg plan` with the arguments of this run."
+            )
+        return missing

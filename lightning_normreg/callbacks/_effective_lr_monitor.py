@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg import _metrics
 from lightning_normreg._optimizers import update_rule
+from lightning_normreg._reports import Comparison, Plan
 from lightning_normreg._symmetries import Symmetries
 from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed
 from lightning_normreg.callbacks._monitor import Monitor, PerLayer
@@ -105,6 +106,9 @@ class EffectiveLRMonitor(Monitor):
             ``"rounding"``: for weights in bfloat16 or float16 that are not sharded, ``rotation_unrounded/…``, by what
             the step would turn them without rounding; a second step in float32 on copies of weights, gradients and the
             optimizer's state, at logged steps.
+        plan: What was predicted, by ``lightning-normreg plan --save`` or :func:`lightning_normreg.plan`, as a file or
+            what is in it: logged beside what is measured, as ``planned_rotation/…`` and ``planned_norm/…``, and at the
+            end of a fit it is said where and when they part (8 of 10 logged steps more than 15 % off, to one side).
         progress_bar: Show the median effective learning rate over the scale-invariant layers in the progress bar, as
             ``effective_lr``, on logged steps anew.
 
@@ -141,6 +145,7 @@ class EffectiveLRMonitor(Monitor):
         prefix: str = _metrics.PREFIX,
         progress_bar: bool = False,
         also: Sequence[Also] = (),
+        plan: str | Mapping[str, Any] | Plan | None = None,
     ) -> None:
         super().__init__(
             every_n_steps=every_n_steps,
@@ -165,6 +170,8 @@ class EffectiveLRMonitor(Monitor):
         self.on_unhealthy = on_unhealthy
         self.progress_bar = progress_bar
         self.also = also
+        self.plan = plan
+        self._plan = None if plan is None else Plan.load(plan)
 
     def _reset(self) -> None:
         super()._reset()
@@ -172,13 +179,14 @@ class EffectiveLRMonitor(Monitor):
         self._steps_planned: float | None = None
         self._rows: EmbeddingRows | None = None
         self._unrounded: Unrounded | None = None
+        self._comparison: Comparison | None = None
 
     def _make_tracker(self, watched: list[Watched]) -> RotationTracker:
         return RotationTracker(
             watched,
             momentum_gain=self.momentum_gain,
             exponents=self.scale_exponent,
-            equilibrium=self.equilibrium,
+            equilibrium=self.equilibrium or self._plan is not None,
             gradient=self.gradient,
             radial="radial" in self.also,
             health=Health(silent=self.on_unhealthy == "ignore"),
@@ -188,6 +196,8 @@ class EffectiveLRMonitor(Monitor):
         super()._begin(trainer, pl_module, verdict)
         tracker = self._rotations()
         tracker.explain_rules(optimizers_of(trainer))
+        if self._plan is not None:
+            self._follow_plan(trainer, self._plan, {w.name for w in tracker.watched})
         if not self._interval(trainer):
             return
         size = sum(tracker.allocate(optimizer) for optimizer in optimizers_of(trainer))
@@ -204,6 +214,18 @@ class EffectiveLRMonitor(Monitor):
         if "rounding" in self.also and self._unrounded is None:
             self._unrounded = self._subscribe(trainer, Unrounded(tracker.watched, tracker.is_due))
 
+    def _follow_plan(self, trainer: Trainer, plan: Plan, names: set[str]) -> None:
+        if self._comparison is not None:
+            return
+        self._comparison = Comparison(plan)
+        if missing := self._comparison.check_names(names):
+            rank_zero_warn(f"The plan has {listed(missing, 5)}, which are not watched here.")
+        if self._planned(trainer) != plan.steps:
+            rank_zero_warn(
+                f"The plan is of {plan.steps} steps, and this run has {self._planned(trainer):g}: its schedule may be "
+                "another. Plan the run as it is."
+            )
+
     def _end(self, trainer: Trainer) -> None:
         super()._end(trainer)
         if self._rows is not None:
@@ -216,6 +238,12 @@ class EffectiveLRMonitor(Monitor):
             for name, rotations in ({} if one is None else one.collect()).items():
                 if name in row:  # else the update was not made
                     row[name].update(rotations)
+        for name, values in row.items():
+            if self._comparison is not None and _metrics.EFFECTIVE_LR in values:
+                measured = [
+                    values[curve] for curve in (_metrics.ROTATION, _metrics.UNIT_NORM_RMS, _metrics.EFFECTIVE_LR)
+                ]
+                values.update(self._comparison.add(self._step, name, *measured))
         for values in row.values():  # what only the prediction needs
             values.pop(_metrics.UNIT_NORM_RMS, None)
             values.pop(GRADIENT_AT_NORM_1, None)
@@ -256,8 +284,12 @@ class EffectiveLRMonitor(Monitor):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which layers have come to equilibrium."""
         super().on_train_end(trainer, pl_module)
-        for said in self.equilibrium_status():
+        for said in [*self.equilibrium_status(), *self.plan_status()]:
             rank_zero_info(said)
+
+    def plan_status(self) -> list[str]:
+        """Where and when the run has parted from its plan, and what it did as planned; empty without a plan."""
+        return [] if self._comparison is None else self._comparison.sentences()
 
     def _rotations(self) -> RotationTracker:
         assert isinstance(self._tracker, RotationTracker)

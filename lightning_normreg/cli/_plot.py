@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from lightning_normreg.cli._subcommands import PROGRAM, epilog
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -34,12 +39,35 @@ def plot(args: list[str]) -> None:
     try:
         runs = {name: run.reset_index() for path in given.runs for name, run in read_runs(path).items()}
         title = given.title if given.title is not None or len(runs) > 1 else shortened(next(iter(runs)), 80)
-        figure = plot_curves(runs, layers=given.layers, title=title)
+        planned, said = _beside(given.plan, runs)
+        figure = plot_curves(runs, layers=given.layers, title=title, plan=planned)
         figure.savefig(output)
     except (ValueError, ModuleNotFoundError, OSError) as error:
-        key = "--output" if isinstance(error, OSError) else "--layers" if "`layers`" in str(error) else "RUN"
-        parser.error(f"{key}: {error}")
-    print(f"{output}: {', '.join(runs)}")
+        keys = {f"`{key}`": f"--{key}" for key in ("layers", "plan")}
+        key = "--output" if isinstance(error, OSError) else "RUN"
+        parser.error(f"{next((k for word, k in keys.items() if word in str(error)), key)}: {error}")
+    print("\n".join([f"{output}: {', '.join(runs)}", *said]))
+
+
+def _beside(path: Path | None, runs: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame | None, list[str]]:
+    """What was planned, and where each run parts from it."""
+    if path is None:
+        return None, []
+    from lightning_normreg._reports import Comparison, Plan  # noqa: PLC0415, as above
+
+    try:
+        plan = Plan.load(path)
+    except OSError as error:
+        raise ValueError(f"`plan`: there is no file {str(path)!r}.") from error
+    said = []
+    for name, run in runs.items():
+        compared = Comparison(plan)
+        for row in run.to_dict("records"):
+            for unit in plan.units:
+                values = [row.get(f"{key}/{unit}", math.nan) for key in ("rotation", "unit_norm_rms", "effective_lr")]
+                compared.add(row["step"], unit, *values)
+        said += [f"{name}: {words}" if len(runs) > 1 else words for words in compared.sentences()]
+    return plan.to_frame(), said
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,5 +90,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers", action="append", metavar="GLOB", help="only layers whose names match; may be given several times"
     )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="of plan --save: drawn beside, with where they part")
     parser.add_argument("--title", help="of the page; by default the name of the run")
     return parser
