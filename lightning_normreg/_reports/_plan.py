@@ -191,11 +191,14 @@ def _formulas(one: Watched, rule: UpdateRule | NoRule | None, group: Group, rate
     formulas = Formulas(rule, group, one, None)
     family = formulas.family
     if "gradient_norm" in family.settings:
-        raise ValueError(f"Under {family.name!r} norms depend on the size of gradients, which changes as it trains.")
+        raise ValueError(
+            f"Under {family.name!r} norms depend on the size of gradients, which changes as it trains."
+            + _balance(formulas, rates)
+        )
     if family.name in ("lion", "muon"):
         raise ValueError(
             f"Under {family.name!r} norms depend on how much of the gradients is signal, by up to 35 % in what was "
-            "measured."
+            f"measured.{_balance(formulas, rates)}"
         )
     if family.name != "adam_decoupled" or rule.local != "adam" or group.get("amsgrad"):
         raise ValueError("How near predictions for its optimizer are has been measured for Adam and AdamW alone.")
@@ -206,6 +209,17 @@ def _formulas(one: Watched, rule: UpdateRule | NoRule | None, group: Group, rate
             "remembers."
         )
     return formulas
+
+
+def _balance(formulas: Formulas, rates: Sequence[Rates]) -> str:
+    """What is known all the same: the rotation at which decay settles, at the highest learning rate."""
+    try:
+        lr, decay = max(rates)
+        return (
+            f" Where decay has come to balance, it turns by {formulas.rotation((lr, decay)):.2g} a step at lr {lr:g}."
+        )
+    except ValueError:  # without decay, or where that depends on gradients too
+        return ""
 
 
 @dataclass(frozen=True)

@@ -191,11 +191,13 @@ def sentences(
     steps_per_epoch: float,
     clipping: float | None,
     audited: Sequence[str] = (),
+    *,
+    planned: float = math.inf,
 ) -> list[str]:
     """What the table means, in plain sentences.
 
     ``steps_per_epoch`` are the optimizers', inf if unknown; ``clipping`` is the Trainer's ``gradient_clip_val``;
-    ``audited`` says what decay does beyond what is scale-invariant by itself.
+    ``audited`` says what decay does beyond what is scale-invariant by itself; ``planned`` are all steps of the run.
     """
     decayed = [row for row in rows if row.weight_decay > 0 and row.optimizer and row.units != "inert"]
     unknown = [row.parameter for row in decayed if row.units == "unknown"]
@@ -219,7 +221,8 @@ def sentences(
         steps = 1 / (lr * decay)
         found.append(
             f"At lr {lr:g} and decay {decay:g} it acts over 1/(lr·decay) = {steps:.3g} steps"
-            + (f", {steps / steps_per_epoch:.3g} epochs." if math.isfinite(steps_per_epoch) else ".")
+            + (f", {steps / steps_per_epoch:.3g} epochs" if math.isfinite(steps_per_epoch) else "")
+            + (f", {steps / planned:.2g} of the run at this learning rate." if math.isfinite(planned) else ".")
         )
     found += [about_masks(verdict)] if about_masks(verdict) else []
     if clipping:

@@ -20,6 +20,7 @@ class Audit(NamedTuple):
     removable: dict[str, bool]  # of the decayed: whether the penalty is removable in the limit
     sentences: list[str]
     unequal: dict[str, tuple[str, ...]]  # of sets that are decayed unequally: sentence → their parameters
+    left: dict[str, float]  # tensor → decay of the recipe with as little of it as possible
 
 
 def audit_decay(symmetries: Symmetries, rates: Mapping[str, float], lrs: Mapping[str, float]) -> Audit:
@@ -36,7 +37,7 @@ def audit_decay(symmetries: Symmetries, rates: Mapping[str, float], lrs: Mapping
     about = [f"Of {listed(unknown, 4)} it is not known: the symmetries were asked without."] if unknown else []
     rates = {name: rate for name, rate in rates.items() if name in known and rate > 0}
     if not rates:
-        return Audit({}, {}, about, {})
+        return Audit({}, {}, about, {}, {})
     scale = _SMALL / max(rates.values())
     reduced = reduce_decay(symmetries, {name: rate * scale for name, rate in rates.items()})
     left = _left(reduced, scale, lrs)
@@ -50,7 +51,7 @@ def audit_decay(symmetries: Symmetries, rates: Mapping[str, float], lrs: Mapping
         factors = {round(again.get(name, 0.0) / left[name], 2) for name in left if whole_name(name) in gains}
         if len(factors) == 1:
             said.append(f"With these gains decayed by {usual:.3g} as well it would be {factors.pop():g} times as much.")
-    return Audit(_whole_labels(reduced), _whole_removable(reduced, rates), said, _unequal(symmetries, rates))
+    return Audit(_whole_labels(reduced), _whole_removable(reduced, rates), said, _unequal(symmetries, rates), left)
 
 
 def _left(reduced: ReducedDecay, scale: float, lrs: Mapping[str, float]) -> dict[str, float]:

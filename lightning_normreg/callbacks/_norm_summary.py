@@ -111,4 +111,5 @@ def summary_of(
     if symmetries is not None:
         rows, audited = with_audit(rows, symmetries)
     steps = float(trainer.num_training_batches) / trainer.accumulate_grad_batches
-    return rows, [*sentences(rows, verdict, steps, trainer.gradient_clip_val, audited), *why]
+    planned = float(trainer.estimated_stepping_batches)
+    return rows, [*sentences(rows, verdict, steps, trainer.gradient_clip_val, audited, planned=planned), *why]

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from rich.table import Table
 
@@ -52,11 +52,12 @@ def _plan_checkpoint(words: list[str]) -> None:
     add_optional(start, "ckpt_path", str, "FILE", "The checkpoint; also as the first word.")
     add_recipe_arguments(parser)
     add_plan_arguments(parser)
-    other = parser.add_argument_group("another form")
-    other_help = f"Rewrite the recipe: {', '.join(get_args(Form))}, or gains; see plan --as projection --help."
-    add_optional(other, "as", str, "FORM", other_help)
     options = parser.parse_args(words)
     try:
+        if options["as"] is not None:
+            raise ArgumentRefused(
+                "as", "gains are found by asking the model. Give it by --model and --data or --config."
+            )
         if options.ckpt_path is None:
             raise ArgumentRefused("ckpt_path", "nothing to plan. Give a checkpoint, or a model by --model or --config.")
         build, decays = _of_checkpoint(options)
@@ -102,6 +103,9 @@ def add_plan_arguments(parser: Any) -> None:
         "Find decay and learning rate for timescale=0.2, 1/Σ(lr·decay) as a share of the run, or for rotation=0.003, "
     )
     add_optional(group, "for", str, "GOAL", f"{goal}the median over steps and weights.")
+    as_help = "The recipe in another form: gains, with as little decay as possible, placed on gains where it can be; "
+    forms = ", ".join(get_args(Form))
+    add_optional(group, "as", Literal["gains"], "FORM", f"{as_help}{forms}, see plan --as projection --help.")
     add_optional(group, "save", str, "FILE", "JSON, for EffectiveLRMonitor(plan=...) and plot --plan.")
     add_optional(group, "output", str, "FILE", f"A picture: {', '.join(SUFFIXES)}.")
     group.add_argument("--json", action="store_true", help="JSON with all digits; null is what is not known.")
@@ -126,7 +130,7 @@ def show_plan(build: Build, decays: dict[str, tuple[float, float]], notes: Seque
         print(json.dumps(found.to_dict() | {"notes": [*found.sentences(), *said]}, allow_nan=False))
         return
     page = console()
-    for part in (plan_table(found), *found.sentences(), *said):
+    for part in (*([plan_table(found)] if found.units else []), *found.sentences(), *said):
         page.print(part, highlight=False, markup=False)
 
 

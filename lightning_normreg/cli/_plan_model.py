@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
 from torch.optim import Optimizer
 
 from lightning_normreg import _reports
@@ -14,8 +15,8 @@ from lightning_normreg._compat import pl
 from lightning_normreg._optimizers import UpdateRule, find_rule
 from lightning_normreg._param_groups import DecayFreeLR
 from lightning_normreg._reports import Plan
-from lightning_normreg._symmetries import Symmetries
-from lightning_normreg._weights import Verdict, norms_of
+from lightning_normreg._symmetries import Symmetries, audit_decay
+from lightning_normreg._weights import Verdict, listed, norms_of
 from lightning_normreg.callbacks._corrected_decay import CorrectedDecay
 from lightning_normreg.callbacks._holding import held_norms
 from lightning_normreg.callbacks._norm_summary import summary_of
@@ -23,6 +24,7 @@ from lightning_normreg.callbacks._rotation_control import RotationControl
 from lightning_normreg.callbacks._run import optimizers_of, run_of
 from lightning_normreg.cli._errors import ArgumentRefused
 from lightning_normreg.cli._inspect_model import Inspection, Look, inspect_model
+from lightning_normreg.cli._parser import console
 from lightning_normreg.cli._plan import Build, add_plan_arguments, show_plan
 from lightning_normreg.steps._formulas import Rates
 
@@ -57,6 +59,17 @@ class _LookAhead(Look):
         refused = _reports.refused_for_symmetry(watched) | refused | self._controlled(owners)
         refused |= {name: scheduled[id(group)] for name, (_, group, _) in owners.items() if id(group) in scheduled}
 
+        self._optimizer = _written(optimizers[0])
+        named = {p: name for name, p, _ in run_of(trainer).named}
+        lrs: dict[str, float] = {}
+        decayed: dict[str, float] = {}
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            lr = max(lr for lr, _ in rates[id(group)])
+            lrs |= {named[p]: lr for p in group["params"] if p in named}
+            decayed |= {named[p]: lr * group.get("weight_decay", 0.0) for p in group["params"] if p in named}
+        self._why = why
+        self._audit = None if known is None else audit_decay(known, decayed, lrs)
+
         def build(of_decay: float, of_lr: float) -> Plan:
             changed = {
                 name: (rule, group, [(lr * of_lr, decay * of_decay) for lr, decay in own])
@@ -77,8 +90,28 @@ class _LookAhead(Look):
         return {name: why.format(type(others[0]).__name__) for name in owners} if others else {}
 
     def show(self, options: Any) -> None:
-        """Print, draw and save it."""
-        show_plan(self._build, self._decays, [" ".join(self._meaning)], options)
+        """Print, draw and save it; or the recipe with as little decay as possible."""
+        if options["as"] is None:
+            show_plan(self._build, self._decays, [" ".join(self._meaning)], options)
+            return
+        if self._audit is None:
+            raise ArgumentRefused("symmetries", f"they could not be found. {' '.join(self._why)}")
+        for part in self._audit.sentences:
+            console().print(part, highlight=False, markup=False)
+        print(yaml.safe_dump(self._gains(), sort_keys=False), end="")
+
+    def _gains(self) -> dict[str, Any]:
+        """For ``fit --config``."""
+        assert self._audit is not None
+        left = self._audit.left
+        odd = [name for name, decay in left.items() if decay < 0 or "[" in name or name.startswith("1 + ")]
+        if odd:
+            raise ArgumentRefused(
+                "as",
+                f"what is left is no decay that groups of parameters can have: of {listed(odd, 3)}, which would grow, "
+                "or are parts of tensors. Decay the same tensors more evenly, such as biases beside their weights.",
+            )
+        return {"optimizer": self._optimizer, "decay": {"overrides": left}}
 
 
 class _Planning(Inspection):
@@ -88,6 +121,16 @@ class _Planning(Inspection):
     kept = ("max_epochs", "max_steps")
     add_output = staticmethod(add_plan_arguments)
     look = _LookAhead
+
+
+def _written(optimizer: Optimizer) -> dict[str, Any]:
+    """As ``fit`` takes it, without decay."""
+    kept = {key: value for key, value in optimizer.defaults.items() if key in ("lr", "betas", "momentum", "eps")}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+    return {
+        "class_path": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        "init_args": plain | {"weight_decay": 0.0},
+    }
 
 
 def followed(

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_normreg import Plan, find_scale_invariance, find_symmetries, plan
+from lightning_normreg.functional import predicted_norm, predicted_rotation
 from lightning_normreg.steps import RotationTracker, StepDispatcher, watch
 from tests.benchmarks.text_models import batches, loss, make
 from tests.twins import Lion
@@ -52,6 +53,8 @@ CLASSES: dict[str, Any] = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD, "
 
 
 class Block(nn.Module):
+    """Residual, with BatchNorm."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
@@ -76,64 +79,87 @@ def model_of(name: str, seed: int) -> tuple[nn.Module, Callable[..., Tensor]]:
 
 Measured = dict[str, list[tuple[int, float, float]]]
 """By name step, norm and rotation."""
+Off = dict[str, tuple[float, float]]
+"""By name medians of |log(measured/predicted)|, of norm and rotation."""
 
 
-def compared(architecture: str, recipe: str, steps: int, seed: int = 0) -> tuple[Plan, Measured, Measured]:
-    """The plan, and the run."""
+def compared(architecture: str, recipe: str, steps: int, seed: int = 0) -> tuple[Plan, Off]:
+    """The plan, and how far the run was from it; from the bare formulas in what is refused, where they have numbers."""
     settings, factor = RECIPES[recipe]
     net, of = model_of(architecture, seed)
     data = "vit" if architecture == "resnet" else architecture
     batch = next(batches(seed, BATCH, CONTEXT, 1, name=data))
     verdict = find_scale_invariance(net, batch, forward=of, progress=False)
     symmetries = find_symmetries(net, batch, forward=of, progress=False)
-    optimizer = CLASSES[settings["optimizer"]](
-        net.parameters(), **{k: v for k, v in settings.items() if k != "optimizer"}
-    )
+    own = {key: value for key, value in settings.items() if key != "optimizer"}
+    optimizer = CLASSES[settings["optimizer"]](net.parameters(), **own)
     schedule = [factor(steps, step) for step in range(steps)]
     planned = plan(net, settings, schedule, invariance=verdict, symmetries=symmetries)
-    watched = watch(net, verdict, symmetries=symmetries)
-    tracker, dispatcher = RotationTracker(watched, equilibrium=True), StepDispatcher()
+    watched = {one.name: one for one in watch(net, verdict, symmetries=symmetries)}
+    tracker, dispatcher = RotationTracker([*watched.values()], equilibrium=True), StepDispatcher()
     dispatcher.subscribe(tracker)
     dispatcher.attach([optimizer])
-    found: Measured = {one.name: [] for one in watched}
-    lr = settings["lr"]
+    found: Measured = {name: [] for name in watched if name in planned.units or name in planned.refused}
     for step, each in enumerate(batches(seed, BATCH, CONTEXT, steps, name=data)):
         for group in optimizer.param_groups:
-            group["lr"] = lr * schedule[step]
+            group["lr"] = settings["lr"] * schedule[step]
         tracker.arm(step % LOOKED == 0)
         optimizer.zero_grad()
         of(net, each).backward()
         optimizer.step()
         for name, values in tracker.collect().items():
             by = {curve.key: value for curve, value in values.items()}
-            if by.get("rotation") and by.get("unit_norm_rms"):
+            if name in found and by.get("rotation", 0) > 0:
                 found[name].append((step, by["unit_norm_rms"], by["rotation"]))
     dispatcher.remove()
-    return planned, found, found
+    entries = {name: watched[name].entries() / watched[name].units() for name in found}
+    return planned, {name: _off(planned, name, rows, entries[name], recipe) for name, rows in found.items()}
 
 
-def off(planned: Plan, measured: Sequence[tuple[int, float, float]], name: str) -> tuple[float, float]:
-    """Medians of |log(measured/planned)|, of norm and rotation."""
-    apart: tuple[list[float], list[float]] = ([], [])
-    for step, norm, rotation in measured:
-        for kept, value, key in zip(apart, (norm, rotation), ("norm", "rotation"), strict=True):
-            kept.append(abs(math.log(value / planned.at_step(name, key, step))))
-    return median(apart[0]), median(apart[1])
+def _off(
+    planned: Plan, name: str, rows: Sequence[tuple[int, float, float]], entries: float, recipe: str
+) -> tuple[float, float]:
+    settings, factor = RECIPES[recipe]
+    family = {"AdamW": "adam_decoupled", "lion_pytorch.Lion": "lion"}.get(settings["optimizer"])
+    if name in planned.units:
+        expected = [(planned.at_step(name, "norm", s), planned.at_step(name, "rotation", s)) for s, _, _ in rows]
+    elif family is None or not rows:
+        return math.nan, math.nan
+    else:
+        own: dict[str, Any] = {k: v for k, v in settings.items() if k not in ("optimizer", "lr")} | {"entries": entries}
+        rates = [settings["lr"] * factor(planned.steps, step) for step in range(planned.steps)]
+        path = [rows[0][1], *predicted_norm(family, rates, initial_norm=rows[0][1], **own)]  # type: ignore[arg-type]
+        turn = [predicted_rotation(family, path[s], lr=rates[s], **own) for s, _, _ in rows]  # type: ignore[arg-type]
+        expected = [(path[s], rotation) for (s, _, _), rotation in zip(rows, turn, strict=True)]
+    pairs = [
+        [abs(math.log(m / p)) for m, p in zip(row[1:], e, strict=True)] for row, e in zip(rows, expected, strict=True)
+    ]
+    return median(norm for norm, _ in pairs), median(rotation for _, rotation in pairs)
+
+
+def _range(found: Sequence[float]) -> str:
+    known = [value for value in found if math.isfinite(value)]
+    return f"{min(known):.2f} to {max(known):.2f}" if known else "–"
 
 
 def main() -> None:
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 1500
+    """The table."""
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 3000
     names = sys.argv[2].split(",") if len(sys.argv) > 2 else ARCHITECTURES
+    table = Table(
+        "network", "recipe", "planned", "norms", "rotations", "refused", "would be off by: norms", "rotations"
+    )
     for name in names:
         for recipe in RECIPES:
-            planned, found, _ = compared(name, recipe, steps)
-            print(name, recipe)
-            for unit in found:
-                if unit in planned.units:
-                    a, b = off(planned, found[unit], unit)
-                    print(f"   {unit:60s} {a:.3f} {b:.3f}", flush=True)
-                else:
-                    print(f"   {unit:60s} refused: {planned.refused.get(unit)}", flush=True)
+            planned, off = compared(name, recipe, steps)
+            ours, rest = ([o for n, o in off.items() if (n in planned.units) is there] for there in (True, False))
+            cells = [str(len(ours)), *(_range([o[i] for o in ours]) for i in (0, 1))]
+            cells += [str(len(rest)), *(_range([o[i] for o in rest]) for i in (0, 1))]
+            table.add_row(name, recipe, *cells)
+            print(name, recipe, *cells, sep=" | ", flush=True)
+            worst = max((max(o) for o in ours), default=0.0)
+            print("   ", {n: o for n, o in off.items() if n in planned.units and max(o) == worst}, flush=True)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":
