@@ -222,7 +222,7 @@ def sentences(
         found.append(
             f"At lr {lr:g} and decay {decay:g} it acts over 1/(lr·decay) = {steps:.3g} steps"
             + (f", {steps / steps_per_epoch:.3g} epochs" if math.isfinite(steps_per_epoch) else "")
-            + (f", {steps / planned:.2g} of the run at this learning rate." if math.isfinite(planned) else ".")
+            + (f", {steps / planned:.3g} of the run at this learning rate." if math.isfinite(planned) else ".")
         )
     found += [about_masks(verdict)] if about_masks(verdict) else []
     if clipping:

@@ -52,6 +52,9 @@ def _plan_checkpoint(words: list[str]) -> None:
     add_optional(start, "ckpt_path", str, "FILE", "The checkpoint; also as the first word.")
     add_recipe_arguments(parser)
     add_plan_arguments(parser)
+    model = parser.add_argument_group("model", "All arguments of fit. It is asked on its first batch, and not trained.")
+    for key, help_text in (("config", "YAML of fit."), ("model", "Class path."), ("data", "Class path.")):
+        add_optional(model, key, str, key.upper(), help_text)
     options = parser.parse_args(words)
     try:
         if options["as"] is not None:

@@ -96,21 +96,26 @@ def compared(architecture: str, recipe: str, steps: int, seed: int = 0) -> tuple
     schedule = [factor(steps, step) for step in range(steps)]
     planned = plan(net, settings, schedule, invariance=verdict, symmetries=symmetries)
     watched = {one.name: one for one in watch(net, verdict, symmetries=symmetries)}
-    tracker, dispatcher = RotationTracker([*watched.values()], equilibrium=True), StepDispatcher()
+    tracker, dispatcher = RotationTracker([*watched.values()]), StepDispatcher()
     dispatcher.subscribe(tracker)
     dispatcher.attach([optimizer])
     found: Measured = {name: [] for name in watched if name in planned.units or name in planned.refused}
+    units = {name: (watched[name].tensors(), math.sqrt(watched[name].units())) for name in found}
     for step, each in enumerate(batches(seed, BATCH, CONTEXT, steps, name=data)):
         for group in optimizer.param_groups:
             group["lr"] = settings["lr"] * schedule[step]
         tracker.arm(step % LOOKED == 0)
         optimizer.zero_grad()
         of(net, each).backward()
+        norms = {
+            name: math.sqrt(sum(float(p.detach().square().sum()) for p in tensors)) / root
+            for name, (tensors, root) in (units.items() if step % LOOKED == 0 else ())
+        }
         optimizer.step()
         for name, values in tracker.collect().items():
             by = {curve.key: value for curve, value in values.items()}
             if name in found and by.get("rotation", 0) > 0:
-                found[name].append((step, by["unit_norm_rms"], by["rotation"]))
+                found[name].append((step, norms[name], by["rotation"]))
     dispatcher.remove()
     entries = {name: watched[name].entries() / watched[name].units() for name in found}
     return planned, {name: _off(planned, name, rows, entries[name], recipe) for name, rows in found.items()}

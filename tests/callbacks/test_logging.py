@@ -62,7 +62,15 @@ def test_every_curve_of_the_table_is_logged_and_no_other() -> None:
     run = trainer(WeightNormMonitor(), monitor, max_epochs=4)
     run.fit(Net(sgd(weight_decay=0.1)), loader())
     keys = {c.key for c in CURVES if c.of == "parameter"}
-    keys -= {"rotation_factor", "rotation_unrounded", "set_share", "radial_share_decay", "radial_share_gradient"}
+    keys -= {
+        "planned_norm",
+        "planned_rotation",
+        "rotation_factor",
+        "rotation_unrounded",
+        "set_share",
+        "radial_share_decay",
+        "radial_share_gradient",
+    }
     invariant = {f"weights/{key}/{n}" for key in keys if "not" not in key for n in ("conv1.weight", "up.weight")}
     others = {key for key in keys if key != "effective_lr" and not key.startswith("equilibrium")}
     layers = invariant | {f"weights/{key}/head.weight" for key in others}

@@ -67,7 +67,8 @@ def test_sentences_have_the_right_numbers() -> None:
         "Decay of 0.1 on 3 tensors trains this network like decay of 0.1 on 2 tensors (norm2.weight, norm2.bias); the "
         "rest of it is a learning-rate schedule.",
         "With these gains decayed by 0.1 as well it would be 2 times as much.",
-        "At lr 0.01 and decay 0.1 it acts over 1/(lr·decay) = 1e+03 steps, 333 epochs.",
+        "At lr 0.01 and decay 0.1 it acts over 1/(lr·decay) = 1e+03 steps, 333 epochs, 333 of the run at this learning "
+        "rate.",
         "Gradients are clipped at 0.5: where that is active, a step no longer grows with them.",
     ]
 

@@ -1,4 +1,4 @@
-"""``convert``: there and back, the package's own numbers, and schedules run for real."""
+"""``plan --as``: there and back, the package's own numbers, and schedules run for real."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import yaml
 
 from lightning_normreg import cli
 from lightning_normreg.functional import (
+    equilibrium_rotation,
     matched_lr,
     suggest_decay,
     suggest_projection,
@@ -117,6 +118,25 @@ def test_schedule_and_back(
         assert back["settings"]["momentum"] == pytest.approx(0.9, rel=ROUNDING)
 
 
+@pytest.mark.parametrize("key", ["SGD momentum", "AdamW", "Adam", "Muon", "lion"])
+def test_angle_and_back(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rotation at equilibrium to the last digit, and the recipe again; fit's YAML is read as the same angle."""
+    words, settings = UNITS[key]
+    given = [f"--optimizer={key.split(maxsplit=1)[0]}", "--lr=0.001", "--weight_decay=0.02", *words]
+    found = convert(capsys, "--as=angle", *given)
+    family: Any = FAMILIES[key]
+    assert found["lr"] == equilibrium_rotation(family, lr=1e-3, weight_decay=0.02, **settings)
+    back = convert(capsys, "--as=decay", "--recipe=recipe.json")
+    # The angle goes with λ^(1/3) at least, and near 0 its cosine, by which some are computed, keeps half of the digits.
+    assert (back["lr"], back["weight_decay"]) == pytest.approx((1e-3, 0.02), rel=ROUNDING / found["lr"])
+    if key == "AdamW":
+        cli.main(["plan", "--as=angle", *given])
+        Path("fit.yaml").write_text(capsys.readouterr().out.partition("For fit --config:\n")[2])
+        assert yaml.safe_load(Path("fit.yaml").read_text())["rotation"] == {"angle": "lr"}
+        again = convert(capsys, "--as=decay", "--recipe=fit.yaml", "--decayed_lr=0.001")
+        assert again["weight_decay"] == pytest.approx(0.02, rel=ROUNDING / found["lr"])
+
+
 def test_a_decay_for_a_schedule_without_one(capsys: pytest.CaptureFixture[str]) -> None:
     """From flags: a constant rate without decay as one with, of a decay that is asked for."""
     found = convert(capsys, "--as=decay", "--optimizer=SGD", "--lr=0.1", "--weight_decay=0.5", "--steps=3")
@@ -162,7 +182,7 @@ def test_from_a_yaml(interval: str, nested: bool, capsys: pytest.CaptureFixture[
 def test_yaml_that_is_printed_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     """What people are told to write in fit's YAML is the converted recipe, and is converted back."""
     words = ["--optimizer=AdamW", "--lr=1e-3", "--weight_decay=0.1", "--entries=576"]
-    cli.main(["convert", "--as=projection", *words])
+    cli.main(["plan", "--as=projection", *words])
     out = capsys.readouterr().out
     printed = out.partition("For fit --config:\n")[2]
     Path("fit.yaml").write_text(printed)
@@ -194,8 +214,8 @@ SGD = ["--optimizer=SGD", "--lr=0.1", "--weight_decay=0.01"]
         (["--as=projection", *SGD[:2]], "weight_decay: it is needed"),
         (["--as=schedule", *SGD], "steps: it is needed"),
         (["--as=schedule", *SGD, "--steps=0"], "steps: it must be positive, got 0"),
-        (["--as=projection", *SGD], "to: `gradient_norm` must be given"),
-        (["--as=projection", *SGD, "--gradient_norm=-1"], "to: `gradient_norm` must be positive"),
+        (["--as=projection", *SGD], "as: `gradient_norm` must be given"),
+        (["--as=projection", *SGD, "--gradient_norm=-1"], "as: `gradient_norm` must be positive"),
         (["--as=projection", "--optimizer=Adafactor", *SGD[1:]], "has no equilibrium norm"),
         (["--as=projection", "--optimizer=Adagrad", *SGD[1:]], "the equilibrium of 'Adagrad'"),
         (["--as=projection", "--optimizer=AdmW", *SGD[1:]], "the equilibrium of 'AdmW'"),
@@ -204,7 +224,7 @@ SGD = ["--optimizer=SGD", "--lr=0.1", "--weight_decay=0.01"]
         (["--as=schedule", "--optimizer=Adam", *SGD[1:], "--steps=3"], "has no exact conversion"),
         (["--as=schedule", "--optimizer=nesterov", *SGD[1:], "--steps=3"], "only approximate"),
         (["--as=schedule", "--optimizer=SGD", "--lr=9", "--weight_decay=1", "--steps=3"], "overshooting 0"),
-        (["--as=decay", *SGD[:2]], "with --radius, or of a schedule"),
+        (["--as=decay", *SGD[:2]], "with --radius, of a schedule"),
         (["--as=decay", *SGD, "--radius=1"], "weight_decay: that is what is looked for"),
         (["--as=projection", *SGD, "--gradient_norm=1", "--momentum=0.9", "--norm=1"], "norm: it goes with"),
         (["--as=decay", "--recipe=none.json"], "recipe: "),
@@ -214,13 +234,18 @@ SGD = ["--optimizer=SGD", "--lr=0.1", "--weight_decay=0.01"]
         (["--as=schedule", "--recipe=fit.yaml", "--steps=9"], "--steps_per_epoch"),
         (["--as=schedule", "--recipe=cycle.yaml", "--steps=9"], "changes the momentum too"),
         (["--as=schedule", "--recipe=empty.yaml", "--steps=9"], "optimizer: there is none"),
-        (["--as=nothing"], '"to"'),
-        ([], "required: to"),
+        (["--as=nothing"], '"as"'),
+        (["--as=decay", "--recipe=angle.json"], "Give it by --decayed_lr"),
+        (["--as=angle", "--recipe=fit.yaml", "--steps=9", "--steps_per_epoch=3"], "--rotation.angle equilibrium"),
+        (["--as=angle", *SGD, "--radius=1"], "radius: it means nothing with --as angle"),
+        (["--as=gains"], "as: gains are found by asking the model"),
+        ([], "nothing to plan"),
     ],
 )
 def test_errors(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The key and the remedy."""
     Path("list.yaml").write_text("[1]")
+    Path("angle.json").write_text('{"form": "angle", "optimizer": "SGD", "lr": 0.01}')
     Path("empty.yaml").write_text("model: DemoConvNet")
     Path("fit.yaml").write_text(yaml.safe_dump(CONFIG))
     cycle = {"class_path": "OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 10}}

@@ -66,12 +66,14 @@ def test_each_group_fits_a_screen(subcommand: str, helps: dict[str, str]) -> Non
     assert examples(text)
 
 
-@pytest.mark.parametrize("subcommand, takes", [("fit", True), ("inspect", True), ("convert", False)])
+@pytest.mark.parametrize(
+    "subcommand, takes", [("fit", True), ("inspect", True), ("plan", True), ("plan --as angle", False)]
+)
 def test_usage_names_a_config_where_there_is_one(
     subcommand: str, takes: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A recipe is given to ``convert`` by ``--recipe``: it has no ``--config``."""
-    text = help_of([subcommand, "--help"], capsys)
+    """A recipe is given to ``plan --as`` by ``--recipe``: it has no ``--config``."""
+    text = help_of([*subcommand.split(), "--help"], capsys)
     assert ("[--config FILE]" in text) == ("--config" in text.partition("\n")[2]) == takes
 
 

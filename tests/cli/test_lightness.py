@@ -62,13 +62,13 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_what_needs_no_model_needs_no_lightning(tmp_path: Path) -> None:
-    """``convert``, ``inspect`` of a checkpoint, and their helps."""
+    """``plan --as``, ``inspect`` of a checkpoint, and their helps."""
     net = nn.Linear(4, 3)
     optimizer = torch.optim.AdamW(net.parameters())
     content = {"state_dict": net.state_dict(), "optimizer_states": [optimizer.state_dict()]}
     torch.save(content, tmp_path / "saved.ckpt")
-    recipe = "--to projection --optimizer AdamW --lr 1e-3 --weight_decay 0.1 --entries 576"
-    commands = [["convert", "--help"], ["convert", *recipe.split()], ["inspect", "--help"], ["inspect", "saved.ckpt"]]
+    recipe = "--as projection --optimizer AdamW --lr 1e-3 --weight_decay 0.1 --entries 576"
+    commands = [["plan", "--help"], ["plan", *recipe.split()], ["inspect", "--help"], ["inspect", "saved.ckpt"]]
     found = imported(commands, tmp_path)
     assert len(found) == len(commands)
     for command, packages in zip(commands, found, strict=True):
