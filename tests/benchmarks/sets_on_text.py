@@ -34,10 +34,7 @@ With 16 of them norms are up to 8 % above the prediction."""
 LOOKED = 10
 _ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.95))
 RECIPES: dict[str, tuple[Any, str, float, float]] = {
-    "AdamW 0.003, 0.1": (_ADAMW, "adam_decoupled", 3e-3, 0.1),
-    "AdamW 0.003, 0.5": (_ADAMW, "adam_decoupled", 3e-3, 0.5),
-    "AdamW 0.001, 1": (_ADAMW, "adam_decoupled", 1e-3, 1.0),
-    "AdamW 0.002, 0.3": (_ADAMW, "adam_decoupled", 2e-3, 0.3),
+    **{f"AdamW {lr}, {d}": (_ADAMW, "adam_decoupled", lr, d) for lr in (1e-3, 2e-3, 3e-3) for d in (0.1, 0.3, 0.5, 1)},
     "AdamW 0.01, 0.1": (_ADAMW, "adam_decoupled", 1e-2, 0.1),
     "Lion 0.0005, 1": (Lion, "lion", 5e-4, 1.0),
     "one size 0.003, 0.1": (OneSize, "adam_decoupled", 3e-3, 0.1),
