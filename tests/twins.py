@@ -40,19 +40,6 @@ class Lion(_Twin):
         m.mul_(beta2).add_(g, alpha=1 - beta2)
 
 
-class Adam(_Twin):
-    """Moments of Kingma and Ba 2015, algorithm 1, for the three below."""
-
-    def direction(self, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Bias-corrected m̂/√v̂."""
-        beta1, beta2 = group.get("betas", (0.9, 0.999))
-        m, v = (state.setdefault(name, torch.zeros_like(g)) for name in ("exp_avg", "exp_avg_sq"))
-        t = state["step"] = state.get("step", 0) + 1
-        m.mul_(beta1).add_(g, alpha=1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        return m / (1 - beta1**t) / (v / (1 - beta2**t)).sqrt()
-
-
 class OneSize(_Twin):
     """AdamW whose second moment is one number for all of a group: what it steps by is as perpendicular as gradients."""
 
@@ -71,6 +58,19 @@ class OneSize(_Twin):
         m.mul_(0.9).add_(g, alpha=0.1)
         w.mul_(1 - group["lr"] * group["weight_decay"])
         w.sub_(group["lr"] / (1 - 0.9 ** group["step"]) / group["size"] * m)
+
+
+class Adam(_Twin):
+    """Moments of Kingma and Ba 2015, algorithm 1, for the three below."""
+
+    def direction(self, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """Bias-corrected m̂/√v̂."""
+        beta1, beta2 = group.get("betas", (0.9, 0.999))
+        m, v = (state.setdefault(name, torch.zeros_like(g)) for name in ("exp_avg", "exp_avg_sq"))
+        t = state["step"] = state.get("step", 0) + 1
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        return m / (1 - beta1**t) / (v / (1 - beta2**t)).sqrt()
 
 
 class AdamP(Adam):
