@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,6 +38,26 @@ class Lion(_Twin):
         w.mul_(1 - group["lr"] * group["weight_decay"])
         w.sub_(group["lr"] * (beta1 * m + (1 - beta1) * g).sign())
         m.mul_(beta2).add_(g, alpha=1 - beta2)
+
+
+class OneSize(_Twin):
+    """AdamW whose second moment is one number for all of a group: what it steps by is as perpendicular as gradients."""
+
+    def step(self, closure: Any = None) -> None:
+        """Average the squares of all entries first."""
+        for group in self.param_groups:
+            entries = torch.cat([w.grad.flatten() for w in group["params"]])
+            t = group["step"] = group.get("step", 0) + 1
+            group["v"] = 0.95 * group.get("v", 0.0) + 0.05 * float(entries.square().mean())
+            group["size"] = math.sqrt(group["v"] / (1 - 0.95**t))
+        super().step()
+
+    def update(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Set w ← (1 − ηλ)w − η·m̂/√v̂."""
+        m = state.setdefault("exp_avg", torch.zeros_like(w))
+        m.mul_(0.9).add_(g, alpha=0.1)
+        w.mul_(1 - group["lr"] * group["weight_decay"])
+        w.sub_(group["lr"] / (1 - 0.9 ** group["step"]) / group["size"] * m)
 
 
 class Adam(_Twin):

@@ -73,7 +73,8 @@ class Projector(StepSubscriber):
 
     def optimized(self, optimizers: Iterable[Optimizer]) -> list[Watched]:
         """Targets that these optimizers update, as their groups stand now; what is frozen may be in a group as well."""
-        return [target for target, _, _ in of_mine(optimizers, self._by_parameter) if target.parameter.requires_grad]
+        found = (target for target, _, _ in of_mine(optimizers, self._by_parameter) if target.parameter.requires_grad)
+        return [*dict.fromkeys(found)]  # a set may be spread over several
 
     @torch.no_grad()
     def project(self, targets: Sequence[Watched]) -> None:
@@ -115,9 +116,10 @@ class Projector(StepSubscriber):
         for target, twin in twins:
             Table([twin]).scale(factors[target])
         for optimizer in optimizers:
-            for target in self.optimized([optimizer]):
-                if target in factors and all(optimizer.state.get(p) for p in target.tensors()):
-                    _let_state_follow(optimizer, target, factors[target])
+            mine = [target for target in self.optimized([optimizer]) if target in factors]
+            for one, factor in [(one, factors[target]) for target in mine for one in target.members or (target,)]:
+                if all(optimizer.state.get(p) for p in one.tensors()):
+                    _let_state_follow(optimizer, one, factor.expand(one.units()))
 
     @torch.no_grad()
     def off(self, targets: Sequence[Watched]) -> list[Watched]:
@@ -279,10 +281,6 @@ def _let_state_follow(optimizer: Optimizer, target: Watched, factors: Tensor) ->
     rule = update_rule(optimizer, group_of(optimizer, target.parameter))
     known = rule is not None and rule.state_degrees is not None
     odd = [] if known else ["state"]
-    if target.members:
-        for member in target.members:
-            _let_state_follow(optimizer, member, factors.expand(member.units()))
-        return
     for key, power in (rule.state_powers(target.parameter.ndim) if rule is not None else {}).items():
         entries = [optimizer.state[p].get(key) for p in target.tensors()]
         if all(isinstance(e, Tensor) and e.shape == p.shape for e, p in zip(entries, target.tensors(), strict=True)):

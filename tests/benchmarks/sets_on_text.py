@@ -1,9 +1,9 @@
 """What holds of sets in real training: ``python -m tests.benchmarks.sets_on_text equilibrium|start|decay``.
 
 ``equilibrium``: norm and rotation of the residual stream's writers, measured and predicted from the initial norm alone,
-over a warm-up and a cosine. ``start``: validation losses where the writers are multiplied by 8 at the start, plain and
-under control of the set. ``decay``: by what the gradient of the set grows to the end of a cosine, plain and with the
-decay of the set corrected.
+over a warm-up and a cosine; "one size" is AdamW that divides all entries of the set by the same number. ``start``:
+validation losses where the writers are multiplied by 8 at the start, plain and under control of the set. ``decay``: by
+what the gradient of the set grows to the end of a cosine, plain and with the decay of the set corrected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_normreg import CorrectedDecay, RotationControl, Symmetries, find_
 from lightning_normreg.functional import predicted_norm, predicted_rotation
 from tests.benchmarks.text_models import batches, loss, make, validation
 from tests.callbacks.sets import angle
-from tests.twins import Lion
+from tests.twins import Lion, OneSize
 
 CONTEXT, BATCH = 32, 16
 SMALL = 4
@@ -34,12 +34,11 @@ With 16 of them norms are up to 8 % above the prediction."""
 LOOKED = 10
 _ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.95))
 RECIPES: dict[str, tuple[Any, str, float, float]] = {
-    "AdamW 0.003, 0.1": (_ADAMW, "adam_decoupled", 3e-3, 0.1),
-    "AdamW 0.003, 0.5": (_ADAMW, "adam_decoupled", 3e-3, 0.5),
-    "AdamW 0.001, 1": (_ADAMW, "adam_decoupled", 1e-3, 1.0),
-    "AdamW 0.002, 0.3": (_ADAMW, "adam_decoupled", 2e-3, 0.3),
+    **{f"AdamW {lr}, {d}": (_ADAMW, "adam_decoupled", lr, d) for lr in (1e-3, 2e-3, 3e-3) for d in (0.1, 0.3, 0.5, 1)},
     "AdamW 0.01, 0.1": (_ADAMW, "adam_decoupled", 1e-2, 0.1),
     "Lion 0.0005, 1": (Lion, "lion", 5e-4, 1.0),
+    "one size 0.003, 0.1": (OneSize, "adam_decoupled", 3e-3, 0.1),
+    "one size 0.003, 0.5": (OneSize, "adam_decoupled", 3e-3, 0.5),
 }
 
 
@@ -65,7 +64,9 @@ def equilibrium(name: str, recipe: str, steps: int = 2000, seed: int = 0) -> tup
     members = {n: [model.get_parameter(n)] for n in names}
     units = {"set": [p for ps in members.values() for p in ps]}
     units |= {n: own for n, own in members.items() if bool(own[0].count_nonzero())}  # no direction, no prediction
-    optimizer = make_optimizer(model.parameters(), lr=lr, weight_decay=decay)
+    rest = [p for n, p in model.named_parameters() if n not in members]
+    makers = [make_optimizer, _ADAMW if make_optimizer is OneSize else make_optimizer]
+    optimizers = [m(ps, lr=lr, weight_decay=decay) for m, ps in zip(makers, (units["set"], rest), strict=True)]
     rates = [lr * schedule(steps, step) for step in range(steps)]
 
     def flat(unit: str) -> Tensor:
@@ -74,13 +75,14 @@ def equilibrium(name: str, recipe: str, steps: int = 2000, seed: int = 0) -> tup
     norms: dict[str, list[float]] = {unit: [] for unit in units}
     rotations: dict[str, list[float]] = {unit: [] for unit in units}
     for step, batch in enumerate(batches(seed, SMALL, CONTEXT, steps, name=name)):
-        for group in optimizer.param_groups:
-            group["lr"] = rates[step]
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rates[step]
+            optimizer.zero_grad()
         loss(model, batch).backward()
         looked = step % LOOKED == 0
         before = {unit: flat(unit) for unit in units} if looked else {}
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         for unit, start in before.items():
             norms[unit].append(float(start.norm()))
             rotations[unit].append(angle(start, flat(unit)))
