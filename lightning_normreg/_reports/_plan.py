@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 POINTS = 120
 """Steps at which a plan has numbers are so many, evenly spread, and so many more that get denser towards the start."""
+SET_DECAY, SET_ROTATION = 1e-3, 0.015
+"""Up to where norms and rotations of sets were within 15 % of the prediction in small transformers."""
+
 
 _CURVES = {
     _metrics.UNIT_NORM_RMS: "norm",
@@ -175,7 +178,10 @@ def plan_of(
             norm = held.get(one.name, float(root_mean_square(norms)))
             if not 0 < norm < math.inf:
                 raise ValueError(f"Its norm at the start is {norm:g}, from where no course follows.")
-            units[one.name] = _Course(formulas, rates, one.name in held).follow(norm, at)
+            course = _Course(formulas, rates, one.name in held).follow(norm, at)
+            if one.members and one.name not in held:
+                _check_set(course, rates)
+            units[one.name] = course
         except ValueError as error:
             why[one.name] = sentence(str(error))
     inside = {p for one, _ in watched if one.name in units for p in one.tensors()}
@@ -209,6 +215,16 @@ def _formulas(one: Watched, rule: UpdateRule | NoRule | None, group: Group, rate
             "remembers."
         )
     return formulas
+
+
+def _check_set(unit: PlannedUnit, rates: Sequence[Rates]) -> None:
+    """Refuse what was measured to go elsewhere: Adam lets the loss move norm between the tensors of a set."""
+    decay, rotation = max(lr * decay for lr, decay in rates), max(unit.rotation)
+    if decay > SET_DECAY * 1.0001 or rotation > SET_ROTATION:
+        raise ValueError(
+            f"Sets are near what is planned up to lr·decay = {SET_DECAY:g} and {SET_ROTATION:g} rad a step, which here "
+            f"are {decay:.2g} and {rotation:.2g}: the loss moves norm between its tensors."
+        )
 
 
 def _balance(formulas: Formulas, rates: Sequence[Rates]) -> str:

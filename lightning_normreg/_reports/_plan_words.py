@@ -52,7 +52,7 @@ def words_of(unit: PlannedUnit, at: Sequence[int], steps: int) -> Iterator[str]:
         else:
             yield f"{share}, too long to reach balance: {gone:.1f} of the {SETTLED:.0f} relaxation times it takes."
     else:
-        yield f"Without decay the norm of {{}} grows {unit.norm[-1] / unit.norm[0]:.2g}-fold."
+        yield f"Without decay the norm of {{}} grows {unit.norm[-1] / unit.norm[0]:.3g}-fold."
     peak = max(range(len(at)), key=unit.rotation.__getitem__)
     settled = unit.equilibrium_rotation[peak]
     if settled > 0 and unit.rotation[peak] > STEEP * settled:
