@@ -2,12 +2,12 @@
 
 from lightning_normreg._reports._checkpoint import Checkpoint as Checkpoint
 from lightning_normreg._reports._checkpoint import read_checkpoint as read_checkpoint
+from lightning_normreg._reports._comparison import Comparison as Comparison
 from lightning_normreg._reports._inspection import InspectedParameter as InspectedParameter
 from lightning_normreg._reports._inspection import as_parameters as as_parameters
 from lightning_normreg._reports._inspection import inspect_parameters as inspect_parameters
 from lightning_normreg._reports._inspection import inspection_table as inspection_table
 from lightning_normreg._reports._inspection import with_what_decay_does as with_what_decay_does
-from lightning_normreg._reports._plan import Comparison as Comparison
 from lightning_normreg._reports._plan import Plan as Plan
 from lightning_normreg._reports._plan import plan_of as plan_of
 from lightning_normreg._reports._planning import factor_for as factor_for

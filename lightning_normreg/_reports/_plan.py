@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,9 +14,8 @@ import numpy as np
 
 from lightning_normreg import _metrics
 from lightning_normreg._compat import optional_import
-from lightning_normreg._metrics import Curve
 from lightning_normreg._optimizers import Group, NoRule, UpdateRule
-from lightning_normreg._reports._plan_words import Parting, PlannedUnit, count, sentence, words_of
+from lightning_normreg._reports._plan_words import PlannedUnit, count, sentence, words_of
 from lightning_normreg._weights import Watched, listed
 from lightning_normreg.functional._norms import root_mean_square
 from lightning_normreg.steps._formulas import Formulas, Rates
@@ -266,41 +265,3 @@ class _Course:
         settles = decay > 0 and self.formulas.family.settles and not self.held
         balance = (self.formulas.norm(rates), self.formulas.rotation(rates)) if settles else (math.nan, math.nan)
         return self.formulas.turn(norm, rates), lr / norm, *balance
-
-
-class Comparison:
-    """A run beside its plan."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self._partings: dict[str, Parting] = {}
-
-    def add(self, step: int, name: str, rotation: float, norm: float, effective_lr: float) -> dict[Curve, float]:
-        """Note what was measured at a step; what was planned."""
-        if name not in self.plan.units or step > self.plan.steps - 1:
-            return {}
-        planned = [self.plan.at_step(name, key, step) for key in ("rotation", "norm", "effective_lr")]
-        parting = self._partings.setdefault(name, Parting())
-        parting.add(step, (rotation, norm, effective_lr * norm), (planned[0], planned[1], planned[2] * planned[1]))
-        return {_metrics.PLANNED_ROTATION: planned[0], _metrics.PLANNED_NORM: planned[1]}
-
-    def sentences(self) -> list[str]:
-        """Where it parts from the plan, and when; or that it does not."""
-        said: dict[str, list[str]] = {}
-        for name, parting in self._partings.items():
-            said.setdefault(parting.words or "{} did as planned.", []).append(name)
-        return [words.format(listed(names, 3)) for words, names in said.items()]
-
-    def check_names(self, names: Collection[str]) -> list[str]:
-        """What is planned and not there.
-
-        Raises:
-            ValueError: If that is all of it.
-        """
-        missing = [name for name in self.plan.units if name not in names]
-        if self.plan.units and len(missing) == len(self.plan.units):
-            raise ValueError(
-                f"`plan` must be one of this model, but is of {listed(missing, 3)}, which are not watched here. Make "
-                "it by `lightning-normreg plan` with the arguments of this run."
-            )
-        return missing

@@ -1,19 +1,14 @@
-"""What is planned for a unit, in words, and where a run parts from it."""
+"""What is planned for a unit, and in words."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-
-from lightning_normreg._metrics import EQUILIBRIUM_TOLERANCE
+from dataclasses import dataclass
 
 SETTLED, IDLE, STEEP = 3.0, 0.1, 1.5
 """Relaxation times after which decay has come to balance; below which it has done next to nothing; and by how much a
 rotation is above its equilibrium where a slower warm-up is advised."""
-LAST, OUTSIDE = 10, 8
-"""Logged steps of which so many have to be outside the tolerance, all on one side, for a run to part from its plan."""
-_SAME_LR = 0.02
 
 
 @dataclass(frozen=True)
@@ -61,36 +56,6 @@ def words_of(unit: PlannedUnit, at: Sequence[int], steps: int) -> Iterator[str]:
             f"The rotation of {{}} peaks at {ratio:.1f} times its equilibrium, at about step {rounded(at[peak])}: "
             f"warm up more slowly, or start at norm {norm:.2g} in the place of {unit.norm[0]:.2g}."
         )
-
-
-@dataclass
-class Parting:
-    """Compares what was measured of one weight with its plan, at one logged step after the other."""
-
-    seen: list[tuple[int, float, float, float]] = field(default_factory=list)  # step, log ratios of rotation, norm, lr
-    words: str = ""  # once it has parted, with {} in the place of the name
-
-    def add(self, step: int, measured: tuple[float, float, float], planned: tuple[float, float, float]) -> None:
-        """Note rotation, norm and learning rate of a step."""
-        if self.words or not all(0 < x < math.inf for x in (*measured, *planned)):
-            return
-        ratios = [math.log(m / p) for m, p in zip(measured, planned, strict=True)]
-        self.seen = [*self.seen, (step, ratios[0], ratios[1], ratios[2])][-LAST:]
-        edge = math.log1p(EQUILIBRIUM_TOLERANCE)
-        for place, what in ((1, "rotation"), (2, "norm")):
-            for sign in (1, -1):
-                outside = [one for one in self.seen if sign * float(one[place]) > edge]
-                if len(outside) >= OUTSIDE and not self.words:
-                    self.words = _parted(what, outside, place)
-
-
-def _parted(what: str, outside: Sequence[tuple[int, float, float, float]], place: int) -> str:
-    middle = sorted(outside, key=lambda one: one[place])[len(outside) // 2]
-    start = f"{{}} parts from the plan at about step {rounded(outside[0][0])}: its {what} is "
-    start += f"{math.exp(float(middle[place])):.2g} times what was planned"
-    if abs(middle[3]) > _SAME_LR:
-        return f"{start}, at a learning rate {math.exp(middle[3]):.3g} times the planned one."
-    return f"{start}, at the planned learning rate: its decay is another, or its gradients are mostly signal."
 
 
 def rounded(step: int) -> str:
