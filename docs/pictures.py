@@ -25,16 +25,18 @@ from PIL.PngImagePlugin import PngInfo
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import LambdaCallback
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR
 
 from lightning_normreg import (
     CorrectedDecay,
     DecayFreeLR,
     EffectiveLRMonitor,
     NormProjection,
+    Plan,
     RotationControl,
     WeightNormMonitor,
     find_scale_invariance,
+    plan,
     plot_curves,
 )
 from lightning_normreg.cli._demo import LABEL_NOISE, TRAINER
@@ -485,6 +487,44 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "read_stream_scale": stream_scale,
     "read_stream_shares": stream_shares,
 }
+
+
+PLANNED_EPOCHS = 60
+
+
+def _planned(model: DemoConvNet) -> tuple[torch.optim.Optimizer, list[float]]:
+    """AdamW, and a warm-up and cosine of 1200 steps."""
+    optimizer = torch.optim.AdamW(model.decay_groups(1.0), lr=0.003, betas=(0.9, 0.95))
+    steps = 20 * PLANNED_EPOCHS
+    return optimizer, [min(1, (s + 1) / 60) * (1.05 + 0.95 * math.cos(math.pi * s / steps)) / 2 for s in range(steps)]
+
+
+def planned() -> Plan:
+    """Of the demo's network, before anything is trained."""
+    seed_everything(0)
+    model, data = DemoConvNet(), DigitsDataModule(label_noise=NOISE)
+    data.setup("fit")
+    verdict = find_scale_invariance(model, next(iter(data.train_dataloader())), progress=False)
+    return plan(model, *_planned(model), invariance=verdict)
+
+
+def plan_alone() -> Figure:
+    """Nothing is trained."""
+    return plot_curves(planned().to_frame())
+
+
+def plan_beside_run() -> Figure:
+    """The same, trained."""
+
+    def optimize(model: DemoConvNet) -> Any:
+        optimizer, factors = _planned(model)
+        return scheduled(LambdaLR(optimizer, lambda step: factors[min(step, len(factors) - 1)]))
+
+    history = run(optimize, max_epochs=PLANNED_EPOCHS)
+    return plot_curves(history, plan=planned().to_frame())
+
+
+PICTURES |= {"plan": plan_alone, "plan_beside_run": plan_beside_run}
 
 
 def main() -> None:

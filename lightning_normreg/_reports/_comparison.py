@@ -61,6 +61,8 @@ class Comparison:
         planned = [self.plan.at_step(name, key, step) for key in ("rotation", "norm", "effective_lr")]
         parting = self._partings.setdefault(name, Parting())
         parting.add(step, (rotation, norm, effective_lr * norm), (planned[0], planned[1], planned[2] * planned[1]))
+        if not math.isfinite(planned[1]):
+            return {}
         return {_metrics.PLANNED_ROTATION: planned[0], _metrics.PLANNED_NORM: planned[1]}
 
     def sentences(self) -> list[str]:

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 POINTS = 120
 """Steps at which a plan has numbers are so many, evenly spread, and so many more that get denser towards the start."""
-SET_DECAY, SET_ROTATION = 1e-3, 0.015
-"""Up to where norms and rotations of sets were within 15 % of the prediction in small transformers."""
-
+LARGEST_DECAY, LARGEST_ROTATION, FORGOTTEN = 1e-3, 0.015, 2.0
+"""Up to where units of several rows or tensors were within 15 % of the prediction in small transformers: lr·decay, the
+rotation of a step, and relaxation times, after which there are no numbers any more."""
 
 _CURVES = {
     _metrics.UNIT_NORM_RMS: "norm",
@@ -78,8 +78,8 @@ class Plan:
 
     def typical_rotation(self, name: str) -> float:
         """Median over the run of the planned rotation of a weight."""
-        rotations = self.units[name].rotation
-        return float(np.median(np.interp(range(self.steps), self.at, rotations)))
+        rotations = np.interp(range(self.steps), self.at, self.units[name].rotation)
+        return float(np.nanmedian(rotations))
 
     def to_frame(self) -> pd.DataFrame:
         """As a monitor's ``history()``, so that :func:`plot_curves` draws it.
@@ -177,10 +177,9 @@ def plan_of(
             norm = held.get(one.name, float(root_mean_square(norms)))
             if not 0 < norm < math.inf:
                 raise ValueError(f"Its norm at the start is {norm:g}, from where no course follows.")
-            course = _Course(formulas, rates, one.name in held).follow(norm, at)
-            if one.members and one.name not in held:
-                _check_set(course, rates)
-            units[one.name] = course
+            is_held = one.name in held
+            several = not is_held and (bool(one.members) or any(part.unit != "neuron" for part in one.parts))
+            units[one.name] = _Course(formulas, rates, is_held, several).follow(norm, at)
         except ValueError as error:
             why[one.name] = sentence(str(error))
     inside = {p for one, _ in watched if one.name in units for p in one.tensors()}
@@ -216,16 +215,6 @@ def _formulas(one: Watched, rule: UpdateRule | NoRule | None, group: Group, rate
     return formulas
 
 
-def _check_set(unit: PlannedUnit, rates: Sequence[Rates]) -> None:
-    """Refuse what was measured to go elsewhere: Adam lets the loss move norm between the tensors of a set."""
-    decay, rotation = max(lr * decay for lr, decay in rates), max(unit.rotation)
-    if decay > SET_DECAY * 1.0001 or rotation > SET_ROTATION:
-        raise ValueError(
-            f"Sets are near what is planned up to lr·decay = {SET_DECAY:g} and {SET_ROTATION:g} rad a step, which here "
-            f"are {decay:.2g} and {rotation:.2g}: the loss moves norm between its tensors."
-        )
-
-
 def _balance(formulas: Formulas, rates: Sequence[Rates]) -> str:
     """What is known all the same: the rotation at which decay settles, at the highest learning rate."""
     try:
@@ -244,6 +233,7 @@ class _Course:
     formulas: Formulas
     rates: Sequence[Rates]
     held: bool
+    several: bool  # whether a unit has several rows or tensors
 
     def follow(self, norm: float, at: Sequence[int]) -> PlannedUnit:
         rows, relaxed, here = [], 0.0, 0
@@ -251,11 +241,26 @@ class _Course:
             if not self.held:
                 norm, more = self.formulas.advance(norm, self.rates[here:step])
                 relaxed, here = relaxed + more, step
-            rows.append((norm, *self._now(norm, self.rates[step]), relaxed))
+            now = (norm, *self._now(norm, self.rates[step]))
+            if self.several:
+                self._check(now[1], self.rates[step])
+                if relaxed > FORGOTTEN:
+                    now = (math.nan, math.nan, math.nan, *now[3:])
+            rows.append((*now, relaxed))
         shares = sum(lr * decay for lr, decay in self.rates)
         columns = [list(column) for column in zip(*rows, strict=True)]
         kept: dict[str, Any] = dict(zip((f.name for f in fields(PlannedUnit)), columns, strict=False))
         return PlannedUnit(**kept, timescale=1 / shares if shares > 0 else math.inf)
+
+    def _check(self, rotation: float, rates: Rates) -> None:
+        """Refuse what small transformers were measured to be further off in."""
+        decay = rates[0] * rates[1]
+        if decay > 1.0001 * LARGEST_DECAY or rotation > LARGEST_ROTATION:
+            raise ValueError(
+                "Where a unit has several rows or tensors, Adam lets the loss move norm between them. They are as planned "
+                f"up to lr·decay = {LARGEST_DECAY:g} and {LARGEST_ROTATION:g} rad a step, and these come to {decay:.2g} "
+                f"and {rotation:.2g}."
+            )
 
     def _now(self, norm: float, rates: Rates) -> tuple[float, float, float, float]:
         """Rotation, effective learning rate, norm and rotation at equilibrium."""

@@ -16,7 +16,7 @@ class PlannedUnit:
     """What is planned for the units of one weight, or for a set; a number for each of the steps ``Plan.at``.
 
     Attributes:
-        norm: Root mean square of the units' norms, before the step.
+        norm: Root mean square of the units' norms, before the step; NaN where that cannot be planned.
         rotation: Angle of the step, in radians.
         effective_lr: lr/norm, as p is 1 for all that is planned.
         equilibrium_norm: Norm at which learning rate and decay of that step would settle; NaN where there is none.
@@ -48,7 +48,13 @@ def words_of(unit: PlannedUnit, at: Sequence[int], steps: int) -> Iterator[str]:
             yield f"{share}, too long to reach balance: {gone:.1f} of the {SETTLED:.0f} relaxation times it takes."
     else:
         yield f"Without decay the norm of {{}} grows {unit.norm[-1] / unit.norm[0]:.3g}-fold."
-    peak = max(range(len(at)), key=unit.rotation.__getitem__)
+    known = [place for place, norm in enumerate(unit.norm) if math.isfinite(norm)]
+    if known[-1] + 1 < len(at):
+        yield (
+            f"{{}} is planned up to about step {rounded(at[known[-1]])} alone: it has several rows or tensors, and when "
+            "its start is forgotten, the loss has moved norm between them."
+        )
+    peak = max(known, key=unit.rotation.__getitem__)
     settled = unit.equilibrium_rotation[peak]
     if settled > 0 and unit.rotation[peak] > STEEP * settled:
         ratio, norm = unit.rotation[peak] / settled, unit.equilibrium_norm[peak]

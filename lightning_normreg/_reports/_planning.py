@@ -40,10 +40,12 @@ def plan(
     networks medians over runs were within 15 % (``python -m tests.benchmarks.plan_table``). What can be further off is
     refused, and said: weights that are not scale-invariant, SGD and all whose norms depend on the size of gradients,
     Lion and Muon, whose norms depend on the signal in them, runs shorter than twice the memory of the second moment.
+    Units of several rows, and sets of tensors, have numbers for two relaxation times: Adam divides each entry by its
+    own size, so that in time the loss moves norm between them.
 
     Args:
         units: A module, of which ``invariance`` and ``symmetries`` say what is scale-invariant; or of each unit by
-            name its norm, and its number of entries or its shape.
+            name its norm, and the number of its entries where it is one row (a neuron), or the shape of a matrix.
         recipe: The module's optimizer as it is before the first step; or ``{"optimizer": "AdamW", "lr": 1e-3,
             "weight_decay": 0.1}``, a class of torch.optim or a dotted path, with any of its settings.
         schedule: Factor of the learning rate in each step, as of a LambdaLR: as many as the run has steps.
@@ -165,9 +167,12 @@ def _owner(recipe: Mapping[str, Any], schedule: Sequence[float]) -> Owner:
 
 
 def _unit(name: str, size: int | Sequence[int]) -> Watched:
-    shape = (size,) if isinstance(size, int) else tuple(size)
-    parameter = Parameter(torch.empty(shape, device="meta"))
-    return Watched(name, parameter, ParameterRole("weight", "", ""), (Part("layer"),), invariant=True)
+    shape = (1, size) if isinstance(size, int) else tuple(size)
+    part = Part("neuron" if isinstance(size, int) else "layer")
+    return Watched(name, Parameter(torch.empty(shape, device="meta")), _WEIGHT, (part,), invariant=True)
+
+
+_WEIGHT = ParameterRole("weight", "", "")
 
 
 def factor_for(goal: tuple[str, float], build: Callable[[float], Plan], plan: Plan) -> float:

@@ -195,9 +195,11 @@ def plan_table(plan: Plan) -> Table:
     ):
         table.add_column(name, justify="left" if name == "unit" else "right", overflow="fold")
     for name, unit in plan.units.items():
-        last = max(range(len(plan.at)), key=lambda i: (unit.rotation[i] > 0, i))  # the end of a schedule may be 0
+        known = [place for place, rotation in enumerate(unit.rotation) if rotation > 0]  # a schedule may end at 0
+        last = known[-1] if known else 0
+        peak = max(unit.rotation[: last + 1])
         numbers = (
-            unit.norm[0], unit.norm[-1], unit.equilibrium_norm[last], max(unit.rotation), unit.rotation[last],
+            unit.norm[0], unit.norm[last], unit.equilibrium_norm[last], peak, unit.rotation[last],
             unit.equilibrium_rotation[last], unit.effective_lr[last], unit.relaxed[-1], unit.timescale,
         )  # fmt: skip
         table.add_row(name, *(f"{value:.3g}" if math.isfinite(value) else "" for value in numbers))

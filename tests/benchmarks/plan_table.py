@@ -1,7 +1,7 @@
 """Plans against runs: ``python -m tests.benchmarks.plan_table [steps]``.
 
 Six recipes on four small networks: medians over the run of |log(measured/planned)| of norm and of rotation, for all
-that is planned; and for what is refused by how much the formulas would have been off.
+that is planned, as long as it is; and for what is refused by how much the formulas would have been off.
 """
 
 from __future__ import annotations
@@ -136,6 +136,8 @@ def _off(
         path = [rows[0][1], *predicted_norm(family, rates, initial_norm=rows[0][1], **own)]  # type: ignore[arg-type]
         turn = [predicted_rotation(family, path[s], lr=rates[s], **own) for s, _, _ in rows]  # type: ignore[arg-type]
         expected = [(path[s], rotation) for (s, _, _), rotation in zip(rows, turn, strict=True)]
+    kept = [place for place, (norm, _) in enumerate(expected) if math.isfinite(norm)]
+    rows, expected = [rows[place] for place in kept], [expected[place] for place in kept]
     pairs = [
         [abs(math.log(m / p)) for m, p in zip(row[1:], e, strict=True)] for row, e in zip(rows, expected, strict=True)
     ]

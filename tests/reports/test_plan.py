@@ -95,6 +95,24 @@ def test_what_is_refused(recipe: dict[str, Any], steps: int, why: str) -> None:
     assert found.sentences()[0] == "Nothing of it can be planned."
 
 
+def test_units_of_several_rows_are_planned_for_two_relaxation_times() -> None:
+    """2/(2·lr·decay) = 1000 steps; and not at all where steps are large. One row has no such end."""
+    found = plan({"matrix": (2.0, (20, 20)), "row": (2.0, 400)}, ADAM, [1.0] * 3000)
+    matrix, row = found.units["matrix"], found.units["row"]
+    ends = [step for step, norm in zip(found.at, matrix.norm, strict=True) if math.isfinite(norm)]
+    assert max(ends) == pytest.approx(1000, abs=3000 / 119)  # between two of the steps that have numbers
+    assert matrix.norm[: len(ends)] == row.norm[: len(ends)]
+    assert all(map(math.isfinite, row.norm))
+    assert any("matrix is planned up to about step" in words for words in found.sentences())
+    assert found.typical_rotation("matrix") < found.typical_rotation("row")  # it turns faster in the end
+    compared = Comparison(found)
+    assert compared.add(2000, "matrix", 1.0, 1.0, 1.0) == {}
+    assert len(compared.add(2000, "row", 1.0, 1.0, 1.0)) == 2
+    for more in ({"weight_decay": 0.6}, {"lr": 0.2, "weight_decay": 1e-4}):
+        refused = plan({"matrix": (2.0, (20, 20))}, ADAM | more, [1.0] * 3000).refused["matrix"]
+        assert "several rows or tensors" in refused
+
+
 class Stream(nn.Module):
     """A residual stream: embedding and output are a set, the branch's first layer reads; the head is neither."""
 
