@@ -257,9 +257,9 @@ class _Course:
         decay = rates[0] * rates[1]
         if decay > 1.0001 * LARGEST_DECAY or rotation > LARGEST_ROTATION:
             raise ValueError(
-                "Where a unit has several rows or tensors, Adam lets the loss move norm between them. They are as planned "
-                f"up to lr·decay = {LARGEST_DECAY:g} and {LARGEST_ROTATION:g} rad a step, and these come to {decay:.2g} "
-                f"and {rotation:.2g}."
+                "Where a unit has several rows or tensors, Adam lets the loss move norm between them. They are as "
+                f"planned up to lr·decay = {LARGEST_DECAY:g} and {LARGEST_ROTATION:g} rad a step, which come to "
+                f"{decay:.2g} and {rotation:.2g} here."
             )
 
     def _now(self, norm: float, rates: Rates) -> tuple[float, float, float, float]:

@@ -51,8 +51,8 @@ def words_of(unit: PlannedUnit, at: Sequence[int], steps: int) -> Iterator[str]:
     known = [place for place, norm in enumerate(unit.norm) if math.isfinite(norm)]
     if known[-1] + 1 < len(at):
         yield (
-            f"{{}} is planned up to about step {rounded(at[known[-1]])} alone: it has several rows or tensors, and when "
-            "its start is forgotten, the loss has moved norm between them."
+            f"{{}} is planned up to about step {rounded(at[known[-1]])} alone: it has several rows or tensors, and "
+            "when its start is forgotten, the loss has moved norm between them."
         )
     peak = max(known, key=unit.rotation.__getitem__)
     settled = unit.equilibrium_rotation[peak]

@@ -108,7 +108,7 @@ def test_units_of_several_rows_are_planned_for_two_relaxation_times() -> None:
     compared = Comparison(found)
     assert compared.add(2000, "matrix", 1.0, 1.0, 1.0) == {}
     assert len(compared.add(2000, "row", 1.0, 1.0, 1.0)) == 2
-    for more in ({"weight_decay": 0.6}, {"lr": 0.2, "weight_decay": 1e-4}):
+    for more in ({"weight_decay": 0.6}, {"lr": 0.01, "weight_decay": 1e-4}):
         refused = plan({"matrix": (2.0, (20, 20))}, ADAM | more, [1.0] * 3000).refused["matrix"]
         assert "several rows or tensors" in refused
 
