@@ -128,16 +128,16 @@ def runs_of(source: Source | Mapping[str, Source], argument: str = "runs") -> li
         frames: list[Any] = list(source) if isinstance(source, (list, tuple)) else [source]
         if not all(isinstance(frame, pandas.DataFrame) for frame in frames):
             raise TypeError(
-                f"`{argument}` must be a folder, a data frame, a list of one run's data frames, or a mapping from names "
-                f"to these, got {source!r}. Use {{'first': folder, 'second': other}} for several runs."
+                f"`{argument}` must be a folder, a data frame, a list of one run's data frames, or a mapping from "
+                f"names to these, got {source!r}. Use {{'first': folder, 'second': other}} for several runs."
             )
         with_step = [frame for frame in frames if "step" in frame.columns]
         tables = _by_step(pandas.concat(with_step, ignore_index=True)) if with_step else {}
         if not tables:
             raise ValueError(
                 f"`{argument}` must have curves of this package, but the data frame has none. Use history() of a "
-                "monitor; where that is empty because a strategy trained in processes of its own, use the logger's folder, "
-                "trainer.log_dir."
+                "monitor; where that is empty because a strategy trained in processes of its own, use the logger's "
+                "folder, trainer.log_dir."
             )
     return [LoggedRun(name, table) for name, table in tables.items()]
 

@@ -188,7 +188,7 @@ class RotationControl(NormHolder):
             )
         if unused:
             rank_zero_warn(
-                f"`replay` has rotations of {theirs}, of which there are no weights here. Sets need unit='set'."
+                f"`replay` has rotations of {theirs}, of which no weights are here. Sets need unit='set'."
             )
         return [target for target in targets if target.name in logged]
 
