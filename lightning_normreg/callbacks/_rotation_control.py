@@ -183,13 +183,11 @@ class RotationControl(NormHolder):
             )
         if without:
             rank_zero_warn(
-                f"RotationControl leaves {ours} alone: `replay` has no rotation of that name. Log all weights by "
-                "EffectiveLRMonitor(per_layer=True)."
+                f"RotationControl leaves {ours} alone: `replay` has no rotation of that name. Log it by "
+                "EffectiveLRMonitor(per_layer=True), by `include` where it is no weight of a layer."
             )
         if unused:
-            rank_zero_warn(
-                f"`replay` has rotations of {theirs}, of which no weights are here. Sets need unit='set'."
-            )
+            rank_zero_warn(f"`replay` has rotations of {theirs}, of which no weights are here. Sets need unit='set'.")
         return [target for target in targets if target.name in logged]
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
