@@ -115,16 +115,17 @@ class Angles:
         angles = [float(self._of(*one)) for one in stepping]
         now = " to ".join(dict.fromkeys(f"{angle:.3g}" for angle in (min(angles), max(angles))))
         source = {"lr": "the learning rate, in radians", "equilibrium": "that of the equilibrium of decay"}
-        said = "that of a logged run" if callable(self._angle) else source.get(str(self._angle), "constant")
+        source["run"] = "that of the logged run"
+        key = "run" if callable(self._angle) else str(self._angle)
         rank_zero_info(
-            f"RotationControl turns {in_words([w for w, _, _ in stepping])} by an angle per step, {said}: "
-            f"now {now}. Gradients and optimizer give the direction only."
+            f"RotationControl turns {in_words([w for w, _, _ in stepping])} by an angle per step, "
+            f"{source.get(key, 'constant')}: now {now}. Gradients and optimizer give the direction only."
         )
-        by_words: dict[str, list[str]] = {}
+        said: dict[str, list[str]] = {}
         for watched, group, optimizer in stepping:
             if group.get("weight_decay"):
-                by_words.setdefault(self._about_decay(watched, optimizer, group), []).append(watched.name)
-        for words, names in by_words.items():
+                said.setdefault(self._about_decay(watched, optimizer, group), []).append(watched.name)
+        for words, names in said.items():
             say = rank_zero_info if "without effect" in words else rank_zero_warn
             say(f"Weight decay of {listed(names)}: {words}")
 

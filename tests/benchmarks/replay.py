@@ -10,8 +10,9 @@ Printed are means over seeds of the final training loss, that of the last tenth 
 is off the reference's by at most two standard deviations of the reference over seeds: what another seed does to one
 run. ``no replay`` is the same run without (of the first seed). ``off by`` is the largest difference in radians from
 the log at any step and layer. The last row of each network replays every second layer, or two tensors of the set, and
-leaves the rest to the optimizer's own recipe. Exit status 1 if fewer than 10 of the 12 cells agree, or if a rotation is
-off by more than 1e-5 of it and the 2e-7 rad that stored float32 weights round an angle by. 20 minutes on two cores.
+leaves the rest to the optimizer's own recipe. Exit status 1 if a cell in which the optimizer stays the same does not
+agree, or if a rotation is off by more than 1e-5 of it and the 2e-7 rad that stored float32 weights round an angle by:
+what the direction of another optimizer does is reported, not judged. 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from lightning_normreg.demos import DemoConvNet, DemoTransformer, DigitsDataModu
 from tests.benchmarks.label_noise import print_, quiet
 from tests.twins import Lion, Muon
 
-SCALE, FAR, AGREE = 10.0, 500.0, 10
+SCALE, FAR = 10.0, 500.0
 RELATIVE, ROUNDING = 1e-5, 2e-7
 MAKERS: dict[str, Any] = {"AdamW": AdamW, "SGD": partial(SGD, momentum=0.9), "Lion": Lion, "Muon": Muon}
 RECIPES = {
@@ -135,7 +136,7 @@ def main() -> int:
     """Print the table; the exit status."""
     seeds, steps = ([int(word) for word in sys.argv[1:]] + [4, 400][len(sys.argv) - 1 :])[:2]
     do, one = Parallel(n_jobs=2, return_as="list"), delayed(train)
-    agreeing, exact = 0, True
+    agreeing, good = 0, True
     for network in RECIPES:
         table = Table(*HEADERS, title=f"{network}: final training loss, {seeds} seeds, {steps} steps")
         names = sorted({reference for reference, _, _ in CELLS})
@@ -148,20 +149,20 @@ def main() -> int:
             )
             bare = train(network, other, far, 0, steps)[0]
             layers = control.get("include", Demo.turned if network == "demo" else ["residual_stream"])
-            found = [worst(run[1], again[1], layers) for run, again in zip(runs[reference], replays, strict=True)]
-            off = max(difference for difference, _ in found)
+            compared = [worst(run[1], again[1], layers) for run, again in zip(runs[reference], replays, strict=True)]
+            off = max(radians for radians, _ in compared)
             theirs, ours = ([loss for loss, _ in some] for some in (runs[reference], replays))
             noise, difference = statistics.stdev(theirs), statistics.mean(ours) - statistics.mean(theirs)
             agrees = abs(difference) <= 2 * noise
             agreeing += agrees and far != 1
-            exact &= all(is_exact for _, is_exact in found)
+            good &= all(exact for _, exact in compared) and (agrees or reference != other)
             title = f"{reference} → {other}, " + ("half of the layers" if far == 1 else f"lr × {far:g}")
             cells = [f"{statistics.mean(theirs):.3f} ± {noise:.3f}", f"{statistics.mean(ours):.3f}", f"{bare:.3f}"]
             table.add_row(title, *cells, f"{off:.0e}", ("yes" if agrees else "no") if far != 1 else "")
             print_(title, cells, off)
         print_(table)
-    print_(f"{agreeing} of {2 * len(CELLS)} cells agree; rotations are {'' if exact else 'not '}the logged ones.")
-    return int(agreeing < AGREE or not exact)
+    print_(f"{agreeing} of {2 * len(CELLS)} cells agree.")
+    return int(not good)
 
 
 if __name__ == "__main__":
