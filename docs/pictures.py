@@ -97,9 +97,7 @@ def text_run(*callbacks: Callback, writers: float = 1.0, branches: float = 1.0, 
             layer = name.split(".")[-2]
             parameter.mul_({"o": branches, "down": branches, "v": 1 / branches, "up": 1 / branches}.get(layer, 1.0))
     losses: list[float] = []
-    noting = LambdaCallback(
-        on_train_batch_end=lambda trainer, module, outputs, *_: losses.append(float(outputs["loss"]))
-    )
+    noting = noting_losses(losses)
     monitors = [WeightNormMonitor(every_n_steps=5), EffectiveLRMonitor(every_n_steps=5)]
     trainer = Trainer(
         callbacks=[*monitors, *callbacks, noting], max_steps=STEPS, limit_val_batches=0, accelerator="cpu",
@@ -107,8 +105,17 @@ def text_run(*callbacks: Callback, writers: float = 1.0, branches: float = 1.0, 
     )  # fmt: skip
     trainer.fit(model, data)
     history = monitors[0].history().merge(monitors[1].history(), on=["step", "epoch"], how="outer")
-    smooth = pd.Series(losses, name="loss").rolling(20).mean().rename_axis("step").reset_index()
-    return history.merge(smooth, on="step")
+    return history.merge(smooth(losses), on="step")
+
+
+def noting_losses(losses: list[float]) -> Callback:
+    """Keeps the training loss of each step."""
+    return LambdaCallback(on_train_batch_end=lambda trainer, module, outputs, *_: losses.append(float(outputs["loss"])))
+
+
+def smooth(losses: list[float]) -> pd.DataFrame:
+    """Means of the last 20 steps."""
+    return pd.Series(losses, name="loss").rolling(20).mean().rename_axis("step").reset_index()
 
 
 def demo_run() -> tuple[pd.DataFrame, list[str]]:
@@ -467,6 +474,36 @@ def stream_shares() -> Figure:
     return figure
 
 
+def replay() -> Figure:
+    """The rotations of a run with decay, on one with a far smaller learning rate, none, and ten times the weights."""
+
+    def far(model: DemoConvNet) -> torch.optim.Optimizer:
+        mine = [model.get_parameter(name) for name in CONVOLUTIONS]
+        rest = [p for name, p in model.named_parameters() if name not in CONVOLUTIONS]
+        return torch.optim.AdamW([{"params": mine, "lr": 1e-5}, {"params": rest}], lr=0.005, weight_decay=0.0)
+
+    layer, keys = CONVOLUTIONS[2], ("unit_norm_rms", "rotation")
+    losses: dict[str, list[float]] = {}
+    figure, axes = panels(3, 3.2)
+
+    def add(label: str, optimize: Optimize, *callbacks: Callback, scale: float = 1.0, **style: Any) -> pd.DataFrame:
+        losses[label] = []
+        history = run(optimize, *callbacks, noting_losses(losses[label]), scale=scale)
+        for one, key in zip(axes, keys, strict=False):
+            draw(one, history, f"weights/{key}/{layer}", label=label, **style)
+        draw(axes[2], smooth(losses[label]), "loss", label=label, **style)
+        print(f"replay, {label}: training loss of the last 20 steps {sum(losses[label][-20:]) / 20:.3f}")
+        return history
+
+    log = add("AdamW, lr 0.005, decay 1", adamw)
+    add("lr / 500, no decay, weights × 10", far, scale=10.0)
+    add("the same with replay=", far, RotationControl(replay=log), scale=10.0, linestyle=(0, (4, 3)))
+    for one, title in zip(axes, (*(TITLES[key] for key in keys), "training loss"), strict=True):
+        one.set(title=title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     "demo": demo,
     "equivalent": equivalent,
@@ -475,6 +512,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "equilibrium": equilibrium,
     "balance": balance,
     "corrected": corrected,
+    "replay": replay,
     "read_no_decay": lambda: by_layer(run(partial(sgd, decay=0.0))),
     "read_level": lambda: by_layer(run(partial(sgd, decay=0.03))),
     "read_small_decay": small_decay,

@@ -60,6 +60,17 @@ class OneSize(_Twin):
         w.sub_(group["lr"] / (1 - 0.9 ** group["step"]) / group["size"] * m)
 
 
+class Muon(_Twin):
+    """Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, orthogonalized exactly; a filter is a row."""
+
+    def update(self, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Set m ← 0.95 m + g, w ← (1 − ηλ)w − ηUVᵀ, with USVᵀ = g + 0.95 m."""
+        m = state.setdefault("momentum", torch.zeros_like(w))
+        m.mul_(0.95).add_(g)
+        u, _, v = torch.linalg.svd((g + 0.95 * m).flatten(1), full_matrices=False)
+        w.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * (u @ v).view_as(w))
+
+
 class Adam(_Twin):
     """Moments of Kingma and Ba 2015, algorithm 1, for the three below."""
 

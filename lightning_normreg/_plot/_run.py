@@ -126,7 +126,8 @@ class LoggedRun:
         return LoggedRun(self.name, self.table[kept])
 
 
-def runs_of(source: Source | Mapping[str, Source]) -> list[LoggedRun]:
+def runs_of(source: Source | Mapping[str, Source], argument: str = "runs") -> list[LoggedRun]:
+    """The runs of what an argument was given."""
     if isinstance(source, Mapping):
         found = []
         for name, part in source.items():
@@ -137,19 +138,19 @@ def runs_of(source: Source | Mapping[str, Source]) -> list[LoggedRun]:
         tables = read_runs(source)
     else:
         pandas = optional_import("pandas")
-        frames: list[Any] = [source] if isinstance(source, pandas.DataFrame) else list(source)
+        frames: list[Any] = list(source) if isinstance(source, (list, tuple)) else [source]
         if not all(isinstance(frame, pandas.DataFrame) for frame in frames):
             raise TypeError(
-                f"`runs` must be a folder, a data frame, a list of one run's data frames, or a mapping from names to "
-                f"these, got {source!r}. Use {{'first': folder, 'second': other}} for several runs."
+                f"`{argument}` must be a folder, a data frame, a list of one run's data frames, or a mapping from "
+                f"names to these, got {source!r}. Use {{'first': folder, 'second': other}} for several runs."
             )
         with_step = [frame for frame in frames if "step" in frame.columns]
         tables = _by_step(pandas.concat(with_step, ignore_index=True)) if with_step else {}
         if not tables:
             raise ValueError(
-                "`runs` must have curves of this package, but the data frame has none. Use history() of a monitor; "
-                "where that is empty because a strategy trained in processes of its own, use the logger's folder, "
-                "trainer.log_dir."
+                f"`{argument}` must have curves of this package, but the data frame has none. Use history() of a "
+                "monitor; where that is empty because a strategy trained in processes of its own, use the logger's "
+                "folder, trainer.log_dir."
             )
     return [LoggedRun(name, table) for name, table in tables.items()]
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_normreg._symmetries import Symmetries
-from lightning_normreg._weights import UnitArgument, Verdict, Watched
+from lightning_normreg._weights import UnitArgument, Verdict, Watched, listed
 from lightning_normreg.callbacks._first_projection import Twins
 from lightning_normreg.callbacks._holding import NormHolder, OnLost
-from lightning_normreg.callbacks._run import optimizers_of
+from lightning_normreg.callbacks._run import batches_that_stepped, optimizers_of, run_of
 from lightning_normreg.functional._rotation import Per
 from lightning_normreg.steps._angles import Angle, Angles
 from lightning_normreg.steps._projector import Radius
+from lightning_normreg.steps._replay import Over, Replay
 from lightning_normreg.steps._rotator import Hold, Rotator, check_control_arguments
 from lightning_normreg.steps._targets import OnNotInvariant
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
+
+    from lightning_normreg._plot import Source
 
 
 class RotationControl(NormHolder):
@@ -61,7 +65,14 @@ class RotationControl(NormHolder):
     Args:
         angle: ``"lr"``: the live learning rate of the weight's parameter group, in radians; a number: that angle;
             ``"equilibrium"``: the rotation per step at which the live learning rate and decay would settle, for AdamW
-            √(2ηλ(1−β₁)/(1+β₁)) (:func:`lightning_normreg.functional.equilibrium_rotation`).
+            √(2ηλ(1−β₁)/(1+β₁)) (:func:`lightning_normreg.functional.equilibrium_rotation`); ``"run"``: that of
+            ``replay``, which need not be said where it is given.
+        replay: The log of another run: its folder or file (TensorBoard, CSV), or ``history()`` of its
+            EffectiveLRMonitor. Each weight turns as its namesake did there (``rotation/…``), interpolated between
+            logged steps, before the first and after the last as there; steps are those of ``self.log``. Weights without
+            a namesake are left alone, and named. With ``per="unit"`` every unit turns as the layer did.
+        replay_over: ``"steps"``: each step turns as the step of that number; ``"share"``: from the first step to the
+            last planned one the angles go from the first to the last logged one.
         unit: ``"auto"``: the units that are scale-invariant; ``"neuron"``: one output row; ``"column"``: what one input
             feeds into all neurons; ``"layer"``: the whole tensor; ``"set"``: the units that are scale-invariant, and
             sets of tensors that are so together: one norm, by default that at the start, which changes nothing, and one
@@ -92,7 +103,8 @@ class RotationControl(NormHolder):
     Raises:
         ValueError: Before the first step, for what :class:`NormProjection` refuses; for a learning rate that is to be
             an angle and not in [0, π), also later in the run; for ``angle="equilibrium"`` where there is no decay, or
-            its rotation depends on the gradients.
+            its rotation depends on the gradients; for a ``replay`` that is no log of one run with rotations, in which
+            no controlled weight has a namesake, or that is shorter than the run.
 
     Examples:
         >>> from pytorch_lightning import Trainer
@@ -106,8 +118,10 @@ class RotationControl(NormHolder):
 
     def __init__(
         self,
-        angle: Angle = "lr",
+        angle: Angle | Literal["run"] = "lr",
         *,
+        replay: Source | None = None,
+        replay_over: Over = "steps",
         unit: UnitArgument = "auto",
         per: Per = "layer",
         hold: Hold = "step",
@@ -133,16 +147,56 @@ class RotationControl(NormHolder):
             twins=twins,
             project_averaged=project_averaged,
         )
-        Angles(angle)
         check_control_arguments(per, hold)
-        self.angle = angle
+        self._replay = None if replay is None else Replay(replay, replay_over)
+        if self._replay is None:
+            if angle == "run":
+                raise ValueError("`replay` must be the log of a run with angle='run', got None. Give its folder.")
+            Angles(angle)
+        elif angle not in ("lr", "run") or hold == "mean":
+            raise ValueError(
+                f"`angle` must be 'run' and `hold` 'step' with `replay`, whose curves have the ups and downs of single "
+                f"steps, got angle={angle!r}, hold={hold!r}. Leave them out."
+            )
+        self.angle: Angle | Literal["run"] = angle if replay is None else "run"
+        self.replay, self.replay_over = replay, replay_over
         self.per = per
         self.hold = hold
 
     def _make_projector(self, targets: list[Watched]) -> Rotator:
-        return Rotator(targets, self.radius, self.angle, per=self.per, hold=self.hold)
+        angle = self._logged if self.angle == "run" else self.angle
+        return Rotator(targets, self.radius, angle, per=self.per, hold=self.hold)
+
+    def _choose(self, trainer: Trainer, verdict: Verdict, otherwise: OnNotInvariant, *, named: bool) -> list[Watched]:
+        targets = super()._choose(trainer, verdict, otherwise, named=named)
+        if self._replay is None or not targets:
+            return targets
+        logged = self._replay.curves
+        without = [target.name for target in targets if target.name not in logged]
+        known = {name for name, _, _ in run_of(trainer).named} | {target.name for target in targets}
+        unused = [name for name in logged if name not in known]
+        ours, theirs = listed(without, 5), listed(unused, 5)
+        if len(without) == len(targets):
+            raise ValueError(
+                f"`replay` must be the log of a model with weights of the same names, but it has {listed([*logged], 5)}"
+                f" and none of {ours}. Rename the columns of a data frame, history(), that was logged elsewhere."
+            )
+        if without:
+            rank_zero_warn(
+                f"RotationControl leaves {ours} alone: `replay` has no rotation of that name. Log it by "
+                "EffectiveLRMonitor(per_layer=True), by `include` where it is no weight of a layer."
+            )
+        if unused:
+            rank_zero_warn(f"`replay` has rotations of {theirs}, of which no weights are here. Sets need unit='set'.")
+        return [target for target in targets if target.name in logged]
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        if self._replay is not None:
+            # An optimizer steps once in a batch, whatever their number; max_steps counts the steps of all.
+            planned = float(trainer.estimated_stepping_batches)
+            if trainer.max_steps > 0:
+                planned = min(planned, trainer.max_steps / len(trainer.optimizers))
+            self._logged = partial(self._angle_of, trainer, self._replay.speed(planned))
         super()._begin(trainer, pl_module, verdict)
         if self._projector is None:
             return
@@ -151,6 +205,10 @@ class RotationControl(NormHolder):
         shared = copied - rotator.allocate(optimizers_of(trainer))
         also = f", of which {shared / 1e6:.3g} MB are those of EffectiveLRMonitor" if shared > 0 else ""
         rank_zero_info(f"RotationControl keeps a copy of the controlled weights: {copied / 1e6:.3g} MB{also}.")
+
+    def _angle_of(self, trainer: Trainer, speed: float, name: str) -> float:
+        assert self._replay is not None
+        return self._replay.angle(name, batches_that_stepped(trainer) * speed)
 
     def _rotator(self) -> Rotator:
         assert isinstance(self._projector, Rotator)

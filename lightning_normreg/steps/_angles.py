@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -29,14 +29,14 @@ class Angles:
 
     Args:
         angle: ``"lr"``: the group's learning rate; ``"equilibrium"``: what the weight would turn by in a step at the
-            equilibrium of the group's learning rate and decay; radians.
+            equilibrium of the group's learning rate and decay; radians; or what says them by the weight's name.
     """
 
-    def __init__(self, angle: Angle) -> None:
+    def __init__(self, angle: Angle | Callable[[str], float]) -> None:
         if isinstance(angle, str):
             if angle not in ("lr", "equilibrium"):
                 raise ValueError(f"`angle` must be 'lr', 'equilibrium' or a number, got {angle!r}.")
-        else:
+        elif not callable(angle):
             check_angle(angle)
         self._angle = angle
         self._kept: dict[tuple[Any, ...], Tensor] = {}
@@ -66,7 +66,7 @@ class Angles:
             return lr
         if self._angle == "equilibrium":
             return self._equilibrium(watched, group, optimizer)
-        return self._angle
+        return self._angle(watched.name) if callable(self._angle) else self._angle
 
     def _equilibrium(self, watched: Watched, group: Group, optimizer: Optimizer) -> float:
         rule = update_rule(optimizer, group)
@@ -115,9 +115,11 @@ class Angles:
         angles = [float(self._of(*one)) for one in stepping]
         now = " to ".join(dict.fromkeys(f"{angle:.3g}" for angle in (min(angles), max(angles))))
         source = {"lr": "the learning rate, in radians", "equilibrium": "that of the equilibrium of decay"}
+        source["run"] = "that of the logged run"
+        key = "run" if callable(self._angle) else str(self._angle)
         rank_zero_info(
             f"RotationControl turns {in_words([w for w, _, _ in stepping])} by an angle per step, "
-            f"{source.get(str(self._angle), 'constant')}: now {now}. Gradients and optimizer give the direction only."
+            f"{source.get(key, 'constant')}: now {now}. Gradients and optimizer give the direction only."
         )
         said: dict[str, list[str]] = {}
         for watched, group, optimizer in stepping:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -43,7 +43,8 @@ class Rotator(Projector):
     Args:
         targets: The weights.
         radius: As of :class:`Projector`.
-        angle: ``"lr"``, ``"equilibrium"`` or radians, see :class:`lightning_normreg.RotationControl`.
+        angle: ``"lr"``, ``"equilibrium"`` or radians, see :class:`lightning_normreg.RotationControl`; or a function
+            that is asked at each step, by the weight's name.
         per: Whose rotation has the angle: ``"layer"`` or ``"unit"``.
         hold: ``"step"`` or ``"mean"``.
     """
@@ -54,7 +55,7 @@ class Rotator(Projector):
         self,
         targets: Sequence[Watched],
         radius: Radius = "auto",
-        angle: Angle = "lr",
+        angle: Angle | Callable[[str], float] = "lr",
         *,
         per: Per = "layer",
         hold: Hold = "step",

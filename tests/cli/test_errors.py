@@ -49,6 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         # Values that constructors refuse.
         (["--projection.radius=-1"], "projection: `radius`", "Use 1.0 for unit norm"),
         (["--rotation.angle=4"], "rotation: `angle`", "Angles per step are small"),
+        (["--rotation.replay=nowhere"], "rotation: `replay`", "Give the folder that a logger wrote"),
         (["--monitor.every_n_steps=0"], "monitor: `every_n_steps`", "Use None"),
         (["--model.width=0"], "model: width must be positive", "JSONARGPARSE_DEBUG=true"),
         (["--trainer.accelerator=quantum"], "trainer: ", "Available names are"),
