@@ -93,9 +93,10 @@ class Angles:
         for watched, group, optimizer in stepping:
             keys = {"lr": ["lr"], "equilibrium": ["lr", "weight_decay"]}.get(str(self._angle), [])
             if apart := unequal(optimizer, watched.tensors(), *keys) if watched.members else []:
+                number = "" if apart == ["optimizer"] else ", or give `angle` a number"
                 raise ValueError(
                     f"`unit='set'` must have one angle for all of {watched.name!r}, but its tensors have unequal "
-                    f"{' and '.join(apart)}. Put them in one group of one optimizer, or give `angle` a number."
+                    f"{' and '.join(apart)}. Put them in one group of one optimizer{number}."
                 )
             if self._angle == "lr" and not 0 <= float(group["lr"]) < math.pi:
                 raise ValueError(_too_large(float(group["lr"]), group))

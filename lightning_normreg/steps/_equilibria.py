@@ -132,6 +132,8 @@ class Equilibria(StepSubscriber):
                 if gradient is not None and not gradient > 0:
                     continue  # none has reached it yet
                 try:
+                    if rule.family == "nadam_decoupled" and _warms_up(group, self._count):
+                        raise ValueError("NAdam's own warm-up of its momentum is not over, and formulas are of later.")
                     formulas = Formulas(rule, group, self._watched[name], gradient)
                     self._compare(name, row[name], formulas, group, step=step, last=self._count - later)
                     self._failed.pop(name, None)
@@ -191,6 +193,11 @@ class Equilibria(StepSubscriber):
             self.courses = {name: Course(**course) for name, course in courses.items()}
             self._constants = dict(kept.get("constants", {}))
             self._steps = {name: [(*step, 0) for step in steps] for name, steps in kept["steps"].items()}
+
+
+def _warms_up(group: Group, steps: int) -> bool:
+    """Whether NAdam's μ_t = β₁(1 − 0.96^(t·momentum_decay)/2) is more than 5 % below β₁, and turns weights further."""
+    return bool(0.96 ** (steps * group.get("momentum_decay", 4e-3)) > 0.1)
 
 
 def _read(steps: Sequence[_Written]) -> list[Rates]:

@@ -203,3 +203,12 @@ def test_words_are_about_the_last_logged_ratios(ratios: list[float], settled: bo
     for step, ratio in enumerate(ratios):
         early.compare(ratio, 0.15, step)
     assert early.words().startswith("too short to settle: 2.4 of the 3 relaxation times")
+
+
+def test_nadam_while_its_momentum_warms_up() -> None:
+    """Its first 14 000 steps turn weights up to twice as far as the formulas say: nothing is predicted, in words."""
+    net = Noise(lambda p: torch.optim.NAdam(p, lr=1e-3, weight_decay=0.1, decoupled_weight_decay=True))
+    monitor, history = fit(net, 100)
+    assert "weights/rotation/layer.weight" in history
+    assert not [tag for tag in history if "equilibrium" in tag]
+    assert "NAdam's own warm-up" in " ".join(monitor.equilibrium_status())
