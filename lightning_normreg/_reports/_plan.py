@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 POINTS = 120
 """Steps at which a plan has numbers are so many, evenly spread, and so many more that get denser towards the start."""
-LARGEST_DECAY, LARGEST_ROTATION, FORGOTTEN = 1e-3, 0.02, 2.0
+LARGEST_DECAY, LARGEST_ROTATION, FORGOTTEN = 1e-3, 0.022, 2.0
 """Up to where units of several rows or tensors were within 15 % of the prediction in small transformers: lr·decay, the
 rotation of a step, and relaxation times, after which there are no numbers any more."""
 
