@@ -122,7 +122,7 @@ def half(network: str) -> dict[str, Any]:
     """Arguments by which every second layer is replayed, or of a set two tensors."""
     if network == "demo":
         return {"include": [*Demo.turned[::2]]}
-    return {"unit": "layer", "include": [*Text.turned[1:3]], "on_not_invariant": "allow"}
+    return {"unit": "layer", "include": [*Text.turned[1:3]], "on_not_invariant": "allow", "radius": "initial"}
 
 
 def worst(log: Any, curves: Any, names: Sequence[str]) -> tuple[float, bool]:

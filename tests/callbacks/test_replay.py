@@ -84,6 +84,16 @@ def test_rotations_are_the_logged_ones(name: str, peak: float, dtype: torch.dtyp
         agree(turned(net, weight), log[f"weights/rotation/{weight}"], dtype)
 
 
+def test_a_wider_network_on_smaller_batches() -> None:
+    """Names match, and a layer of more units turns by the same angle."""
+    log, net = reference(), Constant("momentum")
+    net.first, net.norm1 = nn.Linear(72, 14, bias=False), nn.BatchNorm1d(14)
+    net.second = nn.Linear(14, 6, bias=False)
+    run = trainer(RotationControl(replay=log), precision="64-true", max_epochs=3, limit_train_batches=6)
+    run.fit(net.double(), loader(3, dtype=torch.float64))
+    agree(turned(net, FIRST), log[f"weights/rotation/{FIRST}"])
+
+
 def test_every_unit_turns_as_the_layer_did() -> None:
     """With per='unit' the root mean square over units is the same."""
     log = reference()
