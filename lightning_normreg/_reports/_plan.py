@@ -178,7 +178,7 @@ def plan_of(
             if not 0 < norm < math.inf:
                 raise ValueError(f"Its norm at the start is {norm:g}, from where no course follows.")
             is_held = one.name in held
-            several = not is_held and (bool(one.members) or any(part.unit != "neuron" for part in one.parts))
+            several = not is_held and (bool(one.members) or any(part.size(one.shape) > 1 for part in one.parts))
             units[one.name] = _Course(formulas, rates, is_held, several).follow(norm, at)
         except ValueError as error:
             why[one.name] = sentence(str(error))
