@@ -16,13 +16,15 @@ from lightning_normreg.demos import DemoConvNet, DigitsDataModule
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "cli.md").read_text()
 BLOCKS = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-CONSOLES = re.findall(r"^```console\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    (command, shown)
-    for block in CONSOLES
-    for command, shown in re.findall(r"^(?:\$ )?lightning-normreg (.*)\n((?:(?!lightning-normreg).*\n)*)", block, re.M)
-]
-"""What stands in the blocks for the console, each with the output that is shown."""
+
+
+def commands_of(page: str) -> list[tuple[str, str]]:
+    """What stands in the blocks for the console, each with the output that is shown."""
+    consoles = re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    pattern = r"^(?:\$ )?lightning-normreg (.*)\n((?:(?!lightning-normreg)(?!\$ ).*\n)*)"
+    return [found for block in consoles for found in re.findall(pattern, block, re.MULTILINE)]
+
+
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
@@ -44,7 +46,7 @@ def test_commands_of_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) 
     data = DigitsDataModule()
     data.setup("fit")
     find_symmetries(DemoConvNet(), next(iter(data.train_dataloader()))).save("found.json")
-    for command, shown in COMMANDS:
+    for command, shown in commands_of(PAGE):
         words = shlex.split(command)
         capsys.readouterr()
         cli.main([*words, "--seed_everything=0"] if words[0] == "fit" else words)
@@ -52,7 +54,16 @@ def test_commands_of_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) 
             assert _without_digits(capsys.readouterr().out) == _without_digits(shown), command
     assert len(list(folder.glob("lightning_logs/version_*"))) == 1
     assert Path("curves.png").exists()
-    assert len([shown for _, shown in COMMANDS if shown]) == 3
+    assert len([shown for _, shown in commands_of(PAGE) if shown]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:No seed found")
+def test_commands_of_the_page_on_plans(folder: Path) -> None:
+    """In their order: a plan, a run beside it, both drawn, and a plan from its checkpoint."""
+    for command, _ in commands_of((ROOT / "docs" / "planning.md").read_text()):
+        cli.main(shlex.split(command))
+    assert {"plan.json", "plan.png", "curves.png"} <= {path.name for path in folder.iterdir()}
 
 
 def _without_digits(text: str) -> list[str]:
