@@ -41,8 +41,11 @@ DESCRIPTION = """Train a small network on embedded data: one with BatchNorm on d
 
 def demo(args: list[str]) -> None:
     """Train a demo network, and show what happened to its layers."""
-    for module in ("sklearn", "matplotlib", "pandas"):
-        optional_import(module, "demo")
+    try:
+        for module in ("sklearn", "matplotlib", "pandas"):
+            optional_import(module, "demo")
+    except ModuleNotFoundError as error:
+        parser_of("demo", DESCRIPTION).error(str(error), error)
     name, rest = _model_of(args)
     model, data, first, trainer = MODELS[name]
     cli = NormRegCLI(
