@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,8 @@ def demo(args: list[str]) -> None:
         for module in ("sklearn", "matplotlib", "pandas"):
             optional_import(module, "demo")
     except ModuleNotFoundError as error:
-        parser_of("demo", DESCRIPTION).error(str(error), error)
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
     name, rest = _model_of(args)
     model, data, first, trainer = MODELS[name]
     cli = NormRegCLI(

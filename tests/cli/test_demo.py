@@ -99,6 +99,8 @@ def test_without_the_extra(
 ) -> None:
     """One line says what to install."""
     monkeypatch.setitem(sys.modules, missing, None)
-    said = refused(capsys, "demo")
-    assert said == f'{missing} is not installed. Install it by: pip install "lightning-normreg[demo]"\n'
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main(["demo"])
+    expected = f'error: {missing} is not installed. Install it by: pip install "lightning-normreg[demo]"\n'
+    assert capsys.readouterr().err == expected
     assert not Path("lightning_logs").exists()
