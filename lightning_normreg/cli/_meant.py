@@ -31,7 +31,8 @@ def remedies(message: str, parser: Any) -> Iterator[str | None]:
         yield did_you_mean(key[1], [name.lstrip("-") for name in options])
     if choices := re.search(r"(?s)Expected one of ([^\n]*?)(?:\n.*?|\. Got )value: (\S+)", message):
         yield did_you_mean(choices[2], re.findall(r"'(.*?)'", choices[1]))
-    if attribute := re.search(r"module '(\S+)' has no attribute '(\w+)'", message):
+    attribute = re.search(r"module '(\S+)' has no attribute '(\w+)'", message)
+    if attribute and attribute[1] in sys.modules:
         yield did_you_mean(attribute[2], vars(sys.modules[attribute[1]]))
     key = re.match(r'Parser key "((\w+)[\w.]*)"', message)
     names = key.groups() if key else ()
@@ -39,8 +40,9 @@ def remedies(message: str, parser: Any) -> Iterator[str | None]:
     if shown is None:
         return
     classes = dict(_classes(getattr(shown, "_help_types", ())))
-    if name := re.search(r"No class of this name is known: (\w+)", message):
-        yield did_you_mean(name[1], classes) or "A class of your own is named by its path: module.Class."
+    unheard = re.findall(r"No class of this name is known: (\w+)", message)
+    if name := next((name for name in unheard if name not in classes), None):
+        yield did_you_mean(name, classes) or "A class of your own is named by its path: module.Class."
     if argument := re.search(r"Option '(\w+)' is not accepted", message):
         named = re.findall(r"class_path'?:? '(?:\w+\.)*(\w+)'", message)
         kinds = [classes[n] for n in named if n in classes] or classes.values()
@@ -51,7 +53,8 @@ def remedies(message: str, parser: Any) -> Iterator[str | None]:
 def _classes(bases: Iterable[type]) -> Iterator[tuple[str, type]]:
     """Those that are imported, by the names that the command line has for them."""
     for base in bases:
-        yield base.__name__, base
+        if not base.__name__.startswith("_"):
+            yield base.__name__, base
         yield from _classes(base.__subclasses__())
 
 

@@ -20,6 +20,8 @@ PLAIN_WORDS = (
     (r"\n *(- )?Does not validate against any of the Union subtypes", ""),
     (r"\n\n *- Expected a path but \S+(?<!yaml)(?<!json) either not accessible or invalid", ""),
     (r"\n *- Expected '.*' to be a subclass of ReduceLROnPlateau\.", ""),
+    (r"\n *- Not a valid subclass of \w+\n *Subclass types expect one of:(\n *- a .*)*", ""),
+    (r"\n *What it takes is shown by .*", ""),  # an option of a parser inside of this one
     (r"\n *- Problem with given class_path 'lightning_normreg\.cli\._groups\.\w+':", ""),
     (r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1"),
     (r"Type \S*Callable.* expects a function or a callable class: ", ""),
@@ -32,7 +34,7 @@ ALIAS = """A pattern that begins with * is quoted in YAML: ["*.weight"]. In a sh
 REMEDIES = {
     "SequentialLR": "In YAML, a SchedulerSequence takes the place of SequentialLR.",
     "ChainedScheduler": "In YAML, a SchedulerChain takes the place of ChainedScheduler.",
-    "an alias": ALIAS,
+    "scanning an alias": ALIAS,
     "undefined alias": ALIAS,
     "value: *": ALIAS,
     "value: [*": ALIAS,

@@ -119,6 +119,11 @@ def known_options() -> set[str]:
         ("rotation: {angel: 0.1}", "Did you mean angle?"),
         ("rotation: {angle: equilibriun}", "Did you mean equilibrium?"),
         ("optimizer: {class_path: AdmW}", "Did you mean AdamW"),
+        ("trainer: {callbacks: [{class_path: NormProjecton}]}", "Did you mean NormProjection?"),
+        (
+            "lr_scheduler: {class_path: SchedulerSequence, init_args: {schedulers: [LinearLr], milestones: []}}",
+            "Did you mean LinearLR?",
+        ),
         ("monitor: {include: [*.weight]}", 'quoted in YAML: ["*.weight"]'),
         ("monitor: {include: [*weight]}", 'quoted in YAML: ["*.weight"]'),
     ],
@@ -126,7 +131,9 @@ def known_options() -> set[str]:
 def test_a_file_that_is_nearly_right(line: str, remedy: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Keys, class names and choices in YAML get a suggestion, once; a pattern is to be quoted."""
     Path("nearly.yaml").write_text(f"model: users_module.Net\ndata: users_module.Data\n{line}\n")
-    assert refused(capsys, "fit", "--config=nearly.yaml").count(remedy) == 1
+    said = refused(capsys, "fit", "--config=nearly.yaml")
+    assert said.count(remedy) == 1
+    assert "--schedulers.help" not in said
 
 
 @pytest.mark.parametrize(
