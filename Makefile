@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+SCHEMA := $(BIN)/check-jsonschema --builtin-schema vendor
 
 .PHONY: demo test test-slow check lint docs benchmark clean
 
@@ -19,7 +20,10 @@ check: lint docs
 lint: .venv/with-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell lightning_normreg tests examples docs README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell lightning_normreg tests examples docs .github *.md *.cff *.py
+	$(SCHEMA).github-workflows .github/workflows/*.yml
+	$(SCHEMA).github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/wish.yml
+	$(SCHEMA).citation-file-format CITATION.cff
 	$(BIN)/mypy
 
 docs: .venv/with-docs

@@ -36,7 +36,7 @@ def optional_import(module: str, extra: str = "plot") -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{module.partition('.')[0]} is not installed. Install it by: pip install 'lightning-normreg[{extra}]'"
+            f'{module.partition(".")[0]} is not installed. Install it by: pip install "lightning-normreg[{extra}]"'
         ) from error
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+import lightning_normreg
+from lightning_normreg.cli._meant import did_you_mean
 from lightning_normreg.cli._subcommands import COMMANDS, PROGRAM, SUMMARIES, overview
 
 if TYPE_CHECKING:
@@ -29,13 +34,26 @@ def main(args: Sequence[str] | None = None) -> None:
     if first in ("-h", "--help"):
         print(overview())
         sys.exit(0)
+    elif first == "--version":
+        print(_versions())
+        sys.exit(0)
     elif first in COMMANDS:
         getattr(import_module(f"{__name__}.{COMMANDS[first]}"), first)(words[1:])
     elif first.startswith("-") or first in SUMMARIES:
         __getattr__("NormRegCLI")(args=words, parser_kwargs={"prog": PROGRAM})
     else:
-        sys.stderr.write(f"{overview()}\n\nerror: {first!r} is no subcommand. Use one of those above.\n")
+        meant = did_you_mean(first, SUMMARIES) or "Use one of those above."
+        sys.stderr.write(f"{overview()}\n\nerror: {first!r} is no subcommand. {meant}\n")
         sys.exit(2)
+
+
+def _versions() -> str:
+    """The package's, and of what its numbers depend on; read from metadata, which takes no import."""
+    installed = [f"Python {platform.python_version()}"]
+    for name in ("torch", "pytorch-lightning", "lightning"):
+        with suppress(PackageNotFoundError):
+            installed.append(f"{name} {version(name)}")
+    return f"{PROGRAM} {lightning_normreg.__version__} ({', '.join(installed)})"
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +42,12 @@ DESCRIPTION = """Train a small network on embedded data: one with BatchNorm on d
 
 def demo(args: list[str]) -> None:
     """Train a demo network, and show what happened to its layers."""
-    for module in ("sklearn", "matplotlib", "pandas"):
-        optional_import(module, "demo")
+    try:
+        for module in ("sklearn", "matplotlib", "pandas"):
+            optional_import(module, "demo")
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
     name, rest = _model_of(args)
     model, data, first, trainer = MODELS[name]
     cli = NormRegCLI(

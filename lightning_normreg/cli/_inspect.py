@@ -53,6 +53,8 @@ def inspect(args: list[str]) -> None:
 
 def inspect_checkpoint(path: str, optimizer: str | None, invariance: str | None, symmetries: str | None) -> Report:
     """What a file alone says."""
+    if path.endswith((".yaml", ".yml")):
+        raise ArgumentRefused("ckpt_path", f"{path!r} is a configuration, no checkpoint. Give it by --config.")
     with refusals_of("ckpt_path"):
         checkpoint = _reports.read_checkpoint(path)
     with refusals_of("invariance"):

@@ -6,12 +6,12 @@ import argparse
 import re
 import textwrap
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from lightning_normreg.cli._meant import remedies
 from lightning_normreg.cli._subcommands import PROGRAM, epilog
 
 # What jsonargparse says of types is for those who know them.
@@ -20,15 +20,24 @@ PLAIN_WORDS = (
     (r"\n *(- )?Does not validate against any of the Union subtypes", ""),
     (r"\n\n *- Expected a path but \S+(?<!yaml)(?<!json) either not accessible or invalid", ""),
     (r"\n *- Expected '.*' to be a subclass of ReduceLROnPlateau\.", ""),
+    (r"\n *- Not a valid subclass of \w+\n *Subclass types expect one of:(\n *- a .*)*", ""),
+    (r"\n *What it takes is shown by .*", ""),  # an option of a parser inside of this one
+    (r"\n *- Problem with given class_path 'lightning_normreg\.cli\._groups\.\w+':", ""),
+    (r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1"),
     (r"Type \S*Callable.* expects a function or a callable class: ", ""),
     (r"NestedArg\(key='(.*?)', val='?(.*?)'?\)", r"\1=\2"),
     (r"(\n *Given|\. Got) value: Namespace\(.*\)", ""),
     (r"Expected a dot import path string: (\S+)", r"No class of this name is known: \1"),
     (r"<class '([\w.]+)'>", r"\1"),
 )
+ALIAS = """A pattern that begins with * is quoted in YAML: ["*.weight"]. In a shell: --KEY '["*.weight"]'."""
 REMEDIES = {
     "SequentialLR": "In YAML, a SchedulerSequence takes the place of SequentialLR.",
     "ChainedScheduler": "In YAML, a SchedulerChain takes the place of ChainedScheduler.",
+    "scanning an alias": ALIAS,
+    "undefined alias": ALIAS,
+    "value: *": ALIAS,
+    "value: [*": ALIAS,
     "_dataloader` must be implemented": "A data module is given by --data.",
 }
 
@@ -62,14 +71,10 @@ class Parser(ArgumentParser):
         for pattern, words in PLAIN_WORDS:
             message = re.sub(pattern, words, message)
         message = "\n".join(dict.fromkeys(message.rstrip().split("\n")))
-        remedies = [remedy for word, remedy in REMEDIES.items() if word in message]
-        unknown = re.match(r"unrecognized arguments: (\S+)", message)
-        if unknown and (near := get_close_matches(unknown[1], self._option_string_actions, n=1)):
-            remedies.append(f"Did you mean {near[0]}?")
-        key = re.match(r'Parser key "(\w+)', message)
-        if key and f"--{key[1]}.help" in self._option_string_actions:
-            remedies.append(f"What it takes is shown by --{key[1]}.help.")
-        super().error("\n  ".join([message, *remedies]), ex)
+        known = [remedy for word, remedy in REMEDIES.items() if word in message]
+        known += filter(None, remedies(message, getattr(ex, "subcommand_parser", self)))
+        # A parser inside of this one may have said it already.
+        super().error("\n  ".join([message, *(said for said in dict.fromkeys(known) if said not in message)]), ex)
 
     def add_method_arguments(self, theclass: Any, themethod: str, *args: Any, **options: Any) -> Any:
         """Put the method's name above its arguments, in place of its docstring."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lightning_normreg.cli._meant import meant_options
 from lightning_normreg.cli._subcommands import PROGRAM, epilog
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(2, f"error: {message}\n")
+        meant = meant_options(message, self._option_string_actions)
+        self.exit(2, f"error: {message}\n" + (f"  {meant}\n" if meant else ""))
 
 
 def plot(args: list[str]) -> None:

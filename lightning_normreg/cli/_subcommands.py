@@ -79,5 +79,6 @@ def overview() -> str:
         f"usage: {PROGRAM} SUBCOMMAND [options]\n\n"
         "See and control what weight decay does to normalized networks.\n\n"
         f"subcommands:\n{listed}\n\n"
-        f"Each has a --help with examples. For a first run on embedded data: {PROGRAM} demo"
+        "Each has a --help with examples; --version says what is installed.\n"
+        f"For a first run on embedded data: {PROGRAM} demo"
     )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning  # noqa: F401  # its log keeps to the stderr that is there at its import: not one of a test
 
 USERS_MODULE = """
 import torch

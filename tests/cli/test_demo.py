@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_normreg import cli
@@ -63,6 +64,17 @@ def test_a_layer_with_any_curve_is_in_the_table(folder: Path, capsys: pytest.Cap
     assert [bool(cell) for cell in found["block2.conv.weight"]] == [False, True, True]
 
 
+@pytest.mark.slow
+def test_a_demo_is_repeated_from_its_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights are the same bit by bit; what is saved holds the Trainer's settings."""
+    cli.main(["demo", *FEW, "--trainer.gradient_clip_val=0.5", "--seed_everything=17"])
+    (first,) = folder.rglob("config.yaml")
+    cli.main(["demo", f"--config={first}"])
+    saved, again = (torch.load(path, weights_only=True) for path in sorted(folder.rglob("*.ckpt")))
+    assert saved["global_step"] == again["global_step"] == 2
+    assert all(torch.equal(weight, again["state_dict"][name]) for name, weight in saved["state_dict"].items())
+
+
 @pytest.mark.parametrize(
     "words, given", [(["--model=resnet"], "resnet"), (["--model", "gpt-2"], "gpt-2"), (["--model"], "")]
 )
@@ -79,3 +91,16 @@ def test_a_python_without_the_text(
     """It is said in words, not by a traceback."""
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     assert "pydoc_data.topics, the text of TextDataModule" in refused(capsys, "demo", "--model=transformer", *FEW)
+
+
+@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "pandas"])
+def test_without_the_extra(
+    missing: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says what to install."""
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.main(["demo"])
+    expected = f'error: {missing} is not installed. Install it by: pip install "lightning-normreg[demo]"\n'
+    assert capsys.readouterr().err == expected
+    assert not Path("lightning_logs").exists()

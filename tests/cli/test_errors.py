@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,20 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         (["--model=users_module.Nett"], '"model"', "has no attribute 'Nett'"),
         (["--model=no_module.Net"], '"model"', "No module named 'no_module'"),
         (["--config=none.yaml"], '"config"', "does not exist"),
+        # Words that are nearly right.
+        (["--model=DemoConvNt"], '"model"', "Did you mean DemoConvNet?"),
+        (["--model=users_module.Nett"], '"model"', "Did you mean Net?"),
+        (["--model=Unheard"], '"model"', "module.Class"),
+        (["--optimizer=AdamX"], '"optimizer"', "or Adam?\n  What it takes is shown by --optimizer.help CLASS."),
+        (["--optimizer=adamw"], '"optimizer"', "Did you mean AdamW"),
+        (["--optimizer={class_path: SGD, init_args: {momentun: 0.9}}"], "'momentun'", "Did you mean momentum?"),
+        (["--model.widthh=3"], "'widthh'", "Did you mean width?"),
+        (["--monitor.evry_n_steps=3"], "'evry_n_steps'", "Did you mean every_n_steps"),
+        (["--trainer.callbacks=NormProjecton"], '"trainer.callbacks"', "Did you mean NormProjection?"),
+        (["--rotation.angle=equilibriun"], '"rotation"', "Did you mean equilibrium?"),
+        (["--rotation.hold=meen"], "Expected one of 'step', 'mean'", "Did you mean mean?"),
+        (["--lr_interval=stp"], '"lr_interval"', "Did you mean step?"),
+        (["--monitor.include=[*.weight]"], '"monitor"', """--KEY '["*.weight"]'"""),
         # Values that constructors refuse.
         (["--projection.radius=-1"], "projection: `radius`", "Use 1.0 for unit norm"),
         (["--rotation.angle=4"], "rotation: `angle`", "Angles per step are small"),
@@ -79,7 +97,64 @@ def test_wrong_arguments(
     said = refused(capsys, *FIT, *args)
     assert key in said
     assert remedy in said
-    assert len(said.splitlines()) <= 8
+    assert len(said.splitlines()) <= 9
+    for option in re.findall(r"shown by (--\S+.help)", said):
+        assert option in known_options()
+
+
+@cache
+def known_options() -> set[str]:
+    """Those of ``fit``: what a remedy points to is there."""
+    out = io.StringIO()
+    for word in ("--help", "--trainer.help"):
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            cli.main(["fit", word])
+    return set(re.findall(r"--[\w.]+", out.getvalue()))
+
+
+@pytest.mark.parametrize(
+    "line, remedy",
+    [
+        ("optimiser: SGD", "Did you mean optimizer?"),
+        ("trainer: {max_epoch: 3}", "Did you mean trainer.max_epochs"),
+        ("rotation: {angel: 0.1}", "Did you mean angle?"),
+        ("rotation: {angle: equilibriun}", "Did you mean equilibrium?"),
+        ("optimizer: {class_path: AdmW}", "Did you mean AdamW"),
+        ("trainer: {callbacks: [{class_path: NormProjecton}]}", "Did you mean NormProjection?"),
+        (
+            "lr_scheduler: {class_path: SchedulerSequence, init_args: {schedulers: [LinearLr], milestones: []}}",
+            "Did you mean LinearLR?",
+        ),
+        ("monitor: {include: [*.weight]}", 'quoted in YAML: ["*.weight"]'),
+        ("monitor: {include: [*weight]}", 'quoted in YAML: ["*.weight"]'),
+    ],
+)
+def test_a_file_that_is_nearly_right(line: str, remedy: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys, class names and choices in YAML get a suggestion, once; a pattern is to be quoted."""
+    Path("nearly.yaml").write_text(f"model: users_module.Net\ndata: users_module.Data\n{line}\n")
+    said = refused(capsys, "fit", "--config=nearly.yaml")
+    assert said.count(remedy) == 1
+    assert "--schedulers.help" not in said
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("ft", "'ft' is no subcommand. Did you mean fit?"),
+        ("plot . --layer x", "Did you mean --layers?"),
+        ("plan --as projecton", "Did you mean projection?"),
+        ("plan --as angle --optimizr SGD", "Did you mean --optimizer?"),
+        ("inspect run.yaml", "ckpt_path: 'run.yaml' is a configuration, no checkpoint. Give it by --config.\n"),
+    ],
+)
+def test_other_subcommands(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Suggestions are the same everywhere."""
+    assert said in refused(capsys, *words.split())
+
+
+def test_an_option_that_is_like_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is no suggestion rather than a wild one."""
+    assert refused(capsys, *FIT, "--lr.help") == "unrecognized arguments: --lr.help\n"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from lightning_normreg import (
 from lightning_normreg.cli import SchedulerChain, SchedulerSequence
 from lightning_normreg.cli._schedulers import natural_interval
 from tests.cli.conftest import BATCHES
-from tests.cli.harness import TRAINER, fit, groups, logged
+from tests.cli.harness import fit, groups, logged
 
 BASE = 0.1
 OPTIMIZER = {"class_path": "AdamW", "init_args": {"lr": BASE, "weight_decay": 0.05}}
@@ -317,11 +317,37 @@ def test_print_config_round_trips(subcommand: str, folder: Path, capsys: pytest.
     assert config["trainer"]["callbacks"][0]["class_path"] == "lightning_normreg.NormSummary"
 
 
-def test_the_trainer_is_saved_with_the_rest(folder: Path) -> None:
-    """A run can be repeated from its ``config.yaml``, although the help shows the Trainer's arguments in one line."""
-    saved = yaml.safe_load((fit({"optimizer": OPTIMIZER}, "--trainer.max_epochs=1") / "config.yaml").read_text())
-    assert saved["trainer"]["max_epochs"] == 1
-    assert saved["trainer"]["log_every_n_steps"] == TRAINER["log_every_n_steps"]
+@pytest.mark.parametrize("module", ["users_module", pytest.param("users_other_module", marks=pytest.mark.slow)])
+def test_a_run_is_repeated_from_what_it_saved_or_printed(
+    module: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are the same bit by bit, and other ones without clipping, although a help was shown before."""
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main(["fit", "--help"])
+    quiet = ["progress_bar", "model_summary"]
+    args = [f"--model={module}.Net", f"--data={module}.Data", "--optimizer=SGD", "--optimizer.lr=0.1",
+            "--monitor=false", "--trainer.accelerator=cpu", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=.",
+            "--trainer.max_epochs=2", *(f"--trainer.enable_{name}=false" for name in quiet)]  # fmt: skip
+    clip = "--trainer.gradient_clip_val=0.125"
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main(["fit", *args, clip, "--seed_everything=17", "--print_config"])
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "17")
+    cli.main(["fit", *args, clip])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")  # not that of the first run: the file says which
+    logs = Path("lightning_logs")
+    for words in (["--config=lightning_logs/version_0/config.yaml"], ["--config=printed.yaml"],
+                  [*args, "--seed_everything=17"]):  # fmt: skip
+        cli.main(["fit", *words])
+    paths = [next((logs / f"version_{number}/checkpoints").iterdir()) for number in range(4)]
+    first, *others = (torch.load(path, weights_only=True) for path in paths)
+    assert [saved["global_step"] for saved in others] == [STEPS] * 3
+    same = [all(torch.equal(w, saved["state_dict"][k]) for k, w in first["state_dict"].items()) for saved in others]
+    assert same == [True, True, False]
+    for file in (logs / "version_0/config.yaml", "printed.yaml"):
+        trainer = yaml.safe_load(Path(file).read_text())["trainer"]
+        assert (trainer["max_epochs"], trainer["gradient_clip_val"]) == (2, 0.125)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -11,7 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning
+import torch
 
+import lightning_normreg
 from lightning_normreg import cli
 
 LINES, COLUMNS = 40, 100
@@ -97,6 +101,14 @@ def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--help"], []):
         lines = help_of(words, capsys).splitlines()
         assert [line.split()[0] for line in lines if re.match(r"  \w+ +[A-Z].*\.$", line)] == SUBCOMMANDS
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the package, and of what it runs on, in a line."""
+    line = help_of(["--version"], capsys)
+    assert line.startswith(f"lightning-normreg {lightning_normreg.__version__} (Python {platform.python_version()}, ")
+    assert f"torch {torch.__version__}, pytorch-lightning {pytorch_lightning.__version__}" in line
+    assert line.count("\n") == 1
 
 
 @pytest.mark.slow

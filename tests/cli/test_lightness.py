@@ -56,8 +56,8 @@ def imported(commands: list[list[str]], folder: Path) -> list[set[str]]:
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
-    """The overview, and the help of what only draws."""
-    for packages in imported([["--help"], ["plot", "--help"]], tmp_path):
+    """The overview, the versions, and the help of what only draws."""
+    for packages in imported([["--help"], ["--version"], ["plot", "--help"]], tmp_path):
         assert packages & HEAVY == set()
 
 

@@ -72,4 +72,4 @@ def test_without_the_extra(run: str, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(SystemExit, match=r"^2$"):
         cli.main(["plot", run])
-    assert "pip install 'lightning-normreg[plot]'" in capsys.readouterr().err
+    assert 'pip install "lightning-normreg[plot]"' in capsys.readouterr().err

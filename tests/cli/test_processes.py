@@ -110,15 +110,6 @@ def test_wrong_arguments_exit_with_2(args: list[str], message: str, tmp_path: Pa
     assert message in done.stderr
 
 
-def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is trained."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"matplotlib is not installed.*pip install 'lightning-normreg\[demo\]'"
-    ):
-        cli.main(["demo"])
-
-
 @pytest.mark.parametrize("args", [["--help"], ["demo", "--help"]])
 def test_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Both helps name the program as it is called."""
