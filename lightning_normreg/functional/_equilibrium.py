@@ -265,7 +265,7 @@ def suggest_decay(
     rate = lr if decayed_lr is None else decayed_lr
     wanted = ("radius", radius) if rotation is None else ("rotation", rotation)
     for name, value in (wanted, ("lr", lr), ("decayed_lr", rate)):
-        check(name, float(value or 0.0), POSITIVE)
+        check(name, 0.0 if value is None else value, POSITIVE)
     weak = _WEAKEST / rate
     exponent = settled(family, settings | {"lr": rate, "weight_decay": weak}, norm=rotation is None).exponent
     if radius is not None:

@@ -150,7 +150,10 @@ def test_a_stream_has_no_epochs_and_names_are_not_cut(capsys: pytest.CaptureFixt
     summary = NormSummary()
     trainer(summary, max_steps=2, max_epochs=-1).fit(Model(decay=1e-2), DataLoader(Stream(), batch_size=None))
     (said,) = [sentence for sentence in summary.sentences() if "1/(lr·decay)" in sentence]
-    assert said == "At lr 0.05 and decay 0.01 it acts over 1/(lr·decay) = 2e+03 steps."
+    assert (
+        said
+        == "At lr 0.05 and decay 0.01 it acts over 1/(lr·decay) = 2e+03 steps, 1e+03 of the run at this learning rate."
+    )
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert len(max(shown.splitlines(), key=len)) >= 80
