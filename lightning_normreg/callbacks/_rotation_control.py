@@ -14,7 +14,7 @@ from lightning_normreg.callbacks._first_projection import Twins
 from lightning_normreg.callbacks._holding import NormHolder, OnLost
 from lightning_normreg.callbacks._run import batches_that_stepped, optimizers_of, run_of
 from lightning_normreg.functional._rotation import Per
-from lightning_normreg.steps._angles import Angle, Angles
+from lightning_normreg.steps._angles import Angles
 from lightning_normreg.steps._projector import Radius
 from lightning_normreg.steps._replay import Over, Replay
 from lightning_normreg.steps._rotator import Hold, Rotator, check_control_arguments
@@ -118,7 +118,7 @@ class RotationControl(NormHolder):
 
     def __init__(
         self,
-        angle: Angle | Literal["run"] = "lr",
+        angle: float | Literal["lr", "equilibrium", "run"] = "lr",
         *,
         replay: Source | None = None,
         replay_over: Over = "steps",
@@ -158,7 +158,7 @@ class RotationControl(NormHolder):
                 f"`angle` must be 'run' and `hold` 'step' with `replay`, whose curves have the ups and downs of single "
                 f"steps, got angle={angle!r}, hold={hold!r}. Leave them out."
             )
-        self.angle: Angle | Literal["run"] = angle if replay is None else "run"
+        self.angle: float | Literal["lr", "equilibrium", "run"] = angle if replay is None else "run"
         self.replay, self.replay_over = replay, replay_over
         self.per = per
         self.hold = hold
