@@ -250,6 +250,7 @@ class Apart(Stream):
         return AdamW([{"params": self.net.embed.parameters(), "lr": 0.001}, {"params": rest}], lr=0.01, weight_decay=0)
 
 
+@pytest.mark.slow
 def test_unequal_rates_in_a_set() -> None:
     """An angle that is the learning rate is refused; a number is not, and the set turns by it."""
     with pytest.raises(ValueError, match=r"one angle for all of 'residual_stream', but its tensors have unequal lr"):

@@ -15,6 +15,7 @@ from tests.symmetries._small_models import LLAMA
 pytestmark = pytest.mark.filterwarnings("ignore:The Trainer has no logger")
 
 
+@pytest.mark.slow
 def test_muon_in_bfloat16() -> None:
     """As it is: to 1e-9 for powers of two. Its rounding, to 2^-9, does not commute with other factors.
 

@@ -44,7 +44,9 @@ SCHEDULES: dict[str, tuple[list[str], list[float]]] = {
 }
 
 
-@pytest.mark.parametrize("key", SCHEDULES)
+@pytest.mark.parametrize(
+    "key", ["by steps", *(pytest.param(key, marks=pytest.mark.slow) for key in SCHEDULES if key != "by steps")]
+)
 def test_the_schedule_is_followed(key: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As written by hand, and as LearningRateMonitor logs it in the run itself; norms start where the model does."""
     words, factors = SCHEDULES[key]
@@ -99,6 +101,7 @@ def test_from_a_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "ckpt_path: there is no file" in refused(capsys, "plan", "none.ckpt", *recipe)
 
 
+@pytest.mark.slow
 def test_words_and_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The page, a picture, a file that the monitor and ``plot`` read, and where the run parts; gains."""
     given = [*MODEL, *ADAMW, "--trainer.max_epochs=60", "--seed_everything=1"]

@@ -25,6 +25,7 @@ def other(run: Path, *args: str) -> Path:
                "--rotation.include=[hidden.weight]")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_turns_as_another_one_did(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By its CSV file; over its share of a run of another length where that is asked for; else that is refused."""
     first = fit({"optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.01}}})

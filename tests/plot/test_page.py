@@ -262,7 +262,7 @@ def test_without_the_extra(missing: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """The line that installs it."""
     frame = history(2)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ModuleNotFoundError, match=r"is not installed. .*'lightning-normreg\[plot\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'is not installed. .*"lightning-normreg\[plot\]"'):
         plot_curves(frame)
 
 
