@@ -23,6 +23,9 @@ SUMMARIES = {
 """What each subcommand does, in a line."""
 
 _DEMO = "--model DemoConvNet --data DigitsDataModule --trainer.max_epochs 2"
+_PLANNED = _DEMO.replace("epochs 2", "epochs 20") + (
+    " --optimizer AdamW --optimizer.betas [0.9,0.95] --optimizer.weight_decay 1"
+)
 _RUN = "lightning_logs/version_0"
 _TRAINED = f"--config {_RUN}/config.yaml --ckpt_path {_RUN}/checkpoints/epoch=1-step=40.ckpt"
 EXAMPLES = {
@@ -49,8 +52,8 @@ EXAMPLES = {
         _TRAINED,
     ],
     "plan": [
-        f"{_DEMO} --optimizer AdamW --optimizer.weight_decay 1 --output plan.png",
-        f"{_DEMO} --optimizer AdamW --optimizer.weight_decay 1 --for timescale=2 --save plan.json",
+        f"{_PLANNED} --output plan.png",
+        f"{_PLANNED} --for timescale=2 --save plan.json",
         f"{_RUN}/checkpoints/epoch=1-step=40.ckpt --optimizer AdamW --betas [0.9,0.95] --lr 0.01 --weight_decay 1 "
         "--steps 400",
         "--as projection --optimizer AdamW --lr 1e-3 --weight_decay 0.1 --entries 576",
