@@ -238,12 +238,10 @@ class EffectiveLRMonitor(Monitor):
             for name, rotations in ({} if one is None else one.collect()).items():
                 if name in row:  # else the update was not made
                     row[name].update(rotations)
-        for name, values in row.items():
-            if self._comparison is not None and _metrics.EFFECTIVE_LR in values:
-                measured = [
-                    values[curve] for curve in (_metrics.ROTATION, _metrics.UNIT_NORM_RMS, _metrics.EFFECTIVE_LR)
-                ]
-                values.update(self._comparison.add(self._step, name, *measured))
+        needed = (_metrics.ROTATION, _metrics.UNIT_NORM_RMS, _metrics.EFFECTIVE_LR)
+        for name, values in row.items():  # not all of them are there where it is unknown what is scale-invariant
+            if self._comparison is not None and values.keys() >= {*needed}:
+                values.update(self._comparison.add(self._step, name, *(values[curve] for curve in needed)))
         for values in row.values():  # what only the prediction needs
             values.pop(_metrics.UNIT_NORM_RMS, None)
             values.pop(GRADIENT_AT_NORM_1, None)

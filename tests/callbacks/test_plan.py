@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_normreg import EffectiveLRMonitor, NormSummary, Plan, find_scale_invariance, plan, plot_curves
+from lightning_normreg._symmetries import verdict_to_dict
 from tests.callbacks.test_equilibrium import ENTRIES, Noise, noise
 from tests.harness import trainer
 
@@ -95,3 +96,10 @@ def test_the_summary_says_over_how_much_of_the_run_decay_acts() -> None:
     assert "it acts over 1/(lr·decay) = 500 steps, 1.25 epochs, 1.25 of the run at this learning rate." in " ".join(
         summary.sentences()
     )
+
+
+def test_a_plan_where_it_is_unknown_what_is_scale_invariant(planned: Plan) -> None:
+    """What is not measured then is not compared, and the run goes on."""
+    monitor = EffectiveLRMonitor(10, plan=planned, invariance=verdict_to_dict({}))
+    trainer(monitor).fit(net_of(), noise(STEPS))
+    assert "weights/rotation/layer.weight" in monitor.history()
