@@ -115,10 +115,14 @@ def refused_for_symmetry(watched: Sequence[Watched]) -> dict[str, str]:
     for one in watched:
         if one.invariant is None:
             found[one.name] = "Whether it is scale-invariant is not known."
-        elif not one.invariant and one.parameter in together and not one.members:
+        elif one.invariant:
+            continue
+        elif one.parameter in together and not one.members:
             found[one.name] = f"It is scale-invariant only as a part of {together[one.parameter]}."
-        elif not one.invariant:
-            found[one.name] = "It is not scale-invariant, so its norm depends on what it learns."
+        elif one.members:
+            found[one.name] = "Its tensors are scale-invariant together where eps is negligible, and here it is not."
+        else:
+            found[one.name] = "It is not scale-invariant by itself, so its norm depends on what it learns."
     return found
 
 

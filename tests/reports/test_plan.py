@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,10 @@ def test_a_set_is_planned_as_one_unit() -> None:
     two = [{"params": [net.embed.weight], "weight_decay": 0.0}, {"params": [net.write.weight]}]
     apart = plan(net, torch.optim.AdamW(two, lr=2e-3), [1.0] * 2000, invariance=verdict, symmetries=symmetries)
     assert "unequal weight_decay" in apart.refused["residual_stream"]
+    basis = [replace(one, eps_share=0.2) for one in symmetries.basis]
+    ruled = plan(net, ADAM, cosine(400), invariance=verdict, symmetries=replace(symmetries, basis=tuple(basis)))
+    assert "where eps is negligible" in ruled.refused["residual_stream"]
+    assert "not scale-invariant by itself" in ruled.refused["embed.weight"]
     assert "No optimizer" in apart.refused["head.weight"]
 
 
