@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import yaml
@@ -68,7 +69,7 @@ class _LookAhead(Look):
             lrs |= {named[p]: lr for p in group["params"] if p in named}
             decayed |= {named[p]: lr * group.get("weight_decay", 0.0) for p in group["params"] if p in named}
         self._why = why
-        self._audit = None if known is None else audit_decay(known, decayed, lrs)
+        self._audited = None if known is None else partial(audit_decay, known, decayed, lrs)
 
         def build(of_decay: float, of_lr: float) -> Plan:
             changed = {
@@ -94,16 +95,15 @@ class _LookAhead(Look):
         if options["as"] is None:
             show_plan(self._build, self._decays, [" ".join(self._meaning)], options)
             return
-        if self._audit is None:
+        if self._audited is None:
             raise ArgumentRefused("symmetries", f"they could not be found. {' '.join(self._why)}")
-        for part in self._audit.sentences:
+        audit = self._audited()
+        for part in audit.sentences:
             console().print(part, highlight=False, markup=False)
-        print(yaml.safe_dump(self._gains(), sort_keys=False), end="")
+        print(yaml.safe_dump(self._gains(audit.left), sort_keys=False), end="")
 
-    def _gains(self) -> dict[str, Any]:
+    def _gains(self, left: Mapping[str, float]) -> dict[str, Any]:
         """For ``fit --config``."""
-        assert self._audit is not None
-        left = self._audit.left
         odd = [name for name, decay in left.items() if decay < 0 or "[" in name or name.startswith("1 + ")]
         if odd:
             raise ArgumentRefused(
@@ -111,7 +111,7 @@ class _LookAhead(Look):
                 f"what is left is no decay that groups of parameters can have: of {listed(odd, 3)}, which would grow, "
                 "or are parts of tensors. Decay the same tensors more evenly, such as biases beside their weights.",
             )
-        return {"optimizer": self._optimizer, "decay": {"overrides": left}}
+        return {"optimizer": self._optimizer, "decay": {"overrides": {**left}}}
 
 
 class _Planning(Inspection):
